@@ -1,0 +1,563 @@
+"""From files to batches: images, LLaVA conversations, ScienceQA, and a toy world that is written in those formats.
+
+    python data.py toy data/toy                               # write the toy world
+    python data.py check annotations.json images/             # list bad records, write a cleaned copy
+
+The path of one training sample, top to bottom in this file:
+
+    record  {"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}
+    pieces  [("USER: <image>\\n... ASSISTANT:", CONTEXT), (" Red", ANSWER), ("</s>", END)]    a template
+    ids     1 3148 ... -200 ... 4367 2                                                         tokenise
+    labels  -100 -100 ... -100 ... 4367 2          loss on ANSWER and END, nothing else
+    batch   the marker -200 becomes N placeholders, rows are padded                            collate
+
+Labels are never recovered by searching in tokens: each piece carries its role from the template to the batch.
+
+Read next: train.py, where the batches go.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from vit import read_json, resolve
+
+IMAGE = "<image>"  # the marker in conversations
+IMAGE_MARKER = -200  # the same, among ids: one for an image until collate knows how many tokens it takes
+IGNORE = -100  # the label of a token without loss
+CONTEXT, ANSWER, END = "context", "answer", "end"  # what a piece of text is: given; to be said; to stop with
+
+# ----------------------------------------------------------------------------------------------------------------
+# Images
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def load_image(path) -> Image.Image:
+    """The picture as RGB. A missing or damaged file is an error that names it."""
+    path = Path(path)
+    if not path.exists():  # OCR-VQA's .gif files are often kept as .jpg, and the other way round
+        path = next(path.parent.glob(f"{path.stem}.*"), path)
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image") from None
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for files cut short or not images
+        raise ValueError(f"{path}: not a readable image: {error}") from None
+
+
+def preprocess(image: Image.Image, size: int, fit: str, mean=CLIP_MEAN, std=CLIP_STD) -> torch.Tensor:
+    """RGB picture -> normalised pixels (3, size, size), as CLIP's image processor makes them.
+
+    `fit`: "crop" scales the short side to `size` and cuts out the centre (LLaVA's stage 1); "pad" first makes the
+    picture square with borders of the mean colour, so that nothing is lost (LLaVA-1.5's stage 2 and evaluation).
+    """
+    if fit == "pad":
+        width, height = image.size
+        side = max(width, height)
+        square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in mean))
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = square
+    elif fit != "crop":
+        raise ValueError(f"fit {fit!r} is neither 'crop' nor 'pad'")
+    width, height = image.size
+    short = min(width, height)
+    image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    image = image.crop((left, top, left + size, top + size))
+    pixels = np.asarray(image, dtype=np.float32) / 255  # (size, size, 3)
+    pixels = (pixels - np.float32(mean)) / np.float32(std)
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, size, size)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Records: LLaVA's JSON
+
+
+def fault(record) -> str | None:
+    """What is wrong with a record, in a few words, or None. Reads no image file."""
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(turns, list) or not turns:
+        return "has no conversation turns"
+    for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            return "has a turn without text"
+        if turn.get("from") not in ("human", "gpt"):
+            return f"has a turn from {turn.get('from')!r}; the roles are 'human' and 'gpt'"
+    if turns[0]["from"] == "gpt":
+        turns = turns[1:]  # LLaVA drops an opening answer
+    roles = [turn["from"] for turn in turns]
+    if "gpt" not in roles:
+        return "has no answer to a question"
+    if roles != ["human", "gpt"] * (len(roles) // 2) + ["human"] * (len(roles) % 2):
+        return "has turns that do not alternate between human and gpt"
+    if not all(turn["value"].strip() for turn in turns):
+        return "has an empty turn"
+    if "image" in record:
+        marked = [turn["from"] for turn in turns if IMAGE in turn["value"]]
+        if marked != ["human"]:
+            return f"has an image, and {len(marked)} turns with {IMAGE} (one question must have it)"
+    return None
+
+
+def load_records(file) -> list:
+    """The records of a LLaVA JSON file; the first bad one is an error naming file, position and id."""
+    records = read_json(file)
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{file}: not a JSON list of records")
+    for number, record in enumerate(records):
+        if problem := fault(record):
+            name = record.get("id") if isinstance(record, dict) else None
+            raise ValueError(f"{file}: record {number} (id {name!r}) {problem}; "
+                             f"`python data.py check {file} IMAGES` writes a list without such records")
+    return records
+
+
+def clean_turns(record) -> list:
+    """[(role, text)] with an opening answer dropped and the image marker moved to the front of its turn.
+
+    So says LLaVA's own code: whether the data has the marker before or after the question, the model sees it before.
+    """
+    turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
+    turns = turns[1:] if turns[0][0] == "gpt" else turns
+    if "image" not in record:
+        return turns  # a literal <image> in a text-only record stays text
+    return [(role, f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text)
+            for role, text in turns]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Templates: turns -> pieces
+
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+
+
+def plain(turns, eos) -> list:
+    """Stage 1: the image, its caption, a newline. The instruction is thrown away and no end token is trained."""
+    if len(turns) != 2 or IMAGE not in turns[0][1]:
+        raise ValueError(f"the plain template takes one question with {IMAGE} and one answer, not {len(turns)} turns")
+    return [(IMAGE, CONTEXT), (turns[1][1], ANSWER), ("\n", END)]
+
+
+def v1(turns, eos) -> list:
+    """Vicuna's form, LLaVA-1.5's stage 2 and evaluation: `{SYSTEM} USER: {q} ASSISTANT: {a}</s>USER: ...`."""
+    pieces, before = [], f"{SYSTEM} "
+    for role, text in turns:
+        if role == "human":
+            pieces.append((f"{before}USER: {text} ASSISTANT:", CONTEXT))
+        else:
+            pieces += [(f" {text}", ANSWER), (eos, END)]
+        before = ""
+    return pieces
+
+
+TEMPLATES = {"plain": plain, "v1": v1}
+
+
+def tokenise(pieces, tokenizer, has_image: bool):
+    """Pieces -> (ids, roles), two lists of one length, with one IMAGE_MARKER for each image marker in a CONTEXT.
+
+    A tokenizer may treat a word differently inside a sentence and at its start, so a piece cannot be tokenised on
+    its own. Each chunk (the text between two image markers or end tokens) is tokenised again as it grows by a piece:
+    what is new at its end belongs to that piece. If an earlier token changes, the boundary was inside a token, which
+    is an error rather than a wrong label.
+    """
+    ids = list(tokenizer("").input_ids)  # BOS where the tokenizer has one
+    roles = [CONTEXT] * len(ids)
+    chunk, known = "", []  # the text since the last marker or end token, and its ids
+    for text, role in pieces:
+        parts = text.split(IMAGE) if has_image and role == CONTEXT else [text]
+        for i, part in enumerate(parts):
+            if i > 0:
+                ids.append(IMAGE_MARKER)
+                roles.append(CONTEXT)
+                chunk, known = "", []
+            chunk += part
+            now = tokenizer(chunk, add_special_tokens=False).input_ids
+            if now[: len(known)] != known:
+                raise ValueError(f"the tokenizer joins {part[:20]!r} to the text before it: no boundary for labels")
+            ids += now[len(known) :]
+            roles += [role] * (len(now) - len(known))
+            known = now
+        if role == END:  # nothing joins across an end token: go on from it alone, or long chats cost their square
+            chunk, known = text, tokenizer(text, add_special_tokens=False).input_ids
+    return ids, roles
+
+
+def load_tokenizer(folder_or_id):
+    """The LLM's tokenizer, of transformers. Padding gets the unknown token's id, as LLaVA has it, or the end's."""
+    from transformers import AutoTokenizer  # imported late: it takes seconds
+    tokenizer = AutoTokenizer.from_pretrained(resolve(folder_or_id))
+    tokenizer.model_max_length = 10**9  # lengths are the collator's business, and its warning alone is clear
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Samples and batches
+
+
+class Conversations(torch.utils.data.Dataset):
+    """LLaVA records as samples {"ids", "roles", "pixels" (3, size, size) or None, "name"}."""
+
+    def __init__(self, records, images, tokenizer, template: str, image_size: int, fit: str):
+        self.records, self.images, self.tokenizer = records, Path(images), tokenizer
+        self.template, self.image_size, self.fit = TEMPLATES[template], image_size, fit
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        record = self.records[i]
+        name = f"record {record.get('id', i)!r}"
+        try:
+            pieces = self.template(clean_turns(record), self.tokenizer.eos_token)
+            ids, roles = tokenise(pieces, self.tokenizer, "image" in record)
+            pixels = None
+            if "image" in record:
+                pixels = preprocess(load_image(self.images / record["image"]), self.image_size, self.fit)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from None
+        return {"ids": ids, "roles": roles, "pixels": pixels, "name": name}
+
+
+def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, image_size: int,
+            max_length: int = 2048, side: str = "right") -> dict:
+    """Samples -> one batch. B samples, S the longest of them, I images in all, T the longest caption.
+
+    ids (B, S)            each image marker grown to N placeholders, padded with `pad_id`
+    mask (B, S)           False at padding
+    labels (B, S)         the id where it carries loss, else -100
+    pixels (I, 3, H, W)   in reading order; one black dummy where the batch has no image (see VLM.splice)
+    caption_ids, caption_mask (B, T)   the answer's tokens alone, for the contrastive loss
+    caption_keys (B,)     one number for each distinct caption
+
+    Training pads on the right, where causal attention needs no mask; generation pads on the left (`side`), so that
+    the last position is the prompt's last token in every row. Rows are cut at `max_length`, but never in an image.
+    """
+    rows = []
+    for sample in samples:
+        ids = torch.tensor(sample["ids"])
+        times = torch.where(ids == IMAGE_MARKER, num_image_tokens, 1)
+        answer = torch.tensor([role == ANSWER for role in sample["roles"]])
+        labels = torch.where(torch.tensor([role != CONTEXT for role in sample["roles"]]), ids, IGNORE)
+        ids = torch.where(ids == IMAGE_MARKER, image_token_id, ids)
+        row = {"ids": ids, "labels": labels, "answer": answer}
+        row = {key: value.repeat_interleave(times)[:max_length] for key, value in row.items()}
+        if (row["ids"] == image_token_id).sum() != num_image_tokens * (sample["pixels"] is not None):
+            raise ValueError(f"{sample['name']}: the image does not fit into {max_length} tokens")
+        rows.append(row | {"caption": row["ids"][row["answer"]], "mask": torch.ones_like(row["answer"])})
+
+    def pad(key, value):
+        return torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=value,
+                                               padding_side=side)  # (B, longest)
+
+    pixels = [sample["pixels"] for sample in samples if sample["pixels"] is not None]
+    lengths = torch.tensor([len(row["caption"]) for row in rows])
+    caption_ids = pad("caption", pad_id)  # (B, T)
+    columns = torch.arange(caption_ids.shape[1])
+    filled = columns >= len(columns) - lengths[:, None] if side == "left" else columns < lengths[:, None]
+    return {"ids": pad("ids", pad_id), "mask": pad("mask", False), "labels": pad("labels", IGNORE),
+            "pixels": torch.stack(pixels or [torch.zeros(3, image_size, image_size)]),
+            "caption_ids": caption_ids, "caption_mask": filled,
+            "caption_keys": torch.tensor([hash(tuple(row["caption"].tolist())) for row in rows])}
+
+
+def subset(n: int, fraction: float, seed: int) -> list:
+    """The sorted indices of a random `fraction` of n. Nested: with one seed, a smaller fraction is part of a larger."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"data_fraction is {fraction}; it must be above 0 and at most 1")
+    return sorted(np.random.default_rng(seed).permutation(n)[: max(1, round(n * fraction))].tolist())
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list:
+    """A permutation of n, new in each epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# ScienceQA: problems.json, pid_splits.json, images/{split}/{pid}/image.png
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+LETTERS = "ABCDE"
+
+
+def scienceqa_prompt(problem: dict) -> str:
+    """LLaVA-1.5's zero-shot prompt of one entry of problems.json: context only if there is one, bare letters."""
+    lines = [f"Context: {problem['hint']}"] if problem["hint"] else []
+    lines += [problem["question"]] + [f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"])]
+    prompt = "\n".join(lines).replace("  ", " ") + LETTER
+    return f"{IMAGE}\n{prompt}" if problem["image"] else prompt
+
+
+def load_scienceqa(folder, split: str = "test") -> list:
+    """[{"id", "prompt", "image" path or None, "num_choices", "answer" letter}] in the order of pid_splits.json."""
+    folder = Path(folder)
+    problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
+    if split not in splits:
+        raise ValueError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
+    questions = []
+    for pid in splits[split]:
+        problem = problems.get(pid)
+        if problem is None or not {"question", "choices", "answer", "hint", "image"} <= problem.keys():
+            raise ValueError(f"{folder / 'problems.json'}: problem {pid!r} is missing or incomplete")
+        image = folder / "images" / split / pid / problem["image"] if problem["image"] else None
+        questions.append({"id": pid, "prompt": scienceqa_prompt(problem), "image": image,
+                          "num_choices": len(problem["choices"]), "answer": LETTERS[problem["answer"]]})
+    return questions
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The toy world: one coloured shape on a light ground. Small enough for a laptop, written in the formats above.
+
+COLORS = {"red": (214, 40, 40), "green": (40, 150, 60), "blue": (40, 80, 220), "yellow": (236, 200, 30),
+          "orange": (240, 130, 20), "purple": (130, 50, 170), "cyan": (40, 190, 210), "black": (30, 30, 30)}
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+SIZES = {"small": 6, "large": 11}  # radius in pixels
+PLACES = {"northwest": (0, 0), "northeast": (1, 0), "southwest": (0, 1), "southeast": (1, 1)}
+TOY_IMAGE_SIZE = 48
+CAPTIONS = ("a {size} {color} {shape} in the {place}", "in the {place}, a {size} {color} {shape}",
+            "the {place} has a {shape}, {size} and {color}")
+QUESTIONS = {"color": ("What color is the shape?", "Which color do you see?"),
+             "shape": ("Which shape is it?", "What form do you see?"),
+             "size": ("How big is the shape?", "What size is it?"),
+             "place": ("Where is the shape?", "In which corner is it?")}
+VALUES = {"color": tuple(COLORS), "shape": SHAPES, "size": tuple(SIZES), "place": tuple(PLACES)}
+DESCRIBE = ("Describe the picture.", "Give a short description.")
+HINTS = ("", "", "The picture shows one shape.", "Look at the picture.")
+SCIENCEQA_ANSWER = "{choice}. The answer is {letter}."  # an answer LLaVA's rule reads, and a tiny LM can learn
+
+
+def toy_scenes(seed: int = 0) -> dict:
+    """All 384 scenes in three disjoint splits, 256 / 64 / 64: a model is tested on combinations it never saw."""
+    scenes = [{"color": c, "shape": s, "size": z, "place": p} for c in COLORS for s in SHAPES for z in SIZES
+              for p in PLACES]
+    random.Random(seed).shuffle(scenes)
+    return {"train": scenes[:256], "val": scenes[256:320], "test": scenes[320:]}
+
+
+def toy_picture(scene: dict, rng: random.Random) -> Image.Image:
+    """48 x 48, drawn four times as large; place, radius, colour and ground all jitter a little."""
+    scale = 4
+    jitter = lambda color: tuple(max(0, min(255, value + rng.randint(-18, 18))) for value in color)
+    image = Image.new("RGB", (TOY_IMAGE_SIZE * scale,) * 2, jitter((232, 232, 228)))
+    x, y = ((14 + 20 * corner + rng.uniform(-2, 2)) * scale for corner in PLACES[scene["place"]])
+    r = (SIZES[scene["size"]] + rng.uniform(-1, 1)) * scale
+    draw, fill = ImageDraw.Draw(image), jitter(COLORS[scene["color"]])
+    box = (x - r, y - r, x + r, y + r)
+    match scene["shape"]:
+        case "circle":
+            draw.ellipse(box, fill)
+        case "square":
+            draw.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill)
+        case "triangle":
+            draw.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill)
+        case "diamond":
+            draw.polygon([(x, y - r), (x + 0.7 * r, y), (x, y + r), (x - 0.7 * r, y)], fill)
+        case "cross":
+            draw.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill)
+            draw.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill)
+        case "ring":
+            draw.ellipse(box, outline=fill, width=round(0.4 * r))
+    return image.resize((TOY_IMAGE_SIZE,) * 2, Image.Resampling.BOX)
+
+
+def toy_caption(scene: dict, rng: random.Random) -> str:
+    return rng.choice(CAPTIONS).format(**scene)
+
+
+def toy_open_question(scene: dict, rng: random.Random):
+    """(question, answer) with a single word for an answer."""
+    kind = rng.choice(list(QUESTIONS))
+    return rng.choice(QUESTIONS[kind]) + SHORT, scene[kind]
+
+
+def toy_problem(scene: dict, rng: random.Random, hint: str, image) -> dict:
+    """One entry of problems.json: 2 to 4 choices (a size has only 2), in random order."""
+    kind = rng.choice(list(QUESTIONS))
+    others = [value for value in VALUES[kind] if value != scene[kind]]
+    choices = rng.sample(others, min(len(others), rng.randint(1, 3))) + [scene[kind]]
+    rng.shuffle(choices)
+    return {"question": rng.choice(QUESTIONS[kind]), "choices": choices, "answer": choices.index(scene[kind]),
+            "hint": hint, "image": image, "task": "closed choice", "grade": "grade1", "subject": "natural science",
+            "topic": "toy", "category": kind, "skill": kind, "lecture": "", "solution": ""}
+
+
+def toy_problem_answer(problem: dict) -> str:
+    return SCIENCEQA_ANSWER.format(choice=problem["choices"][problem["answer"]], letter=LETTERS[problem["answer"]])
+
+
+def toy_text_record(scene: dict, rng: random.Random, rounds: int = 4) -> dict:
+    """A conversation about a scene *told in words* where the image would stand: what the tiny LM is pretrained on."""
+    turns = []
+    for number in range(rounds):
+        seen = "" if number else toy_words(scene, rng) + "\n"
+        form = rng.choice(("open", "choice", "hint", "describe"))
+        if form == "open":
+            question, answer = toy_open_question(scene, rng)
+        elif form == "describe":
+            question, answer = rng.choice(DESCRIBE), toy_caption(scene, rng)
+        else:
+            problem = toy_problem(scene, rng, toy_caption(scene, rng) if form == "hint" else rng.choice(HINTS), None)
+            question, answer = scienceqa_prompt(problem), toy_problem_answer(problem)
+        turns += [{"from": "human", "value": seen + question}, {"from": "gpt", "value": answer}]
+    return {"id": f"text-{rng.getrandbits(32):08x}", "conversations": turns}
+
+
+def toy_words(scene: dict, rng: random.Random) -> str:
+    """A scene in words: a caption, or its bare attributes in any order."""
+    if rng.random() < 0.5:
+        return toy_caption(scene, rng)
+    values = list(scene.values())
+    rng.shuffle(values)
+    return " ".join(values)
+
+
+def write_toy_world(folder, seed: int = 0, align: int = 4000, instruct: int = 2000, text: int = 1000, test: int = 400):
+    """Write the whole world below `folder`; the same seed gives the same bytes. Appears complete or not at all.
+
+    align.json      captions of train scenes                 instruct.json   open questions, one record in ten without
+    text.json       conversations about scenes in words                      image; no multiple choice among them
+    images/         the pictures of both                     scienceqa/      multiple choice about val and test scenes;
+                                                                             a quarter without image, told in the hint
+    """
+    folder = Path(folder)
+    building = folder.with_name(folder.name + f".building-{seed}")
+    (building / "images").mkdir(parents=True, exist_ok=True)
+    scenes, rng = toy_scenes(), random.Random(seed)
+
+    def picture(scene, name):
+        path = building / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        toy_picture(scene, rng).save(path)
+
+    def image_record(kind, number, turns_of):
+        scene, name = rng.choice(scenes["train"]), f"{kind}-{number:05d}"
+        picture(scene, f"images/{name}.png")
+        return {"id": name, "image": f"{name}.png", "conversations": turns_of(scene)}
+
+    def caption_turns(scene):
+        marker = rng.choice((f"{IMAGE}\n{{}}", f"{{}}\n{IMAGE}"))
+        return [{"from": "human", "value": marker.format(rng.choice(DESCRIBE))},
+                {"from": "gpt", "value": toy_caption(scene, rng)}]
+
+    def question_turns(scene):
+        turns = []
+        for _ in range(2):
+            question, answer = toy_open_question(scene, rng)
+            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        turns[0]["value"] = f"{IMAGE}\n{turns[0]['value']}"
+        return turns
+
+    def text_turns(number):
+        scene = rng.choice(scenes["train"])
+        question, answer = toy_open_question(scene, rng)
+        return {"id": f"chat-{number:05d}", "conversations": [
+            {"from": "human", "value": f"{toy_words(scene, rng)}\n{question}"}, {"from": "gpt", "value": answer}]}
+
+    files = {
+        "align.json": [image_record("align", n, caption_turns) for n in range(align)],
+        "instruct.json": [text_turns(n) if n % 10 == 9 else image_record("instruct", n, question_turns)
+                          for n in range(instruct)],
+        "text.json": [toy_text_record(rng.choice(scenes["train"]), rng) for _ in range(text)],
+    }
+    problems, splits = {}, {"train": [], "val": [], "test": []}
+    for split in ("val", "test"):
+        for number in range(test):
+            pid, scene = str(len(problems) + 1), rng.choice(scenes[split])
+            shown = number % 4 != 3
+            problems[pid] = toy_problem(scene, rng, rng.choice(HINTS) if shown else toy_caption(scene, rng),
+                                        "image.png" if shown else None) | {"split": split}
+            splits[split].append(pid)
+            if shown:
+                picture(scene, f"scienceqa/images/{split}/{pid}/image.png")
+    files |= {"scienceqa/problems.json": problems, "scienceqa/pid_splits.json": splits}
+    for name, content in files.items():
+        (building / name).write_text(json.dumps(content, indent=1))
+    building.rename(folder)
+
+
+def write_toy_tokenizer(folder):
+    """tokenizer.json of the toy world: a word is a token. Three sentences that never vary are one token each, which
+    keeps the sequences of the tiny model short; the ids of <unk>, <s> and </s> are Llama's."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    words = Regex(r"\n|\w+|[^\w\s]")
+    texts = [*CAPTIONS, *sum(QUESTIONS.values(), ()), *sum(VALUES.values(), ()), *DESCRIBE, *HINTS, SCIENCEQA_ANSWER,
+             "Context: A B C D E USER: ASSISTANT:\n"]
+    split = pre_tokenizers.Split(words, "removed", invert=True)
+    seen = {word for text in texts for word, _ in split.pre_tokenize_str(text.replace("{", " ").replace("}", " "))}
+    vocabulary = ["<unk>", "<s>", "</s>", *sorted(seen)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.WordPiece(prefix="##", cleanup=True)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.add_tokens([AddedToken(text.strip(), normalized=False) for text in (SYSTEM, SHORT, LETTER)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+         "pad_token": "<unk>", "clean_up_tokenization_spaces": False}, indent=2))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The command line: toy, check
+
+
+def check(file, images) -> int:
+    """Print every bad record and unreadable image, write FILE.clean.json without them; return how many there were."""
+    from tqdm import tqdm
+    records, good = read_json(file), []
+    for number, record in enumerate(tqdm(records, desc="check", unit=" records")):
+        problem = fault(record)
+        if not problem and "image" in record:
+            try:
+                load_image(Path(images) / record["image"])
+            except (OSError, ValueError) as error:
+                problem = str(error)
+        if problem:
+            name = record.get("id") if isinstance(record, dict) else None
+            print(f"record {number} (id {name!r}): {problem}")
+        else:
+            good.append(record)
+    bad = len(records) - len(good)
+    print(f"{len(good)} of {len(records)} records are good")
+    if bad:
+        clean = Path(file).with_suffix(".clean.json")
+        clean.write_text(json.dumps(good))
+        print(f"wrote {clean}")
+    return bad
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    toy = commands.add_parser("toy", help="write the toy world")
+    toy.add_argument("folder")
+    toy.add_argument("--seed", type=int, default=0)
+    checker = commands.add_parser("check", help="list bad records and images, write a cleaned list")
+    checker.add_argument("file")
+    checker.add_argument("images")
+    args = parser.parse_args()
+    try:
+        if args.command == "toy":
+            write_toy_world(args.folder, args.seed)
+        elif check(args.file, args.images):
+            sys.exit(1)
+    except (OSError, ValueError) as error:
+        sys.exit(f"data.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""The language tower: token ids, or embeddings in their place, in; next-token logits out.
+
+    llm = LLM.from_pretrained("lmsys/vicuna-7b-v1.5")      # a folder, or a Hub id
+    logits = llm(ids)                                      # (B, S) -> (B, S, V)
+    new = llm.generate(llm.embed(ids), max_new_tokens=32)  # greedy, with a key-value cache -> (B, <= 32)
+
+A Llama decoder (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288). Against GPT-2 it has RMSNorm for LayerNorm,
+rotary positions (RoPE) for learned ones, a gated MLP (SwiGLU), no biases, and fewer key-value heads than query
+heads (grouped-query attention, GQA) in the larger models.
+
+A vision-language model feeds it *embeddings*: image tokens have no id. So everything below works on embeddings,
+and `embed` is the only place where an id becomes a vector.
+
+Module names are those of the Hugging Face checkpoints. Read next: projector.py.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vit import known_fields, load_strictly, read_config, read_weights, resolve, write_weights
+
+
+@dataclass
+class LLMConfig:
+    """Sizes of the tower, under the names of Hugging Face's config.json. The defaults are Vicuna-7B v1.5."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = False  # True: the head is the embedding table itself
+    bos_token_id: int = 1
+    eos_token_id: int = 2  # generation stops here; Llama 3 lists several
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise ValueError(f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
+                             f"key-value heads of width {self.head_dim}")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the division in fp32 whatever x is."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rope_tables(positions, head_dim: int, theta: float):
+    """cos and sin (B, 1, S, head_dim) of the rotary angles at `positions` (B, S), in fp32.
+
+    Half-split layout: dimension i turns together with i + head_dim / 2, the convention of the Hugging Face weights.
+    (Meta's own files interleave, pairing 2i with 2i + 1: the same rotation of permuted weights.)
+    """
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, S, head_dim / 2)
+    angles = torch.cat([angles, angles], dim=-1)  # (B, 1, S, head_dim)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + half]) of x (B, H, S, head_dim) by its angle; computed in fp32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of every layer for up to `max_len` positions; made for one `generate`, never in training."""
+
+    def __init__(self, config: LLMConfig, batch: int, max_len: int, dtype, device):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_len, config.head_dim)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0  # positions filled so far, the same in every layer between two calls of the model
+
+    def append(self, layer: int, k, v):
+        """Store k, v (B, H, S, head_dim) behind what is there; return all of the layer's keys and values so far."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key-value heads. (B, S, C) -> (B, S, C)."""
+
+    def __init__(self, config: LLMConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        C, Dh = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(C, config.num_attention_heads * Dh, bias=False)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * Dh, bias=False)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * Dh, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * Dh, C, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache):
+        B, S, _ = x.shape
+        q, k, v = (proj(x).view(B, S, -1, self.config.head_dim).transpose(1, 2)  # (B, H, S, head_dim)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=k.shape[1] != q.shape[1])  # (B, H, S, head_dim)
+        return self.o_proj(x.transpose(1, 2).reshape(B, S, -1))  # (B, S, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LLMConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LLMConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, mask=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding table, blocks, final norm: what the checkpoints call `model`."""
+
+    def __init__(self, config: LLMConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class LLM(nn.Module):
+    """`llm(ids (B, S)) -> logits (B, S, V)`. `hidden` stops before the head, for losses that need few logits."""
+
+    def __init__(self, config: LLMConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self):
+        """The output matrix (V, C): its own, or the embedding table where the two are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def embed(self, ids):
+        return self.model.embed_tokens(ids)  # (B, S, C)
+
+    def hidden(self, embeds, mask=None, cache=None):
+        """Last hidden states (B, S, C), after the final norm, of embeddings (B, S, C).
+
+        `mask` (B, positions so far) is False at left padding; leave it out where nothing is padded on the left.
+        Right padding needs no mask: attention is causal, so nothing real ever sees it. Positions count real tokens
+        only. `cache` holds the earlier positions, and grows by S.
+        """
+        B, S, _ = embeds.shape
+        start = cache.length if cache is not None else 0
+        if start + S > self.config.max_position_embeddings:
+            raise ValueError(f"{start + S} positions; this LLM has {self.config.max_position_embeddings}")
+        if mask is None:
+            positions = torch.arange(start, start + S, device=embeds.device).expand(B, S)  # (B, S)
+        else:
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]  # (B, S)
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        mask = attention_mask(mask, start, S, embeds.device)
+        x = embeds
+        for block in self.model.layers:
+            x = block(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += S
+        return self.model.norm(x)  # (B, S, C)
+
+    def logits(self, hidden):
+        return F.linear(hidden, self.head_weight)  # (..., V)
+
+    def forward(self, ids=None, embeds=None, mask=None, cache=None):
+        """Logits (B, S, V) of `ids` (B, S), or of `embeds` (B, S, C) given in their place."""
+        embeds = self.embed(ids) if embeds is None else embeds
+        return self.logits(self.hidden(embeds, mask, cache))  # (B, S, V)
+
+    @torch.no_grad()
+    def generate(self, embeds, mask=None, max_new_tokens: int = 32):
+        """Greedy continuation of left-padded prompts: embeddings (B, S, C), mask (B, S) -> new ids (B, <= max).
+
+        A row stops at the config's end token, which is kept, and is filled up with -1 behind it.
+        """
+        B, S, _ = embeds.shape
+        if mask is None:
+            mask = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
+        eos = torch.tensor(self.config.eos_token_id, device=embeds.device)
+        cache = KVCache(self.config, B, S + max_new_tokens, embeds.dtype, embeds.device)
+        done = torch.zeros(B, dtype=torch.bool, device=embeds.device)
+        new = []
+        for _ in range(max_new_tokens):
+            hidden = self.hidden(embeds, mask, cache)[:, -1]  # (B, C)
+            token = self.logits(hidden).argmax(-1)  # (B,)
+            new.append(token.masked_fill(done, -1))
+            done |= torch.isin(token, eos)
+            if done.all():
+                break
+            embeds = self.embed(token)[:, None]  # (B, 1, C)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)  # (B, positions so far)
+        return torch.stack(new, dim=1)  # (B, <= max_new_tokens)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_id, dtype=torch.float32):
+        """A Llama-family folder as Hugging Face writes it. Strict: see vit.load_strictly."""
+        folder = resolve(folder_or_id)
+        config = read_config(folder, families=("llama",))
+        rope = config.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"{folder}: RoPE of type {rope['rope_type']!r} is not supported")
+        config = LLMConfig(**known_fields(LLMConfig, config | rope))
+        with torch.device("meta"):
+            llm = cls(config)
+        tensors = ((name, tensor) for name, tensor in read_weights(folder)
+                   if not name.endswith("rotary_emb.inv_freq")  # old files store what rope_tables computes
+                   and not (config.tie_word_embeddings and name == "lm_head.weight"))  # a copy of the embedding
+        return load_strictly(llm, tensors, folder, dtype)
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, which transformers opens as a LlamaForCausalLM."""
+        write_weights(self, folder, asdict(self.config) | {"model_type": "llama", "hidden_act": "silu",
+                                                           "architectures": ["LlamaForCausalLM"]})
+
+
+def attention_mask(mask, start: int, S: int, device):
+    """What each of S new queries may see, (B or 1, 1, S, start + S) boolean; None means plain causal attention.
+
+    One explicit mask or `is_causal`, never both: where the two meet, a padded row can lose all its keys and turn
+    to NaN. For the same reason every position may see itself, padding included.
+    """
+    if mask is None and start == 0:
+        return None
+    query = torch.arange(start, start + S, device=device)[:, None]  # (S, 1)
+    key = torch.arange(start + S, device=device)[None]  # (1, start + S)
+    visible = key <= query  # (S, start + S)
+    if mask is None:
+        return visible[None, None]
+    return (visible & (mask[:, None, :] | (key == query)))[:, None]  # (B, 1, S, start + S)

@@ -1,0 +1,147 @@
+"""The two losses, and what makes them exact on any number of ranks.
+
+Generative loss: next-token cross-entropy over the supervised tokens, as in LLaVA.
+
+Contrastive loss, patch-token (CG-VLM, Liu et al. 2023, arXiv 2311.17945): the projected patches of an image should
+resemble the *input embeddings* of its caption's tokens more than those of other captions,
+
+    v_i   = mean over the N projected patches of image i
+    s_ij  = mean over the tokens t of caption j of cos(v_i, e_jt)
+    L_con = - 1/2B sum_i [ log softmax_j(scale * s_ij)_ii + log softmax_j(scale * s_ji)_ii ]
+
+Stated by the paper: adapter output against the LLM's embedding layer, pooled patches, similarities averaged over
+tokens, a batch loss as in CLIP, the captioning loss beside it. Our choice, because the paper's method section is not
+available to us: mean pooling, a learnable temperature as in CLIP, weight 1.
+
+Cosine is linear in the unit token vector, so the average moves inside: s_ij = unit(v_i) . mean_t unit(e_jt). Two
+(B, C) matrices are all that ranks exchange, and the LLM is never run.
+
+Reduction. Every function returns this rank's *share*, such that the sum of the shares over all ranks (and over all
+micro-batches) is the loss of one process holding the whole batch. Gradients are then summed, never averaged, and
+the balance of the two losses does not depend on the number of GPUs.
+
+Read next: data.py; then train.py, which adds the two losses up.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+
+def generative_loss(hidden, labels, head_weight):
+    """Summed next-token cross-entropy of the supervised tokens: a scalar in nats; divide by their number.
+
+    hidden (B, S, C) last hidden states, labels (B, S) with -100 where nothing is supervised, head_weight (V, C).
+    Position s predicts token s + 1. Only supervised positions go through the head: at 16 x 700 tokens and 32,000
+    words the fp32 logits of all of them would take 1.4 GB, those of the captions some 30 MB.
+    """
+    labels = labels[:, 1:]  # (B, S - 1)
+    supervised = labels != -100
+    logits = F.linear(hidden[:, :-1][supervised], head_weight).float()  # (supervised tokens, V)
+    return F.cross_entropy(logits, labels[supervised], reduction="sum")
+
+
+def count_supervised(labels) -> int:
+    """The number of tokens in `generative_loss` of these labels: the first position is never predicted."""
+    return int((labels[:, 1:] != -100).sum())
+
+
+def unit(x):
+    """x / |x| along the last axis, in fp32; zero stays zero."""
+    return F.normalize(x.float(), dim=-1)
+
+
+def pool_patches(patches):
+    """Unit image vectors (B, C) of projected patches (B, N, C)."""
+    return unit(patches.float().mean(dim=1))
+
+
+def pool_tokens(embeds, mask):
+    """Mean of unit token vectors, (B, C), of input embeddings (B, T, C) where mask (B, T) is True.
+
+    Not a unit vector: the paper averages similarities, not embeddings, and its length carries how alike the tokens
+    are. A caption without tokens gives zeros.
+    """
+    mask = mask[..., None].float()  # (B, T, 1)
+    return (unit(embeds) * mask).sum(1) / mask.sum(1).clamp(min=1)  # (B, C)
+
+
+class ContrastiveScale(nn.Module):
+    """The learnable inverse temperature of CLIP (section 2.5): exp(log_scale), from 1/0.07 and at most 100.
+
+    The parameter is the logarithm, in fp32, and takes no weight decay. `clamp_` after every optimizer step.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self):
+        return self.log_scale.float().exp()
+
+    @torch.no_grad()
+    def clamp_(self):
+        self.log_scale.clamp_(0, math.log(100))
+
+
+def contrastive_loss(image, text, scale, keys):
+    """This rank's shares of the symmetric InfoNCE over the global batch, in nats, and of its retrieval accuracy.
+
+    image, text (B, C): row i of one belongs to row i of the other. `scale` multiplies their products. `keys` (B,)
+    int64 identify captions: two rows with one key describe both images equally well and are not negatives of each
+    other. Local rows meet the columns of all ranks, B x WB products a rank. The accuracy is the part of images
+    whose most similar caption is their own (R@1).
+    """
+    B, C = image.shape
+    all_image, all_text, all_keys = gather(image), gather(text), gather(keys)  # (WB, C), (WB, C), (WB,)
+    target = rank() * B + torch.arange(B, device=image.device)  # (B,) where our own pairs stand among all
+    same = keys[:, None] == all_keys[None]  # (B, WB)
+    same[torch.arange(B), target] = False
+    image_to_text = (scale * image @ all_text.T).masked_fill(same, -torch.inf)  # (B, WB)
+    text_to_image = (scale * text @ all_image.T).masked_fill(same, -torch.inf)  # (B, WB)
+    loss = F.cross_entropy(image_to_text, target, reduction="sum") + F.cross_entropy(text_to_image, target,
+                                                                                     reduction="sum")
+    correct = (image_to_text.argmax(1) == target).sum()
+    return loss / (2 * len(all_keys)), correct / len(all_keys)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Exchange between ranks. One process is the degenerate case: rank 0 of 1, and a gather that changes nothing.
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class GatherWithGradient(torch.autograd.Function):
+    """(B, ...) on each of W ranks -> (WB, ...), in rank order, on all of them.
+
+    Rank r's rows enter the loss of *every* rank, so their gradient is the sum of what all ranks say about them:
+    the backward of an all-gather is a reduce-scatter with SUM. Two common shortcuts are wrong. Gathering without
+    gradient, or returning the own slice alone, leaves 1/W of it under averaging: harmless to Adam when this is the
+    only loss, not when a generative loss stands beside it.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])  # (WB, ...)
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        out = gradient.new_empty(gradient.shape[0] // world_size(), *gradient.shape[1:])  # (B, ...)
+        dist.reduce_scatter_tensor(out, gradient.contiguous())
+        return out
+
+
+def gather(x):
+    """x (B, ...) of every rank, (WB, ...), with gradient. B must be the same on every rank."""
+    return GatherWithGradient.apply(x) if world_size() > 1 else x

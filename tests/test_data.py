@@ -1,0 +1,328 @@
+"""From files to batches: pictures against CLIPImageProcessor, labels against LLaVA's own vectors, the toy world."""
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+
+import data
+from data import ANSWER, CONTEXT, END
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "toy"
+    data.write_toy_world(folder, align=40, instruct=40, text=10, test=40)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    data.write_toy_tokenizer(folder)
+    return data.load_tokenizer(folder)
+
+
+def record(*turns, **fields):
+    return {"id": "r", "conversations": [{"from": ("human", "gpt")[i % 2], "value": turn}
+                                         for i, turn in enumerate(turns)], **fields}
+
+
+# ---- images --------------------------------------------------------------------------------------------------------
+
+
+def picture(width, height):
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height)).convert("RGB")
+
+
+@pytest.mark.parametrize("size", [(60, 40), (40, 60), (33, 33), (200, 31), (31, 200)])
+def test_crop_equals_clip_image_processor(size):
+    theirs = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    expected = theirs(picture(*size), return_tensors="pt")["pixel_values"][0]
+    ours = data.preprocess(picture(*size), 32, "crop")
+    assert ours.shape == (3, 32, 32)
+    one_grey_level = 1 / 255 / min(data.CLIP_STD)
+    assert (ours - expected).abs().max() <= one_grey_level * 1.01
+
+
+@pytest.mark.parametrize("size", [(60, 40), (41, 60)])
+def test_pad_keeps_the_whole_picture_on_the_mean_colour(size):
+    width, height = size
+    side, image = max(size), picture(*size)
+    square = np.full((side, side, 3), (122, 116, 104), dtype=np.uint8)  # int(255 * mean), as in LLaVA
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = np.asarray(image)
+    assert torch.equal(data.preprocess(image, 32, "pad"), data.preprocess(Image.fromarray(square), 32, "crop"))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    file = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    picture(20, 10).convert("RGB").convert("L" if mode == "LA" else mode).convert(mode).save(file)
+    assert data.load_image(file).mode == "RGB"
+
+
+def test_bad_images(tmp_path):
+    picture(50, 50).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(FileNotFoundError, match="none.png: no such image"):
+        data.load_image(tmp_path / "none.png")
+    for name in ("cut.png", "text.png"):
+        with pytest.raises(ValueError, match=f"{name}: not a readable image"):
+            data.load_image(tmp_path / name)
+
+
+def test_other_extension_of_the_same_stem(tmp_path):
+    picture(8, 8).save(tmp_path / "a.gif")
+    assert data.load_image(tmp_path / "a.jpg").size == (8, 8)
+
+
+# ---- templates and labels: LLaVA's own functions on the Llama-2 vocabulary -----------------------------------------
+
+HEAD = [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892,
+        13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889, 3148, 1001, 29901]
+CAPTION = record("Render a concise summary of the photo.\n<image>", "the roof of the old town hall", image="x")
+COLOR = record("<image>\nWhat color is the bus?\nAnswer the question using a single word or phrase.", "Red", image="x")
+CHAT = record("<image>\nWhat is the man doing?", "He is riding a horse.", "Is he wearing a hat?", "Yes, he is.",
+              "What color is it?", "Black.", image="x")
+TEXT = record("Name two primary colors.", "Red and blue.", "One more?", "Yellow.")
+
+ASSISTANT = [319, 1799, 9047, 13566, 29901]
+VECTORS = [  # template, record, legacy, ids, positions with loss
+    ("plain", CAPTION, False, [1, -200, 278, 17526, 310, 278, 2030, 4726, 12713, 13], range(2, 10)),
+    ("plain", COLOR, False, [1, -200, 4367, 13], range(2, 4)),
+    ("v1", CAPTION, False, HEAD + [29871, -200, 29871, 13, 10716, 263, 3022, 895, 15837, 310, 278, 15373, 29889]
+     + ASSISTANT + [278, 17526, 310, 278, 2030, 4726, 12713, 2], range(52, 60)),
+    ("v1", COLOR, False, HEAD + [29871, -200, 29871, 13, 5618, 2927, 338, 278, 3593, 29973, 13, 22550, 278, 1139, 773,
+                                 263, 2323, 1734, 470, 16549, 29889] + ASSISTANT + [4367, 2], range(60, 62)),
+    ("v1", CHAT, False, HEAD + [29871, -200, 29871, 13, 5618, 338, 278, 767, 2599, 29973] + ASSISTANT
+     + [940, 338, 364, 4821, 263, 10435, 29889, 2, 11889, 29901, 1317, 540, 591, 4362, 263, 3056, 29973] + ASSISTANT
+     + [3869, 29892, 540, 338, 29889, 2, 11889, 29901, 1724, 2927, 338, 372, 29973] + ASSISTANT + [6054, 29889, 2],
+     [*range(49, 57), *range(71, 77), *range(89, 92)]),
+    ("v1", TEXT, False, HEAD + [4408, 1023, 7601, 11955, 29889] + ASSISTANT
+     + [4367, 322, 7254, 29889, 2, 11889, 29901, 3118, 901, 29973] + ASSISTANT + [612, 4743, 29889, 2],
+     [*range(44, 49), *range(59, 63)]),
+    ("v1", CHAT, True, 94, [*range(49, 57), *range(72, 78), *range(91, 94)]),
+    ("v1", TEXT, True, 64, [*range(44, 49), *range(60, 64)]),
+]
+
+
+def llama2(legacy):
+    """Llama 2's tokenizer, cut down to the tokens and merges that these vectors touch; its ids are the real ones."""
+    spec = json.loads((Path(__file__).parent / "llama2_subset.json").read_text())
+    if not legacy:
+        spec["normalizer"] = None
+        spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    from tokenizers import Tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token="<s>",
+                                   eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("template, sample, legacy, ids, loss", VECTORS)
+def test_llava_vectors(template, sample, legacy, ids, loss):
+    pieces = data.TEMPLATES[template](data.clean_turns(sample), "</s>")
+    ours, roles = data.tokenise(pieces, llama2(legacy), "image" in sample)
+    assert len(ours) == ids if isinstance(ids, int) else ours == ids
+    assert [i for i, role in enumerate(roles) if role != CONTEXT] == list(loss)
+
+
+@pytest.mark.parametrize("answer, first", [("5", 29871), ("\nA b", 29871)])
+def test_a_lone_space_before_the_answer_carries_loss(answer, first):
+    ids, roles = data.tokenise(data.v1([("human", "<image>\nHow many dogs?"), ("gpt", answer)], "</s>"), llama2(False),
+                               True)
+    assert ids[roles.index(ANSWER)] == first
+
+
+def test_plain_takes_two_turns_with_an_image():
+    for sample in (CHAT, TEXT):
+        with pytest.raises(ValueError, match="plain template"):
+            data.plain(data.clean_turns(sample), "</s>")
+
+
+def test_supervised_ids_decode_to_the_answers(toy, tokenizer):
+    for sample in data.load_records(toy / "instruct.json"):
+        ids, roles = data.tokenise(data.v1(data.clean_turns(sample), "</s>"), tokenizer, "image" in sample)
+        assert tokenizer.unk_token_id not in ids
+        said = tokenizer.decode([i for i, role in zip(ids, roles) if role != CONTEXT])
+        assert said == " ".join(turn["value"] + " </s>" for turn in sample["conversations"][1::2])
+
+
+def test_a_boundary_inside_a_token_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="joins"):
+        data.tokenise([("re", CONTEXT), ("d", ANSWER)], tokenizer, False)
+
+
+def test_image_marker_moves_to_the_front():
+    assert data.clean_turns(CAPTION)[0][1] == "<image>\nRender a concise summary of the photo."
+    assert data.clean_turns(record("a <image> b <image>", "c", image="x"))[0][1] == "<image>\na  b"
+    assert data.clean_turns(record("<image>", "c", image="x"))[0][1] == "<image>"
+    assert data.clean_turns(record("what is <image>?", "c"))[0][1] == "what is <image>?"
+
+
+@pytest.mark.parametrize("bad, message", [
+    ({"id": "r"}, "no conversation turns"),
+    ({"id": "r", "conversations": []}, "no conversation turns"),
+    ({"id": "r", "conversations": [{"from": "system", "value": "x"}]}, "'system'"),
+    (record("q"), "no answer"),
+    (record("q", ""), "empty turn"),
+    ({"id": "r", "conversations": [{"from": "human"}]}, "without text"),
+    ({"id": "r", "conversations": [{"from": "human", "value": "x"}] * 2 + [{"from": "gpt", "value": "x"}]}, "alternate"),
+    (record("q", "a", image="x"), "0 turns with <image>"),
+    (record("<image> q", "a", "<image> r", "b", image="x"), "2 turns with <image>"),
+    (record("q", "<image>", image="x"), "1 turns with <image>"),
+    ("text", "no conversation turns"),
+])
+def test_bad_records_are_named(tmp_path, bad, message):
+    (tmp_path / "d.json").write_text(json.dumps([TEXT, bad]))
+    with pytest.raises(ValueError, match=f"d.json: record 1 .*{message}"):
+        data.load_records(tmp_path / "d.json")
+
+
+def test_good_oddities():
+    assert data.fault({"conversations": [{"from": "gpt", "value": "hello"}] + TEXT["conversations"]}) is None
+    assert data.fault(record("q", "a", "r") | {"model": ""}) is None  # ends on a question: earlier answers count
+
+
+def test_missing_image_names_record_and_file(tmp_path, tokenizer):
+    samples = data.Conversations([CAPTION | {"image": "gone.png"}], tmp_path, tokenizer, "plain", 32, "crop")
+    with pytest.raises(ValueError, match="record 'r': .*gone.png: no such image"):
+        samples[0]
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------
+
+
+def sample(ids, roles, image=False):
+    return {"ids": ids, "roles": roles, "pixels": torch.ones(3, 8, 8) if image else None, "name": "record 's'"}
+
+
+def test_collate_by_hand():
+    batch = data.collate([sample([1, -200, 7, 8, 13], [CONTEXT] * 2 + [ANSWER, ANSWER, END], image=True),
+                          sample([1, 5, 6, 2], [CONTEXT] * 2 + [ANSWER, END])], 3, -200, 0, 8)
+    assert batch["ids"].tolist() == [[1, -200, -200, -200, 7, 8, 13], [1, 5, 6, 2, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100] * 4 + [7, 8, 13], [-100, -100, 6, 2, -100, -100, -100]]
+    assert batch["mask"].tolist() == [[True] * 7, [True] * 4 + [False] * 3]
+    assert batch["caption_ids"].tolist() == [[7, 8], [6, 0]]
+    assert batch["caption_mask"].tolist() == [[True, True], [True, False]]
+    assert batch["pixels"].shape == (1, 3, 8, 8) and batch["pixels"].all()
+
+
+def test_collate_left_and_other_placeholder():
+    batch = data.collate([sample([1, -200, 7], [CONTEXT] * 3, image=True), sample([1], [CONTEXT])], 2, 99, 0, 8,
+                         side="left")
+    assert batch["ids"].tolist() == [[1, 99, 99, 7], [0, 0, 0, 1]]
+    assert batch["mask"].tolist() == [[True] * 4, [False] * 3 + [True]]
+
+
+def test_collate_without_images_has_one_black_dummy():
+    pixels = data.collate([sample([1, 5], [CONTEXT, ANSWER])], 3, -200, 0, 8)["pixels"]
+    assert pixels.shape == (1, 3, 8, 8) and not pixels.any()
+
+
+def test_rows_are_cut_but_never_in_an_image():
+    row = sample([1, -200, 7, 8], [CONTEXT] * 2 + [ANSWER] * 2, image=True)
+    assert data.collate([row], 3, -200, 0, 8, max_length=5)["ids"].tolist() == [[1, -200, -200, -200, 7]]
+    with pytest.raises(ValueError, match="record 's': the image does not fit into 3 tokens"):
+        data.collate([row], 3, -200, 0, 8, max_length=3)
+
+
+def test_equal_captions_have_equal_keys():
+    rows = [sample([1, 5, 6], [CONTEXT, ANSWER, ANSWER]), sample([1, 1, 5, 6, 2], [CONTEXT] * 2 + [ANSWER] * 2 + [END]),
+            sample([1, 6, 5], [CONTEXT, ANSWER, ANSWER])]
+    keys = data.collate(rows, 3, -200, 0, 8)["caption_keys"]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_subsets_are_nested():
+    parts = [set(data.subset(1000, fraction, seed=3)) for fraction in (0.01, 0.1, 0.5, 1)]
+    assert [len(part) for part in parts] == [10, 100, 500, 1000]
+    assert all(small < large for small, large in zip(parts, parts[1:]))
+    assert data.subset(1000, 0.1, seed=4) != data.subset(1000, 0.1, seed=3)
+    with pytest.raises(ValueError, match="data_fraction is 0"):
+        data.subset(10, 0, seed=0)
+
+
+# ---- ScienceQA -----------------------------------------------------------------------------------------------------
+
+
+def test_scienceqa_prompt():
+    problem = {"question": "Which is  soft?", "choices": ["rock", "wool"], "answer": 1, "hint": "", "image": None}
+    text = ("Which is soft?\nA. rock\nB. wool\nAnswer with the option's letter from the given choices directly.")
+    assert data.scienceqa_prompt(problem) == text
+    assert data.scienceqa_prompt(problem | {"hint": "Touch it.", "image": "image.png"}) == (
+        f"<image>\nContext: Touch it.\n{text}")
+
+
+def test_scienceqa_folder(toy):
+    questions = data.load_scienceqa(toy / "scienceqa", "test")
+    assert len(questions) == 40 and sum(q["image"] is not None for q in questions) == 30
+    assert all(q["image"].exists() for q in questions if q["image"])
+    assert {q["num_choices"] for q in questions} == {2, 3, 4}
+    with pytest.raises(ValueError, match="no split 'tset'"):
+        data.load_scienceqa(toy / "scienceqa", "tset")
+
+
+# ---- the toy world -------------------------------------------------------------------------------------------------
+
+
+def test_toy_world_is_the_same_every_time(toy, tmp_path):
+    data.write_toy_world(tmp_path / "again", align=40, instruct=40, text=10, test=40)
+
+    def digest(folder):
+        return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+                for file in sorted(folder.rglob("*")) if file.is_file()}
+
+    assert digest(toy) == digest(tmp_path / "again")
+
+
+def test_toy_splits_are_disjoint():
+    splits = {name: {tuple(scene.values()) for scene in scenes} for name, scenes in data.toy_scenes().items()}
+    assert [len(part) for part in splits.values()] == [256, 64, 64]
+    assert len(set.union(*splits.values())) == 384
+
+
+def test_toy_instructions_hold_no_multiple_choice(toy):
+    text = (toy / "instruct.json").read_text()
+    assert "A. " not in text and "The answer is" not in text and data.SHORT.strip() in text
+    records = data.load_records(toy / "instruct.json")
+    assert sum("image" not in r for r in records) == len(records) // 10
+
+
+def test_toy_files_are_valid_records(toy):
+    for name in ("align", "instruct", "text"):
+        for item in data.load_records(toy / f"{name}.json"):
+            assert data.fault(item) is None
+
+
+def test_toy_text_problem_tells_the_answer_in_its_hint():
+    problem = data.toy_problem(data.toy_scenes()["val"][0], random.Random(0), "", None)
+    answer = data.toy_problem_answer(problem)
+    choice, letter = problem["choices"][problem["answer"]], "ABCDE"[problem["answer"]]
+    assert answer == f"{choice}. The answer is {letter}."
+
+
+# ---- check ---------------------------------------------------------------------------------------------------------
+
+
+def test_check_lists_faults_and_writes_a_clean_list(toy, tmp_path):
+    records = json.loads((toy / "align.json").read_text())[:4]
+    records[1]["image"] = "gone.png"
+    records[2]["conversations"] = []
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    run = subprocess.run([sys.executable, ROOT / "data.py", "check", tmp_path / "d.json", toy / "images"],
+                         capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "record 1" in run.stdout and "gone.png" in run.stdout and "record 2" in run.stdout
+    assert "2 of 4 records are good" in run.stdout
+    assert len(data.load_records(tmp_path / "d.clean.json")) == 2

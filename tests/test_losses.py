@@ -1,0 +1,137 @@
+"""The losses against their definitions written as plain loops, and against themselves on several ranks."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import losses
+
+
+def test_generative_loss_is_shifted_cross_entropy():
+    hidden, weight = torch.randn(2, 5, 8), torch.randn(11, 8)
+    labels = torch.tensor([[3, -100, 4, -100, 5], [-100, -100, 1, 2, -100]])
+    logits, expected = hidden @ weight.T, 0.0
+    for b in range(2):
+        for s in range(1, 5):
+            if labels[b, s] != -100:
+                expected -= logits[b, s - 1].log_softmax(-1)[labels[b, s]]
+    assert torch.allclose(losses.generative_loss(hidden, labels, weight), expected)
+    assert losses.count_supervised(labels) == 4  # the label at position 0 has nothing to predict it from
+
+
+def test_generative_loss_without_labels_is_zero_with_zero_gradient():
+    hidden = torch.randn(1, 4, 8, requires_grad=True)
+    loss = losses.generative_loss(hidden, torch.full((1, 4), -100), torch.randn(11, 8))
+    loss.backward()
+    assert loss == 0 and (hidden.grad == 0).all()
+
+
+def test_generative_loss_is_computed_in_fp32():
+    hidden, weight = torch.randn(1, 9, 8).bfloat16(), torch.randn(11, 8).bfloat16()
+    assert losses.generative_loss(hidden, torch.randint(0, 11, (1, 9)), weight).dtype == torch.float32
+
+
+def score(patches, tokens):
+    """s_ij by its definition: mean over the tokens of the cosine with the mean patch."""
+    pooled = patches.mean(0)
+    return sum(F.cosine_similarity(pooled, token, dim=0) for token in tokens) / len(tokens)
+
+
+def test_contrastive_loss_equals_the_triple_loop():
+    B, T, scale = 4, 6, 9.0
+    patches, embeds = torch.randn(B, 5, 8), torch.randn(B, T, 8)
+    lengths = [6, 2, 3, 1]
+    mask = torch.arange(T)[None] < torch.tensor(lengths)[:, None]
+    s = torch.stack([torch.stack([score(patches[i], embeds[j, : lengths[j]]) for j in range(B)]) for i in range(B)])
+    expected = sum(-(scale * s[i]).log_softmax(0)[i] - (scale * s[:, i]).log_softmax(0)[i] for i in range(B)) / (2 * B)
+    image, text = losses.pool_patches(patches), losses.pool_tokens(embeds, mask)
+    loss, accuracy = losses.contrastive_loss(image, text, torch.tensor(scale), torch.arange(B))
+    assert torch.allclose(image @ text.T, s, atol=1e-6)
+    assert torch.allclose(loss, expected)
+    assert accuracy == sum(s[i].argmax() == i for i in range(B)) / B
+
+
+def test_equal_captions_are_not_negatives():
+    """Rows 0 and 2 share a caption: the loss is that of the score matrix without the two false negatives."""
+    image, text, keys = torch.randn(4, 8), torch.randn(4, 8), torch.tensor([7, 8, 7, 9])
+    text[2] = text[0]
+    s = image @ text.T
+    s[0, 2] = s[2, 0] = -math.inf
+    expected = (F.cross_entropy(s, torch.arange(4)) + F.cross_entropy(s.T, torch.arange(4))) / 2
+    assert torch.allclose(losses.contrastive_loss(image, text, torch.tensor(1.0), keys)[0], expected)
+
+
+def test_padding_and_empty_captions():
+    embeds, mask = torch.randn(2, 5, 8), torch.tensor([[True, True, False, False, False], [False] * 5])
+    pooled = losses.pool_tokens(embeds, mask)
+    embeds[:, 2:] = 1e6
+    assert torch.equal(losses.pool_tokens(embeds, mask), pooled)
+    assert (pooled[1] == 0).all()
+
+
+def test_scale_starts_at_clip_and_is_clamped():
+    scale = losses.ContrastiveScale()
+    assert scale().item() == pytest.approx(1 / 0.07)
+    for value, clamped in ((9.0, 100.0), (-3.0, 1.0)):
+        scale.log_scale.data.fill_(value)
+        scale.clamp_()
+        assert scale().item() == pytest.approx(clamped)
+
+
+def test_one_batch_can_be_learned():
+    """The loss starts near ln B and falls to almost nothing when the image side is free to move."""
+    patches, text = torch.randn(16, 4, 32, requires_grad=True), losses.unit(torch.randn(16, 32))
+    scale, keys, history = losses.ContrastiveScale(), torch.arange(16), []
+    optimizer = torch.optim.Adam([patches, *scale.parameters()], lr=0.05)
+    for _ in range(60):
+        loss, accuracy = losses.contrastive_loss(losses.pool_patches(patches), text, scale(), keys)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[0] > math.log(16) * 0.8 and history[-1] < 0.01 and accuracy == 1
+
+
+# ---- several ranks -------------------------------------------------------------------------------------------------
+
+
+def inputs():
+    torch.manual_seed(3)
+    patches, embeds = torch.randn(8, 5, 8, dtype=torch.float64), torch.randn(8, 6, 8, dtype=torch.float64)
+    mask = torch.arange(6)[None] < torch.randint(1, 7, (8, 1))
+    return patches, embeds, mask, torch.tensor([1, 2, 3, 4, 1, 6, 7, 3])
+
+
+def gradients(rows) -> tuple:
+    """Loss share and the gradients of patches, token embeddings and log-scale for these rows of the batch."""
+    patches, embeds, mask, keys = (x[rows] for x in inputs())
+    scale = losses.ContrastiveScale()
+    patches.requires_grad_(), embeds.requires_grad_()
+    loss, accuracy = losses.contrastive_loss(losses.pool_patches(patches), losses.pool_tokens(embeds, mask), scale(),
+                                             keys)
+    loss.backward()
+    return loss.detach(), accuracy, patches.grad, embeds.grad, scale.log_scale.grad
+
+
+def one_rank(rank, world, folder):
+    """The body of one process of the test below."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    share = 8 // world
+    torch.save(gradients(slice(rank * share, (rank + 1) * share)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_ranks_gives_the_gradient_of_one(world, tmp_path):
+    torch.multiprocessing.spawn(one_rank, (world, tmp_path), nprocs=world)
+    loss, accuracy, patches, embeds, log_scale = gradients(slice(None))
+    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    assert torch.allclose(sum(s[0] for s in shares), loss, rtol=1e-6)
+    assert torch.allclose(sum(s[1] for s in shares), accuracy)
+    assert torch.allclose(torch.cat([s[2] for s in shares]), patches, rtol=1e-5, atol=1e-8)
+    assert torch.allclose(torch.cat([s[3] for s in shares]), embeds, rtol=1e-5, atol=1e-8)
+    assert torch.allclose(sum(s[4] for s in shares), log_scale, rtol=1e-6)

@@ -1,0 +1,666 @@
+"""Training, from the command line to the last checkpoint, in the order in which things happen.
+
+    python train.py                                        # no GPU: the tiny preset, both stages, scored, in minutes
+    torchrun --nproc_per_node=8 train.py --stage align     # with GPUs: LLaVA-1.5's stage 1, both losses
+    torchrun --nproc_per_node=8 train.py --stage instruct  # stage 2: projector and LLM on instructions
+
+Two stages on LLaVA's recipe (arXiv 2310.03744). Align: image-caption pairs, only the projector learns, with the
+captioning loss and CG-VLM's contrastive loss. Instruct: conversations, the projector and the LLM learn, with the
+next-token loss alone. The ViT is frozen throughout. A third stage, pretrain, makes the two tiny towers.
+
+What people usually take from a framework is written out here, and the models know nothing of it:
+data parallelism (`DataParallelAdamW`), mixed precision (the same class), gradient checkpointing (`checkpointed`).
+
+Read next: eval.py, which asks the trained model.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import losses
+from llm import LLM, LLMConfig
+from losses import rank, world_size
+from projector import PROJECTORS, VLM
+from vit import ViT, ViTConfig, read_json
+
+# ----------------------------------------------------------------------------------------------------------------
+# 1. What to do: one dataclass, the presets, and a command line made from them
+
+
+def option(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    stage: str = option("all", "what to run", ("pretrain", "align", "instruct", "all"))
+    preset: str = option("", "set of defaults; empty: 7b where CUDA is present, else tiny", ("", "tiny", "7b"))
+    out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
+    init: str = option("", "instruct: the align run to start from; empty: runs/PRESET/align")
+    seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
+
+    vit: str = option("", "vision tower: a folder or a Hub id")
+    llm: str = option("", "language tower: a folder or a Hub id")
+    projector: str = option("mlp2x_gelu", "the bridge between them", PROJECTORS)
+    feature_layer: int = option(-2, "the ViT's hidden state to project")
+
+    annotations: str = option("", "LLaVA JSON of this stage")
+    images: str = option("", "folder below which its images lie")
+    scienceqa: str = option("", "ScienceQA folder that eval.py scores by default")
+    data_fraction: float = option(1.0, "use this part of the records; smaller parts are nested in larger ones")
+    template: str = option("v1", "how a record becomes text", tuple(data.TEMPLATES))
+    fit: str = option("pad", "how an image becomes square", ("crop", "pad"))
+    max_length: int = option(2048, "tokens in a row, image included; the rest is cut off")
+    workers: int = option(0, "loader processes on each rank")
+
+    contrastive: str = option("none", "contrastive loss beside the generative one; align only", ("none", "patch"))
+    contrastive_weight: float = option(1.0, "total = generative + weight * contrastive")
+
+    epochs: float = option(1.0, "passes over the records")
+    batch: int = option(64, "samples in a step, over all ranks and micro-batches")
+    micro_batch: int = option(64, "most samples of a rank in one pass of the LLM")
+    lr: float = option(1e-3, "peak learning rate: linear warm-up, then cosine to zero")
+    warmup_ratio: float = option(0.03, "part of the steps that warm up")
+    weight_decay: float = option(0.0, "AdamW's, for matrices only")
+    clip: float = option(0.0, "largest global gradient norm; 0: no clipping, as in LLaVA's own runs")
+
+
+# The tiny numbers come from the validation split of the toy world; the 7b ones are LLaVA-1.5's.
+PRESETS = {
+    "tiny": {
+        "common": dict(vit="assets/tiny-vit", llm="assets/tiny-llm", scienceqa="data/toy/scienceqa",
+                       images="data/toy/images", clip=1.0),
+        "align": dict(annotations="data/toy/align.json", template="plain", fit="crop", contrastive="patch",
+                      epochs=8.0, batch=64, micro_batch=64, lr=2e-3),
+        "instruct": dict(annotations="data/toy/instruct.json", epochs=3.0, batch=32, micro_batch=32, lr=1e-3),
+    },
+    "7b": {
+        "common": dict(vit="openai/clip-vit-large-patch14-336", llm="lmsys/vicuna-7b-v1.5",
+                       scienceqa="data/ScienceQA", workers=4),
+        "align": dict(annotations="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", images="data/LLaVA-Pretrain/images",
+                      template="plain", fit="crop", contrastive="patch", batch=256, micro_batch=32, lr=1e-3),
+        "instruct": dict(annotations="data/LLaVA-Instruct/llava_v1_5_mix665k.json", images="data/LLaVA-Instruct",
+                         batch=128, micro_batch=16, lr=2e-5),
+    },
+}
+
+
+def parse_args(argv=None) -> dict:
+    """The options given on the command line, and only those. Unknown flags and wrong types end the program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    for f in fields(Config):
+        parser.add_argument(f"--{f.name}", type=f.type, choices=f.metadata["choices"], default=argparse.SUPPRESS,
+                            metavar=None if f.metadata["choices"] else f.name.upper(),
+                            help=f"{f.metadata['help']} (default: {f.default!r}, unless the preset says otherwise)")
+    return vars(parser.parse_args(argv))
+
+
+def configure(stage: str, given: dict) -> Config:
+    """Defaults, then the preset, then the preset's stage, then the command line."""
+    preset = given.get("preset") or ("7b" if torch.cuda.is_available() else "tiny")
+    values = PRESETS[preset]["common"] | PRESETS[preset].get(stage, {})
+    config = Config(**(values | given | {"stage": stage, "preset": preset}))
+    if config.contrastive != "none" and stage != "align":
+        raise ValueError("--contrastive belongs to the align stage")
+    if config.batch < 1 or config.micro_batch < 1 or config.epochs <= 0:
+        raise ValueError("--batch, --micro_batch and --epochs must be above zero")
+    config.out = config.out or f"runs/{preset}/{stage}"
+    config.init = config.init or (f"runs/{preset}/align" if stage == "instruct" else "")
+    return config
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 2. Where to do it: ranks, device, precision. One process is rank 0 of 1, a CPU is the slowest GPU.
+
+
+def start_ranks() -> torch.device:
+    """Join the process group if torchrun made one; return this rank's device."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, os.cpu_count() // local_ranks))
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def choose_dtype(device):
+    """(dtype of weights and activations, why). Norms, softmax, losses and the optimizer's masters are fp32 anyway."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16, "this GPU computes it fast, and it has fp32's range"
+    return torch.float32, "no GPU with bfloat16"
+
+
+def say(*words):
+    if rank() == 0:
+        tqdm.write(" ".join(str(word) for word in words))
+
+
+def sum_over_ranks(values, device) -> list:
+    """Element-wise sum of a list of numbers over all ranks, in fp64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 3. Data parallelism and AdamW, by hand
+
+
+class Bucket:
+    """Some parameters of one dtype, laid end to end in flat buffers that are padded to a multiple of W.
+
+    weight    (n,) in the model's dtype; each parameter becomes a view into it
+    gradient  (n,) fp32, where the gradients of all micro-batches add up
+    """
+
+    def __init__(self, parameters, decay: bool):
+        self.parameters, self.decay = parameters, decay
+        size = sum(parameter.numel() for parameter in parameters)
+        size += -size % world_size()
+        first = parameters[0]
+        self.weight = torch.zeros(size, dtype=first.dtype, device=first.device)  # (n,)
+        self.gradient = torch.zeros(size, dtype=torch.float32, device=first.device)  # (n,)
+        self.views, start = {}, 0
+        for parameter in parameters:
+            part = slice(start, start + parameter.numel())
+            self.weight[part] = parameter.detach().flatten()
+            parameter.data = self.weight[part].view_as(parameter)
+            self.views[parameter] = self.gradient[part].view_as(parameter)
+            start = part.stop
+        if world_size() > 1:
+            dist.broadcast(self.weight, src=0)  # equal seeds are a habit, not a guarantee
+        self.waiting, self.work = set(), None
+
+
+class DataParallelAdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) whose gradients are summed over all ranks.
+
+    In time order, for one step:
+
+    1. `backward` fills the buckets: a hook on each parameter adds its gradient to the bucket's fp32 buffer.
+    2. During the last backward (`last_backward()` was called) a bucket whose parameters are all in is sent off at
+       once, while backward goes on with earlier layers. Sums, not means: see losses.py, "Reduction".
+    3. `step` sends what is left (parameters that got no gradient count as zero), waits, clips by the global norm,
+       and updates fp32 masters; the model's weights are their rounded copies. In bfloat16 alone, updates of
+       2e-5 on weights of 0.02 would mostly round to nothing.
+
+    With `shard` (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054) the sum is a reduce-scatter: each rank receives,
+    and keeps masters and moments for, only its 1/W of every bucket, and an all-gather returns the new weights.
+    """
+
+    def __init__(self, parameters, weight_decay=0.0, clip=0.0, betas=(0.9, 0.999), eps=1e-8, shard=False,
+                 bucket_size=2**23):
+        self.weight_decay, self.clip, self.betas, self.eps, self.steps = weight_decay, clip, betas, eps, 0
+        self.shard = shard and world_size() > 1
+        groups = {}
+        for parameter in reversed(list(parameters)):  # backward meets the last layers first
+            groups.setdefault((parameter.dtype, parameter.ndim > 1), []).append(parameter)
+        self.buckets = []
+        for (_, is_matrix), group in groups.items():
+            members, size = [], 0
+            for parameter in group:
+                if members and size + parameter.numel() > bucket_size:
+                    self.buckets.append(Bucket(members, is_matrix))
+                    members, size = [], 0
+                members.append(parameter)
+                size += parameter.numel()
+            self.buckets.append(Bucket(members, is_matrix))
+        for bucket in self.buckets:
+            bucket.master = self.own(bucket.weight).float().clone()  # (n,) or, sharded, (n / W,)
+            bucket.m, bucket.v = torch.zeros_like(bucket.master), torch.zeros_like(bucket.master)
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(partial(self.collect, bucket))
+        self.is_last = False
+
+    def own(self, flat):
+        """The part of a flat buffer that this rank updates: all of it, or the rank-th of W slices."""
+        return flat.chunk(world_size())[rank()] if self.shard else flat
+
+    def collect(self, bucket, parameter):
+        """Hook: `parameter.grad` is complete for this backward. Move it to the bucket; send the bucket if it is full."""
+        bucket.views[parameter].add_(parameter.grad)
+        parameter.grad = None
+        if self.is_last:
+            bucket.waiting.discard(parameter)
+            if not bucket.waiting:
+                self.send(bucket)
+
+    def last_backward(self):
+        """From here on, each parameter's next gradient is its last of this step."""
+        self.is_last = True
+        for bucket in self.buckets:
+            bucket.waiting = set(bucket.parameters)
+
+    def send(self, bucket):
+        if world_size() > 1 and bucket.work is None:
+            if self.shard:
+                bucket.work = dist.reduce_scatter_tensor(self.own(bucket.gradient), bucket.gradient, async_op=True)
+            else:
+                bucket.work = dist.all_reduce(bucket.gradient, async_op=True)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float:
+        """Finish the sums, clip, update, forget the gradients; return the global gradient norm before clipping."""
+        for bucket in self.buckets:
+            self.send(bucket)
+        for bucket in self.buckets:
+            if bucket.work is not None:
+                bucket.work.wait()
+        squares = sum(self.own(bucket.gradient).double().square().sum().item() for bucket in self.buckets)
+        if self.shard:
+            squares = sum_over_ranks([squares], self.buckets[0].gradient.device)[0]
+        norm = math.sqrt(squares)
+        if not math.isfinite(norm):
+            raise ValueError("the gradient is not finite; no weight was changed")
+        shrink = min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0
+
+        self.steps += 1
+        beta1, beta2 = self.betas
+        for bucket in self.buckets:
+            gradient = self.own(bucket.gradient).mul_(shrink)
+            bucket.master.mul_(1 - lr * self.weight_decay * bucket.decay)
+            bucket.m.lerp_(gradient, 1 - beta1)
+            bucket.v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            denominator = (bucket.v / (1 - beta2**self.steps)).sqrt_().add_(self.eps)
+            bucket.master.addcdiv_(bucket.m, denominator, value=-lr / (1 - beta1**self.steps))
+            self.own(bucket.weight).copy_(bucket.master)
+            if self.shard:
+                dist.all_gather_into_tensor(bucket.weight, self.own(bucket.weight).clone())
+            bucket.gradient.zero_()
+            bucket.work = None
+        self.is_last = False
+        return norm
+
+
+def learning_rate(step: int, steps: int, config) -> float:
+    """Linear from 0 over ceil(warmup_ratio * steps), then half a cosine to 0. Step 0 has rate 0, as in LLaVA's runs."""
+    warmup = math.ceil(config.warmup_ratio * steps)
+    if step < warmup:
+        return config.lr * step / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 4. The model of a stage: what is loaded, what learns
+
+
+def build_model(config, device, dtype) -> VLM:
+    torch.manual_seed(config.seed)
+    vlm = VLM.from_towers(config.vit, config.llm, config.projector, config.feature_layer, dtype)
+    if config.stage == "instruct":
+        before = read_json(Path(config.init) / "config.json") if Path(config.init).is_dir() else None
+        if before is None:
+            raise FileNotFoundError(f"{config.init}: no align run to start from; "
+                                    f"`python train.py --stage align --preset {config.preset}` makes one")
+        for name in ("preset", "vit", "llm", "projector", "feature_layer"):
+            if before.get(name) != getattr(config, name):
+                raise ValueError(f"{config.init}: made with {name} {before.get(name)!r}, "
+                                 f"this run has {getattr(config, name)!r}")
+        loaded = vlm.load_projector(config.init, dtype)
+        say(f"from {config.init}: loaded {', '.join(loaded)}; missing none, unexpected none")
+    vlm.to(device, dtype)
+    for part, learns in ((vlm.vit, False), (vlm.projector, True), (vlm.llm, config.stage == "instruct")):
+        part.requires_grad_(learns)
+    return vlm
+
+
+def print_plan(config, vlm, dtype, why, steps, samples):
+    """Everything a reader wants to know before the first step."""
+    say(f"\nstage {config.stage}, preset {config.preset}: {samples} records, {steps} steps of {config.batch} "
+        f"on {world_size()} rank(s), writing {config.out}")
+    say(f"{'module':<12}{'parameters':>14}{'learning':>14}  source")
+    for name, part, source in (("vit", vlm.vit, config.vit), ("projector", vlm.projector, config.projector),
+                               ("llm", vlm.llm, config.llm)):
+        total = sum(p.numel() for p in part.parameters())
+        learning = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        say(f"{name:<12}{total:>14,}{learning:>14,}  {source}")
+    weights = sum(p.numel() * p.element_size() for p in vlm.parameters())
+    learning = sum(p.numel() for p in vlm.parameters() if p.requires_grad)
+    say(f"{str(dtype).removeprefix('torch.')} ({why}); memory before activations: weights {weights / 2**20:,.1f} MiB, "
+        f"fp32 gradients {4 * learning / 2**20:,.1f}, masters and moments {12 * learning / 2**20:,.1f}")
+
+
+def print_sample(sample, tokenizer):
+    """One sample as the model sees it, what carries loss between [[ and ]]: the first thing to look at."""
+    text, inside = "", False
+    for token, role in zip(sample["ids"], sample["roles"]):
+        if (role != data.CONTEXT) != inside:
+            text += "]] " if inside else " [["
+            inside = not inside
+        text += data.IMAGE if token == data.IMAGE_MARKER else f" {tokenizer.decode([token])}"
+    say("first sample:", repr(text + ("]]" if inside else "")))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 5. The data of a stage: which records make which step
+
+
+def split_batch(config) -> tuple:
+    """(samples in a micro-batch, micro-batches in a step) of each rank."""
+    share = config.batch // world_size()
+    size = max(1, min(config.micro_batch, share))
+    if config.batch % world_size() or share % size:
+        raise ValueError(f"a batch of {config.batch} does not divide into {world_size()} ranks and "
+                         f"micro-batches of {config.micro_batch}")
+    return size, share // size
+
+
+def micro_batches_of_rank(config, n: int, steps: int) -> list:
+    """The indices of every micro-batch of this rank, in time order.
+
+    Step k takes the same `batch` records on any number of ranks; a last batch that runs short starts the next pass.
+    """
+    size, accumulation = split_batch(config)
+    kept = data.subset(n, config.data_fraction, config.seed)
+    order = [kept[i] for epoch in range(math.ceil(steps * config.batch / len(kept)))
+             for i in data.epoch_order(len(kept), config.seed, epoch)]
+    starts = [step * config.batch + (rank() * accumulation + part) * size
+              for step in range(steps) for part in range(accumulation)]
+    return [order[start : start + size] for start in starts]
+
+
+def count_steps(config, n: int) -> int:
+    return max(1, math.ceil(len(data.subset(n, config.data_fraction, config.seed)) * config.epochs / config.batch))
+
+
+def make_loader(config, samples, vlm, steps, device):
+    """A DataLoader over this rank's micro-batches."""
+    to_batch = partial(data.collate, num_image_tokens=vlm.num_image_tokens, image_token_id=vlm.image_token_id,
+                       pad_id=samples.tokenizer.pad_token_id, image_size=vlm.vit.config.image_size,
+                       max_length=config.max_length)
+    return torch.utils.data.DataLoader(
+        samples, batch_sampler=micro_batches_of_rank(config, len(samples), steps), collate_fn=to_batch,
+        num_workers=config.workers, pin_memory=device.type == "cuda", persistent_workers=config.workers > 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 6. One step
+
+
+def train_step(vlm, scale, optimizer, micro_batches, config, lr) -> dict:
+    """One update from the micro-batches of this rank; returns what the log shows.
+
+    The gradient is that of one process with the whole batch in one piece: every loss is divided by a count over the
+    *whole step*, and the contrastive loss sees the images of all micro-batches at once. The latter costs the
+    projected patches of a rank's batch, (B, N, C), held in memory for the length of the step.
+    """
+    # 1. Count, over all ranks and micro-batches, what the losses are divided by.
+    device = vlm.llm.head_weight.device
+    tokens, = sum_over_ranks([sum(losses.count_supervised(m["labels"]) for m in micro_batches)], device)
+    micro_batches = [{key: value.to(device, non_blocking=True) for key, value in m.items()} for m in micro_batches]
+
+    # 2. Image -> ViT -> projector, for all micro-batches. The graph is cut behind the projector: every loss leaves
+    #    its gradient at the cut, and the projector's own backward runs once, at the end.
+    patches = [vlm.encode(m["pixels"]) for m in micro_batches]  # each (I, N, C)
+    cut = [p.detach().requires_grad_() for p in patches]
+
+    # 3. The contrastive loss needs no LLM, only its embedding table.
+    contrastive = accuracy = torch.zeros((), device=device)
+    if config.contrastive == "patch":
+        image = torch.cat([losses.pool_patches(p) for p in cut])  # (B, C)
+        text = torch.cat([losses.pool_tokens(vlm.llm.embed(m["caption_ids"]), m["caption_mask"])
+                          for m in micro_batches])  # (B, C)
+        keys = torch.cat([m["caption_keys"] for m in micro_batches])  # (B,)
+        contrastive, accuracy = losses.contrastive_loss(image, text, scale(), keys)
+        (config.contrastive_weight * contrastive).backward()
+
+    # 4. The generative loss, one micro-batch after another through the LLM.
+    generative = 0.0
+    for i, (m, p) in enumerate(zip(micro_batches, cut)):
+        if i == len(micro_batches) - 1:
+            optimizer.last_backward()
+        hidden = vlm.llm.hidden(vlm.splice(m["ids"], p))  # (B, S, C)
+        loss = losses.generative_loss(hidden, m["labels"], vlm.llm.head_weight) / tokens
+        loss.backward()
+        generative += loss.item()
+
+    # 5. What arrived at the cut goes back through the projector.
+    torch.autograd.backward(patches, [p.grad for p in cut])
+
+    # 6. Sum over ranks, clip, update.
+    norm = optimizer.step(lr)
+    scale.clamp_()
+    generative, contrastive, accuracy = sum_over_ranks([generative, contrastive.item(), accuracy.item()], device)
+    return {"loss": generative + config.contrastive_weight * contrastive, "generative": generative,
+            "contrastive": contrastive, "retrieval": accuracy, "scale": scale().item(), "grad_norm": norm, "lr": lr,
+            "tokens": int(tokens)}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 7. A stage: everything above, in order
+
+
+def train_stage(config: Config, device) -> Path:
+    """Run align or instruct; return its run directory."""
+    dtype, why = choose_dtype(device)
+    find_data(config)
+    vlm = build_model(config, device, dtype)
+    records = data.load_records(config.annotations)
+    samples = data.Conversations(records, config.images, data.load_tokenizer(config.llm), config.template,
+                                 vlm.vit.config.image_size, config.fit)
+    steps = count_steps(config, len(samples))
+    print_plan(config, vlm, dtype, why, steps, round(len(samples) * config.data_fraction))
+    print_sample(samples[0], samples.tokenizer)
+    scale = losses.ContrastiveScale().to(device)
+    learning = [p for p in vlm.parameters() if p.requires_grad]
+    learning += scale.parameters() if config.contrastive != "none" else []
+    optimizer = DataParallelAdamW(learning, config.weight_decay, config.clip)
+    loader = iter(make_loader(config, samples, vlm, steps, device))
+    _, accumulation = split_batch(config)
+    out, start = Path(config.out), time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    log = open(out / "log.jsonl", "w") if rank() == 0 else None
+    vlm.train()
+    for step in (bar := tqdm(range(steps), desc=config.stage, disable=rank() > 0)):
+        began = time.time()
+        line = train_step(vlm, scale, optimizer, [next(loader) for _ in range(accumulation)], config,
+                          learning_rate(step, steps, config))
+        line = {"step": step, **line, "ms": round(1000 * (time.time() - began), 1)}
+        if rank() == 0:
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            bar.set_postfix({key: f"{line[key]:.3f}" for key in ("generative", "contrastive", "retrieval")})
+
+    if rank() == 0:
+        vlm.save(out, asdict(config), with_llm=config.stage == "instruct")
+        results = {"stage": config.stage, "steps": steps, "seconds": round(time.time() - start, 1),
+                   "peak_memory_mib": peak_memory(device), "last": line}
+        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        Path("runs").mkdir(exist_ok=True)
+        Path("runs/last").write_text(str(out))
+    return out
+
+
+def peak_memory(device) -> int:
+    """The most memory in use so far, in MiB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def find_data(config):
+    """The toy world is made where it is missing; anything else is asked for."""
+    if config.annotations.startswith("data/toy/") and not Path("data/toy").exists() and rank() == 0:
+        say("writing the toy world to data/toy")
+        data.write_toy_world("data/toy")
+    if world_size() > 1:
+        dist.barrier()
+    if not Path(config.annotations).exists():
+        raise FileNotFoundError(f"{config.annotations}: no such file")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 8. The tiny towers: what CLIP and Vicuna are to the 7b preset, in a few minutes on a CPU
+
+
+def pretrain_vit(folder, seed: int, steps: int = 400, batch: int = 96) -> None:
+    """A small CLIP: the picture (mean of the last block's patches) against its caption (mean of word vectors)."""
+    torch.manual_seed(seed)
+    rng, scenes = random.Random(seed), data.toy_scenes()["train"]
+    tokenizer = data.load_tokenizer(Path(folder).parent / "tiny-llm")
+    vit = ViT(ViTConfig(data.TOY_IMAGE_SIZE, 8, 96, 384, 4, 2), feature_layer=-1)
+    text, scale = nn.EmbeddingBag(len(tokenizer), 96), losses.ContrastiveScale()
+    to_image = nn.Linear(96, 96)
+    optimizer = DataParallelAdamW([*vit.parameters(), *text.parameters(), *to_image.parameters(),
+                                   *scale.parameters()], clip=1.0)
+    config = Config(lr=1e-3, warmup_ratio=0.1)
+    for step in (bar := tqdm(range(steps), desc="pretrain vit")):
+        chosen = [rng.choice(scenes) for _ in range(batch)]
+        pixels = torch.stack([data.preprocess(data.toy_picture(scene, rng), data.TOY_IMAGE_SIZE, "crop")
+                              for scene in chosen])
+        ids = [torch.tensor(tokenizer(data.toy_caption(scene, rng), add_special_tokens=False).input_ids)
+               for scene in chosen]
+        offsets = torch.tensor([0] + [len(i) for i in ids[:-1]]).cumsum(0)
+        keys = torch.tensor([hash(tuple(scene.values())) for scene in chosen])
+        image = losses.unit(to_image(vit(pixels).mean(1)))  # (B, D)
+        loss, accuracy = losses.contrastive_loss(image, losses.unit(text(torch.cat(ids), offsets)), scale(), keys)
+        loss.backward()
+        optimizer.step(learning_rate(step, steps, config))
+        scale.clamp_()
+        bar.set_postfix(loss=f"{loss.item():.3f}", retrieval=f"{accuracy.item():.3f}")
+    vit.half().save_pretrained(folder)
+
+
+def pretrain_llm(folder, seed: int, steps: int = 1500, batch: int = 48) -> None:
+    """A language model of the toy world's text: conversations about scenes told in words, and captions."""
+    torch.manual_seed(seed)
+    rng, scenes = random.Random(seed), data.toy_scenes()["train"]
+    data.write_toy_tokenizer(folder)
+    tokenizer = data.load_tokenizer(folder)
+    llm = LLM(LLMConfig(len(tokenizer), 128, 256, 4, 2, 2, 64, max_position_embeddings=1024))
+    nn.init.normal_(llm.model.embed_tokens.weight, std=0.5)  # at 0.02 a model this small never learns to look back
+    samples = []
+    for number in range(12000):
+        scene = rng.choice(scenes)
+        if number % 4 == 3:  # what stage 1 looks like: a scene, then its caption
+            pieces = [(data.toy_words(scene, rng) + " ", data.CONTEXT), (data.toy_caption(scene, rng), data.ANSWER),
+                      ("\n", data.END)]
+        else:
+            pieces = data.v1(data.clean_turns(data.toy_text_record(scene, rng)), tokenizer.eos_token)
+        ids, roles = data.tokenise(pieces, tokenizer, has_image=False)
+        samples.append({"ids": ids, "roles": roles, "pixels": None, "name": f"text {number}"})
+    optimizer = DataParallelAdamW(llm.parameters(), clip=1.0)
+    config = Config(lr=2e-3, warmup_ratio=0.05)
+    order = [i for epoch in range(math.ceil(steps * batch / len(samples)))
+             for i in data.epoch_order(len(samples), seed, epoch)]
+    for step in (bar := tqdm(range(steps), desc="pretrain llm")):
+        m = data.collate([samples[i] for i in order[step * batch :][:batch]], 0, data.IMAGE_MARKER,
+                         tokenizer.pad_token_id, data.TOY_IMAGE_SIZE)
+        loss = losses.generative_loss(llm.hidden(llm.embed(m["ids"])), m["labels"], llm.head_weight)
+        loss = loss / losses.count_supervised(m["labels"])
+        loss.backward()
+        optimizer.step(learning_rate(step, steps, config))
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    llm.half().save_pretrained(folder)
+
+
+def judge_towers(folder) -> dict:
+    """How good the towers are, by criteria that look at no alignment: multiple choice about scenes of the validation
+    split *told in words* (percent right), and a linear probe of the patch features on its pictures."""
+    rng, scenes = random.Random(1), data.toy_scenes()
+    vlm = VLM.from_towers(folder / "tiny-vit", folder / "tiny-llm", "linear").eval()
+    questions = []
+    for number in range(400):
+        scene = rng.choice(scenes["val"])
+        problem = data.toy_problem(scene, rng, rng.choice(data.HINTS), None)
+        questions.append({"id": number, "image": None, "num_choices": len(problem["choices"]),
+                          "prompt": f"{data.toy_words(scene, rng)}\n{data.scienceqa_prompt(problem)}",
+                          "answer": data.LETTERS[problem["answer"]]})
+    answers = evaluation.ask(vlm, data.load_tokenizer(folder / "tiny-llm"), questions)
+    choice = evaluation.score_scienceqa(questions, dict(enumerate(answers)))["accuracy"]
+
+    def features(split, count):
+        chosen = [rng.choice(scenes[split]) for _ in range(count)]
+        pixels = torch.stack([data.preprocess(data.toy_picture(scene, rng), data.TOY_IMAGE_SIZE, "crop")
+                              for scene in chosen])
+        pooled = vlm.vit(pixels).mean(1)  # (count, D)
+        return torch.cat([pooled, torch.ones(count, 1)], dim=1), chosen
+
+    (x, known), (x_val, asked) = features("train", 1500), features("val", 400)
+    right = 0
+    for kind, values in data.VALUES.items():
+        target = torch.tensor([[float(scene[kind] == value) for value in values] for scene in known])
+        weights = torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1]), x.T @ target)  # ridge regression
+        guess = (x_val @ weights).argmax(1).tolist()
+        right += sum(values[g] == scene[kind] for g, scene in zip(guess, asked))
+    return {"text_multiple_choice": choice, "linear_probe": round(100 * right / (len(asked) * len(data.VALUES)), 2)}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 9. The command line
+
+
+def pretrain(folder: Path, seed: int):
+    pretrain_llm(folder / "tiny-llm", seed)
+    pretrain_vit(folder / "tiny-vit", seed)
+    print(json.dumps(judge_towers(folder)))
+
+
+def run_all(given: dict, device):
+    """Align, instruct, and the benchmark before, between and after: what each stage adds."""
+    root = Path(given.get("out") or f"runs/{configure('align', given).preset}")
+    only_instruct, only_align = ("data_fraction", "init"), ("contrastive", "contrastive_weight")
+    align = configure("align", {key: value for key, value in given.items() if key not in only_instruct}
+                      | {"out": str(root / "align")})
+    instruct = configure("instruct", {key: value for key, value in given.items() if key not in only_align}
+                         | {"out": str(root / "instruct"), "init": align.out})
+    train_stage(align, device)
+    train_stage(instruct, device)
+    if rank() > 0:
+        return
+    save_unaligned(align, root / "unaligned")
+    scores = {name: evaluation.run_bench("scienceqa", root / name, None, "test", device)
+              for name in ("unaligned", "align", "instruct")}
+    say(f"\nScienceQA, test split, percent right{'':<8}all   with image")
+    for name, score in scores.items():
+        say(f"  {name:<34}{score['accuracy']:>10.1f}{score['accuracy_img']:>13.1f}")
+    say(json.dumps({"out": str(root), "contrastive": align.contrastive, "data_fraction": instruct.data_fraction,
+                    **{f"{name}_img": score["accuracy_img"] for name, score in scores.items()},
+                    "peak_memory_mib": peak_memory(device)}))
+
+
+def save_unaligned(config, folder):
+    """The run that `config` started from: both towers and the projector's initial weights."""
+    build_model(config, torch.device("cpu"), torch.float32).save(folder, asdict(config), with_llm=False)
+
+
+def main():
+    given = parse_args()
+    stage = given.get("stage", "all")
+    device = start_ranks()
+    try:
+        if stage == "pretrain":
+            pretrain(Path(given.get("out") or "assets"), given.get("seed", 0))
+        elif stage == "all":
+            run_all(given, device)
+        else:
+            train_stage(configure(stage, given), device)
+    except (OSError, ValueError) as error:
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
