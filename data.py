@@ -285,6 +285,47 @@ def epoch_order(n: int, seed: int, epoch: int) -> list:
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
 
 
+def signed_length(record) -> int:
+    """Words of all turns; negative for a text-only record. What the grouping below sorts by."""
+    words = sum(len(turn["value"].split()) for turn in record["conversations"])
+    return words if "image" in record else -words
+
+
+def even_chunks(indices: list, lengths: list, chunks: int) -> list:
+    """`indices` (longest first) dealt into `chunks` of one size and about one total length.
+
+    Each goes to the chunk with the smallest total so far, until that chunk is full; where they do not divide evenly,
+    they are dealt like cards.
+    """
+    if len(indices) % chunks:
+        return [indices[i::chunks] for i in range(chunks)]
+    dealt, totals = [[] for _ in range(chunks)], [0] * chunks
+    for index in indices:
+        smallest = totals.index(min(totals))
+        dealt[smallest].append(index)
+        totals[smallest] = totals[smallest] + lengths[index] if len(dealt[smallest]) < len(indices) / chunks else np.inf
+    return dealt
+
+
+def grouped_order(lengths: list, batch: int, chunks: int, seed: int, epoch: int) -> list:
+    """LLaVA's group_by_modality_length: an order in which each batch is of one modality and of similar lengths.
+
+    `lengths` are signed (see above), `chunks` the micro-batches of a step over all ranks. Per modality: shuffle, cut
+    into batches, sort each, deal it into even chunks. Then shuffle the batches; what is left over comes last.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    whole, rest = [], []
+    for is_text in (False, True):
+        members = [i for i, length in enumerate(lengths) if (length < 0) == is_text]
+        members = [members[i] for i in rng.permutation(len(members))]
+        cut = len(members) // batch * batch
+        whole += [members[start : start + batch] for start in range(0, cut, batch)]
+        rest += members[cut:]
+    size = [abs(length) for length in lengths]
+    dealt = [even_chunks(sorted(group, key=lambda i: -size[i]), size, chunks) for group in whole]
+    return [i for group in rng.permutation(len(dealt)) for chunk in dealt[group] for i in chunk] + sorted(rest)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # ScienceQA: problems.json, pid_splits.json, images/{split}/{pid}/image.png
 
@@ -326,9 +367,10 @@ COLORS = {"red": (214, 40, 40), "green": (40, 150, 60), "blue": (40, 80, 220), "
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 SIZES = {"small": 6, "large": 11}  # radius in pixels
 PLACES = {"northwest": (0, 0), "northeast": (1, 0), "southwest": (0, 1), "southeast": (1, 1)}
-TOY_IMAGE_SIZE = 48
-CAPTIONS = ("a {size} {color} {shape} in the {place}", "in the {place}, a {size} {color} {shape}",
-            "the {place} has a {shape}, {size} and {color}")
+TOY_IMAGE_SIZE, TOY_VOCABULARY = 48, 81  # pixels a side; tokens of write_toy_tokenizer
+CAPTION = "a {size} {color} {shape} in the {place}"
+WORDINGS = (CAPTION, "in the {place}, a {size} {color} {shape}", "the {place} has a {shape}, {size} and {color}",
+            "{shape} {place} {color} {size}", "{color} {size} {place} {shape}", "{place} {size} {shape} {color}")
 QUESTIONS = {"color": ("What color is the shape?", "Which color do you see?"),
              "shape": ("Which shape is it?", "What form do you see?"),
              "size": ("How big is the shape?", "What size is it?"),
@@ -373,19 +415,13 @@ def toy_picture(scene: dict, rng: random.Random) -> Image.Image:
     return image.resize((TOY_IMAGE_SIZE,) * 2, Image.Resampling.BOX)
 
 
-def toy_caption(scene: dict, rng: random.Random) -> str:
-    return rng.choice(CAPTIONS).format(**scene)
-
-
-def toy_open_question(scene: dict, rng: random.Random):
+def toy_open_question(scene: dict, kind: str, rng: random.Random):
     """(question, answer) with a single word for an answer."""
-    kind = rng.choice(list(QUESTIONS))
     return rng.choice(QUESTIONS[kind]) + SHORT, scene[kind]
 
 
-def toy_problem(scene: dict, rng: random.Random, hint: str, image) -> dict:
+def toy_problem(scene: dict, kind: str, rng: random.Random, hint: str, image) -> dict:
     """One entry of problems.json: 2 to 4 choices (a size has only 2), in random order."""
-    kind = rng.choice(list(QUESTIONS))
     others = [value for value in VALUES[kind] if value != scene[kind]]
     choices = rng.sample(others, min(len(others), rng.randint(1, 3))) + [scene[kind]]
     rng.shuffle(choices)
@@ -398,30 +434,31 @@ def toy_problem_answer(problem: dict) -> str:
     return SCIENCEQA_ANSWER.format(choice=problem["choices"][problem["answer"]], letter=LETTERS[problem["answer"]])
 
 
-def toy_text_record(scene: dict, rng: random.Random, rounds: int = 4) -> dict:
-    """A conversation about a scene *told in words* where the image would stand: what the tiny LM is pretrained on."""
+def toy_words(scene: dict, rng: random.Random) -> str:
+    """A scene in words, in any wording: what a text-only model gets where the image would stand."""
+    return rng.choice(WORDINGS).format(**scene)
+
+
+def toy_text_record(scene: dict, rng: random.Random, forms=("open", "choice", "hint", "describe"),
+                    most_rounds: int = 3) -> dict:
+    """A conversation about a scene *told in words*: what the tiny LM is pretrained on.
+
+    One to `most_rounds` rounds on different attributes, so that a word is in the choices of one round at most.
+    """
     turns = []
-    for number in range(rounds):
+    for number, kind in enumerate(rng.sample(list(QUESTIONS), rng.randint(1, most_rounds))):
         seen = "" if number else toy_words(scene, rng) + "\n"
-        form = rng.choice(("open", "choice", "hint", "describe"))
+        form = rng.choice(forms)
         if form == "open":
-            question, answer = toy_open_question(scene, rng)
+            question, answer = toy_open_question(scene, kind, rng)
         elif form == "describe":
-            question, answer = rng.choice(DESCRIBE), toy_caption(scene, rng)
+            question, answer = rng.choice(DESCRIBE), CAPTION.format(**scene)
         else:
-            problem = toy_problem(scene, rng, toy_caption(scene, rng) if form == "hint" else rng.choice(HINTS), None)
+            hint = toy_words(scene, rng) if form == "hint" else rng.choice(HINTS)
+            problem = toy_problem(scene, kind, rng, hint, None)
             question, answer = scienceqa_prompt(problem), toy_problem_answer(problem)
         turns += [{"from": "human", "value": seen + question}, {"from": "gpt", "value": answer}]
     return {"id": f"text-{rng.getrandbits(32):08x}", "conversations": turns}
-
-
-def toy_words(scene: dict, rng: random.Random) -> str:
-    """A scene in words: a caption, or its bare attributes in any order."""
-    if rng.random() < 0.5:
-        return toy_caption(scene, rng)
-    values = list(scene.values())
-    rng.shuffle(values)
-    return " ".join(values)
 
 
 def write_toy_world(folder, seed: int = 0, align: int = 4000, instruct: int = 2000, text: int = 1000, test: int = 400):
@@ -450,19 +487,19 @@ def write_toy_world(folder, seed: int = 0, align: int = 4000, instruct: int = 20
     def caption_turns(scene):
         marker = rng.choice((f"{IMAGE}\n{{}}", f"{{}}\n{IMAGE}"))
         return [{"from": "human", "value": marker.format(rng.choice(DESCRIBE))},
-                {"from": "gpt", "value": toy_caption(scene, rng)}]
+                {"from": "gpt", "value": CAPTION.format(**scene)}]
 
     def question_turns(scene):
         turns = []
-        for _ in range(2):
-            question, answer = toy_open_question(scene, rng)
+        for kind in rng.sample(list(QUESTIONS), 2):
+            question, answer = toy_open_question(scene, kind, rng)
             turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         turns[0]["value"] = f"{IMAGE}\n{turns[0]['value']}"
         return turns
 
     def text_turns(number):
         scene = rng.choice(scenes["train"])
-        question, answer = toy_open_question(scene, rng)
+        question, answer = toy_open_question(scene, rng.choice(list(QUESTIONS)), rng)
         return {"id": f"chat-{number:05d}", "conversations": [
             {"from": "human", "value": f"{toy_words(scene, rng)}\n{question}"}, {"from": "gpt", "value": answer}]}
 
@@ -477,7 +514,8 @@ def write_toy_world(folder, seed: int = 0, align: int = 4000, instruct: int = 20
         for number in range(test):
             pid, scene = str(len(problems) + 1), rng.choice(scenes[split])
             shown = number % 4 != 3
-            problems[pid] = toy_problem(scene, rng, rng.choice(HINTS) if shown else toy_caption(scene, rng),
+            hint = rng.choice(HINTS) if shown else toy_words(scene, rng)
+            problems[pid] = toy_problem(scene, rng.choice(list(QUESTIONS)), rng, hint,
                                         "image.png" if shown else None) | {"split": split}
             splits[split].append(pid)
             if shown:
@@ -489,19 +527,19 @@ def write_toy_world(folder, seed: int = 0, align: int = 4000, instruct: int = 20
 
 
 def write_toy_tokenizer(folder):
-    """tokenizer.json of the toy world: a word is a token. Three sentences that never vary are one token each, which
-    keeps the sequences of the tiny model short; the ids of <unk>, <s> and </s> are Llama's."""
+    """tokenizer.json of the toy world: a word is a token, and so is an option's letter with its dot. Phrases that
+    never vary are one token each: a tiny model's sequences stay short. The ids of <unk>, <s> and </s> are Llama's."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    words = Regex(r"\n|\w+|[^\w\s]")
-    texts = [*CAPTIONS, *sum(QUESTIONS.values(), ()), *sum(VALUES.values(), ()), *DESCRIBE, *HINTS, SCIENCEQA_ANSWER,
-             "Context: A B C D E USER: ASSISTANT:\n"]
+    words = Regex(r"\n|[A-E]\.|\w+|[^\w\s]")
+    texts = [*WORDINGS, *sum(QUESTIONS.values(), ()), *sum(VALUES.values(), ()), *DESCRIBE, *HINTS, SCIENCEQA_ANSWER,
+             "Context: A B C D E A. B. C. D. E. USER: ASSISTANT:\n"]
     split = pre_tokenizers.Split(words, "removed", invert=True)
     seen = {word for text in texts for word, _ in split.pre_tokenize_str(text.replace("{", " ").replace("}", " "))}
     vocabulary = ["<unk>", "<s>", "</s>", *sorted(seen)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.WordPiece(prefix="##", cleanup=True)
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.add_tokens([AddedToken(text.strip(), normalized=False) for text in (SYSTEM, SHORT, LETTER)])
+    tokenizer.add_tokens([AddedToken(text.strip(), normalized=False) for text in (SYSTEM, SHORT, LETTER, ". The answer is")])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,16 +8,19 @@ The prompt is built here from the raw files, the answer is generated greedily, a
 the official rule cannot read counts as wrong and stays in the denominator. Published ScienceQA numbers of one and the
 same checkpoint differ by ten points, mostly because of prompts, parsing and denominators.
 
-The last line printed is one JSON object with the scores. Every prediction goes to BENCH.json in the run directory.
+The last line printed is one JSON object with the scores. Every prediction goes to BENCH.json in the run directory, and the
+first few with their pictures to BENCH.png.
 """
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
@@ -92,17 +95,38 @@ def score_scienceqa(questions, answers: dict) -> dict:
             "unparsed": sum(row[1] and row[2] is None for row in rows)}
 
 
-def scienceqa(vlm, tokenizer, folder, split="test"):
-    """(scores, predictions) of the model on a ScienceQA folder."""
+def scienceqa(vlm, tokenizer, folder, split, out):
+    """(scores, predictions) of the model on a ScienceQA folder; a picture of some answers goes to `out`."""
     questions = data.load_scienceqa(folder, split)
     answers = ask(vlm, tokenizer, questions)
     scores = score_scienceqa(questions, {q["id"]: text for q, text in zip(questions, answers)})
     predictions = [{"id": q["id"], "prompt": q["prompt"], "text": text, "answer": q["answer"],
                     "choice": parse_choice(text, q["num_choices"])} for q, text in zip(questions, answers)]
+    contact_sheet(questions, answers, Path(out) / "scienceqa.png")
     return {"bench": "scienceqa", "split": split, **scores}, predictions
 
 
 BENCHES = {"scienceqa": scienceqa}
+
+
+def contact_sheet(questions, answers, file, columns: int = 4, rows: int = 2):
+    """A PNG of the first questions with a picture: picture, prompt, answer in green where it is right."""
+    shown = [(q, text) for q, text in zip(questions, answers) if q["image"]][: columns * rows]
+    cell, picture, line = (250, 250), 110, 15
+    sheet = Image.new("RGB", (columns * cell[0], math.ceil(len(shown) / columns) * cell[1]), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for i, (question, text) in enumerate(shown):
+        x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
+        image = data.load_image(question["image"])
+        sheet.paste(image.resize((round(picture * image.width / image.height), picture)), (x, y))
+        y += picture + 6
+        asked = question["prompt"].removeprefix(f"{data.IMAGE}\n").removesuffix(data.LETTER)
+        for part in [part[:38] for part in asked.split("\n")][:6]:
+            draw.text((x, y), part, "black", font)
+            y += line
+        right = parse_choice(text, question["num_choices"]) == question["answer"]
+        draw.text((x, y), text.replace("\n", " ")[:38], "green" if right else "red", font)
+    sheet.save(file)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -115,7 +139,7 @@ def run_bench(name, ckpt, folder, split, device) -> dict:
     folder = folder or config.get(name)
     if not folder:
         raise ValueError(f"{ckpt}: its config.json names no {name} folder; give one with --data")
-    scores, predictions = BENCHES[name](vlm, tokenizer, folder, split)
+    scores, predictions = BENCHES[name](vlm, tokenizer, folder, split, ckpt)
     result = {"ckpt": str(ckpt), **scores}
     (Path(ckpt) / f"{name}.json").write_text(json.dumps({"scores": result, "predictions": predictions}, indent=1))
     return result

@@ -40,7 +40,8 @@ def llama_folder(tmp_path_factory):
     """A Llama of transformers, random, on disk, with the toy world's tokenizer: width 32, 2 blocks, 4 heads on 2."""
     folder = tmp_path_factory.mktemp("llama")
     data.write_toy_tokenizer(folder)
-    shaken(transformers.LlamaForCausalLM(llama_config())).save_pretrained(folder)
+    vocabulary = len(data.load_tokenizer(folder))
+    shaken(transformers.LlamaForCausalLM(llama_config(vocab_size=vocabulary))).save_pretrained(folder)
     return folder
 
 

@@ -306,7 +306,7 @@ def test_toy_files_are_valid_records(toy):
 
 
 def test_toy_text_problem_tells_the_answer_in_its_hint():
-    problem = data.toy_problem(data.toy_scenes()["val"][0], random.Random(0), "", None)
+    problem = data.toy_problem(data.toy_scenes()["val"][0], "color", random.Random(0), "", None)
     answer = data.toy_problem_answer(problem)
     choice, letter = problem["choices"][problem["answer"]], "ABCDE"[problem["answer"]]
     assert answer == f"{choice}. The answer is {letter}."

@@ -1,0 +1,493 @@
+"""The optimizer, data parallelism and checkpointing against PyTorch's own; the step against itself cut up in other
+ways; the script as people run it."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from torch import nn
+
+import data
+import losses
+import train
+from projector import VLM
+from train import Config, DataParallelAdamW
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+def test_options_become_config():
+    given = train.parse_args(["--stage", "align", "--preset", "tiny", "--lr", "0.5", "--resume", "--shard", "False"])
+    config = train.configure("align", given)
+    assert (config.lr, config.resume, config.shard, config.template) == (0.5, True, False, "plain")
+    assert train.configure("instruct", {"preset": "tiny"}).init == "runs/tiny/align"
+
+
+@pytest.mark.parametrize("argv", [["--learning_rate", "1"], ["--lr", "fast"], ["--stage", "finetune"], ["--lr"],
+                                  ["--resume", "perhaps"], ["--contr", "patch"]])
+def test_bad_options_end_the_program(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.parse_args(argv)
+    assert end.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_presets_name_existing_fields():
+    for name, preset in train.PRESETS.items():
+        for stage in ("align", "instruct"):
+            config = train.configure(stage, {"preset": name})
+            for field in config.__dataclass_fields__.values():
+                assert isinstance(getattr(config, field.name), field.type), field.name
+
+
+# ---- the learning rate ---------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_of_llava():
+    """LCS-558K at batch 256: 2181 steps, 66 of warm-up."""
+    rate = partial(train.learning_rate, steps=2181, config=Config(lr=1e-3))
+    assert rate(0) == 0 and rate(33) == pytest.approx(5e-4) and rate(66) == pytest.approx(1e-3)
+    assert rate(66 + 2115 // 2) == pytest.approx(5e-4, rel=1e-2) and 0 < rate(2180) < 1e-8
+
+
+# ---- the optimizer -------------------------------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """What goes wrong in data parallelism: odd sizes, a module used twice, a parameter that is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(577, 3))
+        self.twice = nn.Linear(3, 3)
+        self.out = nn.Linear(3, 5)
+        self.unused = nn.Parameter(torch.randn(7))
+
+    def forward(self, x):
+        return self.out(self.twice(torch.tanh(self.twice(self.table[x]))))
+
+
+def odd_batch(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 577, (8,), generator=generator), torch.randint(0, 5, (8,), generator=generator)
+
+
+def odd_run(rank, world, folder, shard, micro, steps=10):
+    """Ten steps of this rank; saves weights and gradient norms. Every rank starts from other weights on purpose."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.manual_seed(rank)
+    model = Odd()
+    optimizer = DataParallelAdamW(model.parameters(), weight_decay=0.1, clip=0.5, shard=shard, bucket_size=100)
+    norms, share = [], 8 // world
+    for step in range(steps):
+        x, y = (part[rank * share : (rank + 1) * share] for part in odd_batch(step))
+        pieces = list(zip(x.split(micro), y.split(micro)))
+        for i, (x, y) in enumerate(pieces):
+            if i == len(pieces) - 1:
+                optimizer.last_backward()
+            (nn.functional.cross_entropy(model(x), y, reduction="sum") / 8).backward()
+        norms.append(optimizer.step(1e-2))
+    torch.save((model.state_dict(), norms), f"{folder}/{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def torch_run(steps=10):
+    """The same ten steps with torch.optim.AdamW and clip_grad_norm_."""
+    torch.manual_seed(0)
+    model, norms = Odd(), []
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+                                  lr=1e-2)
+    for step in range(steps):
+        x, y = odd_batch(step)
+        optimizer.zero_grad(set_to_none=False)
+        nn.functional.cross_entropy(model(x), y, reduction="sum").div(8).backward()
+        model.unused.grad = torch.zeros_like(model.unused)
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        optimizer.step()
+    return model.state_dict(), norms
+
+
+@pytest.mark.parametrize("world, shard, micro", [(1, False, 8), (1, True, 3), (2, False, 4), (2, True, 2),
+                                                 (4, False, 1), (4, True, 2)])
+def test_equals_torch_adamw_on_any_number_of_ranks(tmp_path, world, shard, micro):
+    """Weights after ten steps and all gradient norms, whatever the ranks, shards and micro-batches."""
+    if world == 1:
+        odd_run(0, 1, tmp_path, shard, micro)
+    else:
+        torch.multiprocessing.spawn(odd_run, (world, tmp_path, shard, micro), nprocs=world)
+    weights, norms = torch_run()
+    for rank in range(world):
+        ours, our_norms = torch.load(tmp_path / f"{rank}.pt")
+        assert our_norms == pytest.approx(norms, rel=1e-5)
+        for name, tensor in weights.items():
+            assert torch.allclose(ours[name], tensor, rtol=1e-5, atol=1e-6), name
+
+
+def test_second_step_remembers_no_gradient():
+    layer = nn.Linear(3, 3)
+    optimizer = DataParallelAdamW(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    assert optimizer.step(1e-2) > 0
+    (0 * layer(torch.ones(1, 3)).sum()).backward()
+    assert optimizer.step(1e-2) == 0
+
+
+def test_small_updates_survive_bfloat16():
+    """Ten steps of 2e-5 in one direction move a weight of 0.02 by 2e-4; in bfloat16 alone most are rounded away."""
+    weight = nn.Parameter(torch.full((1000,), 0.02).bfloat16())
+    optimizer = DataParallelAdamW([weight])
+    for _ in range(10):
+        weight.float().sum().backward()
+        optimizer.step(2e-5)
+    assert torch.allclose(optimizer.buckets[0].master, torch.tensor(0.02).bfloat16().float() - 2e-4, atol=1e-7)
+    assert torch.equal(weight.data, optimizer.buckets[0].master.bfloat16())
+
+
+def test_float16_skips_a_step_that_overflows():
+    weight = nn.Parameter(torch.ones(4).half())
+    optimizer = DataParallelAdamW([weight])
+    (weight.float().sum() * math.inf).backward()
+    assert not math.isfinite(optimizer.step(1e-2))
+    assert optimizer.loss_scale == 2.0**15 and (weight == 1).all() and optimizer.steps == 0
+    (optimizer.loss_scale * (weight.float() * 1e-9).sum()).backward()  # 1e-9 alone is zero in float16
+    assert optimizer.step(1e-2) == pytest.approx(2e-9, rel=1e-2)
+    assert (weight < 1).all()
+
+
+def test_gradients_that_are_not_finite_change_nothing():
+    layer = nn.Linear(2, 2)
+    before = layer.weight.clone()
+    optimizer = DataParallelAdamW(layer.parameters())
+    (layer(torch.ones(1, 2)).sum() * math.nan).backward()
+    with pytest.raises(ValueError, match="not finite"):
+        optimizer.step(1e-2)
+    assert torch.equal(layer.weight, before)
+
+
+# ---- gradient checkpointing ----------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.up, self.down, self.drop = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.Dropout(0.3)
+
+    def forward(self, x, factor):
+        return x + self.down(self.drop(torch.relu(self.up(x)))) * factor
+
+
+def chain(checkpointing, shared=False, needs_grad=True):
+    """(output, input gradient, weight gradients, how often each weight's hook fired) of four layers with dropout."""
+    torch.manual_seed(0)
+    layers = [Layer() for _ in range(4)] if not shared else [Layer()] * 4
+    x, fired = torch.randn(32, 16, requires_grad=needs_grad), []
+    parameters = list(nn.ModuleList(layers).parameters())
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda _: fired.append(1))
+    run = {id(layer): layer.forward for layer in layers}
+    if checkpointing:
+        run = {key: train.checkpointed(forward) for key, forward in run.items()}
+    torch.manual_seed(5)
+    y = x
+    for layer in layers:
+        y = run[id(layer)](y, 0.5)
+    y.square().sum().backward()
+    return y, x.grad, [p.grad for p in parameters], len(fired)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_checkpointing_changes_no_bit(shared, needs_grad):
+    """With dropout, with one module used four times, with an input that needs no gradient; hooks fire once."""
+    plain, ours = chain(False, shared, needs_grad), chain(True, shared, needs_grad)
+    assert torch.equal(plain[0], ours[0])
+    assert (plain[1] is None and ours[1] is None) or torch.equal(plain[1], ours[1])
+    assert all(torch.equal(a, b) for a, b in zip(plain[2], ours[2], strict=True))
+    assert plain[3] == ours[3] == len(plain[2])
+
+
+def test_checkpointing_keeps_autocast():
+    layer, x = Layer(), torch.randn(8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = train.checkpointed(layer.eval().forward)(x, 1.0)
+    y.sum().backward()  # outside autocast: the second run must still compute in bfloat16
+    ours = layer.up.weight.grad.clone()
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, 1.0)
+    y.sum().backward()
+    assert torch.equal(ours, layer.up.weight.grad)
+
+
+def saved_bytes(llm, ids):
+    """Bytes that autograd holds between forward and backward."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = llm.hidden(llm.embed(ids))
+    hidden.sum().backward()
+    return sum(storages.values()), [p.grad.clone() for p in llm.parameters() if p.grad is not None]
+
+
+def test_checkpointing_saves_memory_in_the_llm(llama_folder):
+    from llm import LLM
+    ids, held, gradients = torch.randint(0, 75, (4, 64)), {}, {}
+    for which in ("none", "every-other", "every"):
+        llm = LLM.from_pretrained(llama_folder).requires_grad_()
+        train.checkpoint_blocks(llm.model.layers, which)
+        held[which], gradients[which] = saved_bytes(llm, ids)
+    print("bytes held for backward:", held)
+    assert held["every"] < 0.5 * held["none"] and held["every"] < held["every-other"] < held["none"]
+    for which in ("every-other", "every"):
+        assert all(torch.equal(a, b) for a, b in zip(gradients["none"], gradients[which], strict=True))
+
+
+# ---- one step, cut up in other ways --------------------------------------------------------------------------------
+
+
+def conversation_samples(tokenizer, template, text_only=()):
+    """Eight samples of different lengths from toy scenes; those numbered in `text_only` have no image."""
+    import random
+    rng, scenes, samples = random.Random(0), data.toy_scenes()["train"], []
+    for number in range(8):
+        scene = scenes[number // 2]  # pairs share a scene, so some captions come twice
+        question, answer = data.toy_open_question(scene, "color", rng)
+        answer = answer if template == "v1" else data.CAPTION.format(**scene)
+        has_image = number not in text_only
+        turns = [("human", f"{data.IMAGE}\n{question}" if has_image else question), ("gpt", answer)]
+        ids, roles = data.tokenise(data.TEMPLATES[template](turns, tokenizer.eos_token), tokenizer, has_image)
+        pixels = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(number)) if has_image else None
+        samples.append({"ids": ids, "roles": roles, "pixels": pixels, "name": str(number)})
+    return samples
+
+
+class Recorder(DataParallelAdamW):
+    """Keeps the summed, unclipped gradients of the step."""
+
+    def update(self, lr, shrink):
+        self.gradients = [b.gradient.clone() for b in self.buckets]
+        super().update(lr, shrink)
+
+
+def step_gradients(clip_folder, llama_folder, stage, micro, rank=0, world=1, text_only=()):
+    torch.manual_seed(0)
+    vlm = VLM.from_towers(clip_folder, llama_folder, "mlp2x_gelu")
+    vlm.llm.requires_grad_(stage == "instruct")
+    train.checkpoint_blocks(vlm.llm.model.layers, "every")
+    scale, tokenizer = losses.ContrastiveScale(), data.load_tokenizer(llama_folder)
+    config = Config(stage=stage, contrastive="patch" if stage == "align" else "none", contrastive_weight=0.7)
+    samples = conversation_samples(tokenizer, "plain" if stage == "align" else "v1", text_only)
+    learning = [p for p in vlm.parameters() if p.requires_grad]
+    learning += scale.parameters() if stage == "align" else []
+    optimizer = Recorder(learning)
+    share = 8 // world
+    mine = samples[rank * share : (rank + 1) * share]
+    batches = [data.collate(mine[i : i + micro], 16, -200, 0, 32) for i in range(0, share, micro)]
+    line = train.train_step(vlm, scale, optimizer, batches, config, lr=1e-3)
+    return line, optimizer.gradients
+
+
+def step_on_rank(rank, world, folder, *args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.save(step_gradients(*args[:-1], rank, world, args[-1]), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def assert_same_step(one, other):
+    assert {k: v for k, v in other[0].items()} == pytest.approx(one[0], rel=1e-5, abs=1e-7)
+    for a, b in zip(one[1], other[1], strict=True):
+        size = min(len(a), len(b))  # buckets are padded to a multiple of the ranks
+        assert (a[:size] - b[:size]).abs().max() <= 1e-5 * a.abs().max()
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+@pytest.mark.parametrize("micro", [1, 3, 4])
+def test_micro_batches_change_nothing(clip_folder, llama_folder, stage, micro):
+    text_only = (2, 5) if stage == "instruct" else ()
+    whole = step_gradients(clip_folder, llama_folder, stage, 8, text_only=text_only)
+    assert whole[0]["grad_norm"] > 0
+    assert_same_step(whole, step_gradients(clip_folder, llama_folder, stage, micro, text_only=text_only))
+
+
+@pytest.mark.parametrize("stage, world", [("align", 2), ("align", 4), ("instruct", 2)])
+def test_ranks_change_nothing(clip_folder, llama_folder, tmp_path, stage, world):
+    """In the instruct stage the last rank's batch has no image at all."""
+    text_only = (4, 5, 6, 7) if stage == "instruct" else ()
+    whole = step_gradients(clip_folder, llama_folder, stage, 8, text_only=text_only)
+    torch.multiprocessing.spawn(step_on_rank, (world, tmp_path, clip_folder, llama_folder, stage, 2, text_only),
+                                nprocs=world)
+    for rank in range(world):
+        assert_same_step(whole, torch.load(tmp_path / f"{rank}.pt"))
+
+
+def test_a_step_without_supervised_tokens_is_an_error(clip_folder, llama_folder):
+    vlm = VLM.from_towers(clip_folder, llama_folder, "linear")
+    batch = data.collate(conversation_samples(data.load_tokenizer(llama_folder), "plain"), 16, -200, 0, 32)
+    batch["labels"].fill_(data.IGNORE)
+    with pytest.raises(ValueError, match="no token"):
+        train.train_step(vlm, losses.ContrastiveScale(), DataParallelAdamW(vlm.projector.parameters()), [batch],
+                         Config(stage="align"), 1e-3)
+
+
+# ---- which records make which step ---------------------------------------------------------------------------------
+
+
+def test_every_rank_count_takes_the_same_records(monkeypatch):
+    config = Config(batch=8, micro_batch=2, epochs=2.0, seed=3)
+    steps = train.count_steps(config, 21)
+    assert steps == math.ceil(42 / 8)
+    whole = [i for batch in train.micro_batches_of_rank(replace(config, micro_batch=8), 21, steps) for i in batch]
+    assert sorted(whole[:21]) == list(range(21)) == sorted(whole[21:42])
+    for world in (2, 4):
+        monkeypatch.setattr(train, "world_size", lambda: world)
+        per_rank = []
+        for rank in range(world):
+            monkeypatch.setattr(train, "rank", lambda: rank)
+            batches = train.micro_batches_of_rank(config, 21, steps)
+            parts = len(batches) // steps
+            per_rank.append([sum(batches[s * parts : (s + 1) * parts], []) for s in range(steps)])
+        assert [i for step in zip(*per_rank) for part in step for i in part] == whole
+    monkeypatch.setattr(train, "world_size", lambda: 3)
+    with pytest.raises(ValueError, match="batch of 8 does not divide into 3 ranks"):
+        train.split_batch(config)
+
+
+# ---- the script ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, clip_folder, llama_folder):
+    """A folder to run in: a small toy world, and random towers under the names of the options."""
+    folder = tmp_path_factory.mktemp("run")
+    data.write_toy_world(folder / "toy", align=24, instruct=24, text=4, test=8)
+    return folder, ["--preset", "tiny", "--vit", clip_folder, "--llm", llama_folder, "--batch", "8", "--micro_batch",
+                    "4", "--images", folder / "toy/images", "--epochs", "2"]
+
+
+def script(world, *args, ranks=1, name="train.py", check=True, **kwargs):
+    folder, options = world
+    options = options if name == "train.py" else []
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node",
+                                                  str(ranks), "--master_port", "0", "--rdzv_backend", "c10d",
+                                                  "--rdzv_endpoint", "localhost:0"]
+    command = [str(part) for part in [*launch, ROOT / name, *options, *args]]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, **kwargs)
+    assert not check or run.returncode == 0, run.stderr[-3000:]
+    return run
+
+
+def stage_options(world, stage):
+    return ["--stage", stage, "--annotations", world[0] / f"toy/{stage}.json"]
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(lines):
+    return [{k: v for k, v in line.items() if k not in ("ms", "memory_mib")} for line in lines]
+
+
+def test_align_instruct_eval_as_scripts(world):
+    """The three commands in order, each finding what the one before left."""
+    folder = world[0]
+    out = script(world, *stage_options(world, "align")).stdout
+    assert "vit" in out and "projector" in out and "tokens carry loss" in out
+    align = folder / "runs/tiny/align"
+    assert {"config.json", "projector.safetensors", "log.jsonl", "results.json"} <= {f.name for f in align.iterdir()}
+    log = log_of(align)
+    assert len(log) == 6 and {"generative", "contrastive", "scale", "retrieval", "grad_norm"} <= log[0].keys()
+    out = script(world, *stage_options(world, "instruct")).stdout
+    assert "loaded projector.0.weight, projector.0.bias, projector.2.weight, projector.2.bias" in out
+    assert (folder / "runs/tiny/instruct/llm/model.safetensors").exists()
+    scored = script(world, "--bench", "scienceqa", "--data", folder / "toy/scienceqa", name="eval.py")
+    result = json.loads(scored.stdout.splitlines()[-1])
+    assert result["questions"] == 8 and result["questions_img"] == 6 and result["ckpt"] == "runs/tiny/instruct"
+    saved = json.loads((folder / "runs/tiny/instruct/scienceqa.json").read_text())
+    assert saved["scores"] == result and len(saved["predictions"]) == 8
+    image = next((folder / "toy/images").iterdir())
+    asked = script(world, "--ask", image, "What color is the shape?", name="eval.py")
+    assert json.loads(asked.stdout.splitlines()[-1])["question"] == "What color is the shape?"
+
+
+@pytest.mark.parametrize("stage, ranks, shard", [("align", 1, False), ("instruct", 2, True)])
+def test_killed_and_resumed_equals_uninterrupted(world, tmp_path, stage, ranks, shard):
+    """Six steps = some steps, kill -9, --resume: every logged number and every weight, bit for bit."""
+    if stage == "instruct" and not (world[0] / "runs/tiny/align").exists():
+        script(world, *stage_options(world, "align"))
+    options = [*stage_options(world, stage), "--shard", str(shard), "--save_every", "1", "--checkpointing", "every"]
+    script(world, *options, "--out", tmp_path / "whole", ranks=ranks)
+    folder, common = world
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    launch = [sys.executable] + (["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
+                                  "--rdzv_endpoint", "localhost:0"] if ranks == 2 else [])
+    killed = subprocess.Popen([str(p) for p in [*launch, ROOT / "train.py", *common, *options, "--out",
+                                                tmp_path / "cut"]], cwd=folder, env=environment,
+                              start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list((tmp_path / "cut").glob("checkpoint-000000[23]")) and time.time() < deadline:
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "cut/config.json").exists()  # it was stopped before it could finish
+    resumed = script(world, *options, "--out", tmp_path / "cut", "--resume", ranks=ranks)
+    assert "resumed from" in resumed.stdout
+    assert without_times(log_of(tmp_path / "cut")) == without_times(log_of(tmp_path / "whole"))
+    for file in (tmp_path / "whole").rglob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "cut" / file.relative_to(tmp_path / "whole")).read_bytes()
+    assert len(list((tmp_path / "cut").glob("checkpoint-*"))) == 2
+
+
+BAD_INPUT = [
+    (["--batch", "7", "--micro_batch", "2"], "batch of 7 does not divide"),
+    (["--annotations", "none.json"], "none.json: no such file"),
+    (["--vit", "no/such-tower"], "no/such-tower"),
+    (["--images", "/nowhere"], r"record 'align-\d+': /nowhere/align-\d+.png: no such image"),
+    (["--contrastive", "prompted"], "invalid choice: 'prompted'"),
+    (["--template", "v2"], "invalid choice: 'v2'"),
+    (["--data_fraction", "0"], "data_fraction is 0"),
+]
+
+
+@pytest.mark.parametrize("args, message", BAD_INPUT)
+def test_bad_input_ends_in_one_line(world, tmp_path, args, message):
+    run = script(world, *stage_options(world, "align"), *args, "--out", tmp_path / "out", check=False)
+    last = run.stderr.strip().splitlines()[-1]
+    assert run.returncode != 0 and "Traceback" not in run.stderr
+    import re
+    assert re.search(message, last) and not (tmp_path / "out").exists()
+
+
+def test_instruct_refuses_what_does_not_fit(world, tmp_path):
+    missing = script(world, *stage_options(world, "instruct"), "--init", tmp_path / "none", check=False)
+    assert "no align run to start from" in missing.stderr and missing.returncode != 0
+    script(world, *stage_options(world, "align"), "--out", tmp_path / "linear", "--projector", "linear")
+    other = script(world, *stage_options(world, "instruct"), "--init", tmp_path / "linear", check=False)
+    assert "made with projector 'linear', this run has 'mlp2x_gelu'" in other.stderr
+
+
+def test_eval_without_a_run_says_what_to_do(tmp_path):
+    run = script((tmp_path, []), "--bench", "scienceqa", name="eval.py", check=False)
+    assert run.returncode != 0 and run.stderr.strip().splitlines()[-1].startswith("eval.py: no run to score yet")
