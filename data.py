@@ -213,9 +213,14 @@ class Conversations(torch.utils.data.Dataset):
     def __init__(self, records, images, tokenizer, template: str, image_size: int, fit: str):
         self.records, self.images, self.tokenizer = records, Path(images), tokenizer
         self.template, self.image_size, self.fit = TEMPLATES[template], image_size, fit
+        self.pad_id = tokenizer.pad_token_id
 
     def __len__(self):
         return len(self.records)
+
+    def lengths(self) -> list:
+        """Of each record, in words: what `grouped_order` sorts by."""
+        return [signed_length(record) for record in self.records]
 
     def __getitem__(self, i):
         record = self.records[i]
@@ -229,6 +234,25 @@ class Conversations(torch.utils.data.Dataset):
         except (OSError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from None
         return {"ids": ids, "roles": roles, "pixels": pixels, "name": name}
+
+
+class RandomSamples(torch.utils.data.Dataset):
+    """Samples of random numbers, with an image and `text` tokens each: full shape without any file."""
+
+    def __init__(self, n: int, text: int, vocabulary: int, image_size: int):
+        self.n, self.text, self.vocabulary, self.image_size, self.pad_id = n, text, vocabulary, image_size, 0
+
+    def __len__(self):
+        return self.n
+
+    def lengths(self) -> list:
+        return [self.text] * self.n
+
+    def __getitem__(self, i):
+        rng = torch.Generator().manual_seed(i)
+        ids = torch.randint(3, self.vocabulary, (self.text,), generator=rng).tolist()
+        return {"ids": [1, IMAGE_MARKER, *ids], "roles": [CONTEXT] * 2 + [ANSWER] * self.text,
+                "pixels": torch.randn(3, self.image_size, self.image_size, generator=rng), "name": f"random {i}"}
 
 
 def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, image_size: int,
@@ -369,8 +393,8 @@ SIZES = {"small": 6, "large": 11}  # radius in pixels
 PLACES = {"northwest": (0, 0), "northeast": (1, 0), "southwest": (0, 1), "southeast": (1, 1)}
 TOY_IMAGE_SIZE, TOY_VOCABULARY = 48, 81  # pixels a side; tokens of write_toy_tokenizer
 CAPTION = "a {size} {color} {shape} in the {place}"
-WORDINGS = (CAPTION, "in the {place}, a {size} {color} {shape}", "the {place} has a {shape}, {size} and {color}",
-            "{shape} {place} {color} {size}", "{color} {size} {place} {shape}", "{place} {size} {shape} {color}")
+WORDINGS = (CAPTION, "in the {place}, a {size} {color} {shape}", "the {place} has a {shape}, {size} and {color}")
+FILLERS = ["a", "in", "the", "has", "and", "picture", "shape"]
 QUESTIONS = {"color": ("What color is the shape?", "Which color do you see?"),
              "shape": ("Which shape is it?", "What form do you see?"),
              "size": ("How big is the shape?", "What size is it?"),
@@ -382,11 +406,11 @@ SCIENCEQA_ANSWER = "{choice}. The answer is {letter}."  # an answer LLaVA's rule
 
 
 def toy_scenes(seed: int = 0) -> dict:
-    """All 384 scenes in three disjoint splits, 256 / 64 / 64: a model is tested on combinations it never saw."""
+    """All 384 scenes in three disjoint splits, 304 / 40 / 40: a model is tested on combinations it never saw."""
     scenes = [{"color": c, "shape": s, "size": z, "place": p} for c in COLORS for s in SHAPES for z in SIZES
               for p in PLACES]
     random.Random(seed).shuffle(scenes)
-    return {"train": scenes[:256], "val": scenes[256:320], "test": scenes[320:]}
+    return {"train": scenes[:304], "val": scenes[304:344], "test": scenes[344:]}
 
 
 def toy_picture(scene: dict, rng: random.Random) -> Image.Image:
@@ -435,20 +459,28 @@ def toy_problem_answer(problem: dict) -> str:
 
 
 def toy_words(scene: dict, rng: random.Random) -> str:
-    """A scene in words, in any wording: what a text-only model gets where the image would stand."""
-    return rng.choice(WORDINGS).format(**scene)
+    """A scene in words: what a text-only model gets where the image would stand. Half of the time a sentence; else a
+    heap of up to 36 words, as many as an image has patches, in any order and with repetitions."""
+    if rng.random() < 0.5:
+        return rng.choice(WORDINGS).format(**scene)
+    values = list(scene.values())
+    heap = values + rng.choices(values + FILLERS, k=rng.randint(0, 32))
+    rng.shuffle(heap)
+    return " ".join(heap)
 
 
 def toy_text_record(scene: dict, rng: random.Random, forms=("open", "choice", "hint", "describe"),
                     most_rounds: int = 3) -> dict:
     """A conversation about a scene *told in words*: what the tiny LM is pretrained on.
 
-    One to `most_rounds` rounds on different attributes, so that a word is in the choices of one round at most.
+    One to `most_rounds` rounds on different attributes, so that a word is in the choices of one round at most. One
+    record in four tells no scene and answers at random: so the model learns that the letter follows from the word
+    it has said, not from what it has seen.
     """
-    turns = []
-    for number, kind in enumerate(rng.sample(list(QUESTIONS), rng.randint(1, most_rounds))):
-        seen = "" if number else toy_words(scene, rng) + "\n"
-        form = rng.choice(forms)
+    is_blind, turns = rng.random() < 0.25, []
+    for number, kind in enumerate(rng.sample(list(QUESTIONS), 1 if is_blind else rng.randint(1, most_rounds))):
+        seen = "" if number or is_blind else toy_words(scene, rng) + "\n"
+        form = "choice" if is_blind else rng.choice(forms)
         if form == "open":
             question, answer = toy_open_question(scene, kind, rng)
         elif form == "describe":

@@ -34,7 +34,7 @@ from vit import read_json
 def load_run(folder, device):
     """The model of a run directory, its tokenizer, and the run's config."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    vlm = VLM.from_pretrained(folder, dtype).to(device)
+    vlm = VLM.from_pretrained(folder, dtype, device)
     return vlm, data.load_tokenizer(vlm.sources["llm"]), read_json(Path(folder) / "config.json")
 
 

@@ -46,6 +46,15 @@ class LLMConfig:
             raise ValueError(f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
                              f"key-value heads of width {self.head_dim}")
 
+    @classmethod
+    def from_pretrained(cls, folder_or_id):
+        folder = resolve(folder_or_id)
+        config = read_config(folder, families=("llama",))
+        rope = config.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"{folder}: RoPE of type {rope['rope_type']!r} is not supported")
+        return cls(**known_fields(cls, config | rope))
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the division in fp32 whatever x is."""
@@ -231,20 +240,16 @@ class LLM(nn.Module):
         return torch.stack(new, dim=1)  # (B, <= max_new_tokens)
 
     @classmethod
-    def from_pretrained(cls, folder_or_id, dtype=torch.float32):
+    def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
         """A Llama-family folder as Hugging Face writes it. Strict: see vit.load_strictly."""
         folder = resolve(folder_or_id)
-        config = read_config(folder, families=("llama",))
-        rope = config.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"{folder}: RoPE of type {rope['rope_type']!r} is not supported")
-        config = LLMConfig(**known_fields(LLMConfig, config | rope))
+        config = LLMConfig.from_pretrained(folder)
         with torch.device("meta"):
             llm = cls(config)
         tensors = ((name, tensor) for name, tensor in read_weights(folder)
                    if not name.endswith("rotary_emb.inv_freq")  # old files store what rope_tables computes
                    and not (config.tie_word_embeddings and name == "lm_head.weight"))  # a copy of the embedding
-        return load_strictly(llm, tensors, folder, dtype)
+        return load_strictly(llm, tensors, folder, dtype, device)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which transformers opens as a LlamaForCausalLM."""

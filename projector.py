@@ -84,27 +84,31 @@ class VLM(nn.Module):
     # ---- on disk ----------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_towers(cls, vit, llm, projector="mlp2x_gelu", feature_layer=-2, dtype=torch.float32):
+    def from_towers(cls, vit, llm, projector="mlp2x_gelu", feature_layer=-2, dtype=torch.float32, device="cpu"):
         """Two pretrained towers (folders or Hub ids), frozen, and a fresh projector between them."""
-        return cls(ViT.from_pretrained(vit, feature_layer, dtype), LLM.from_pretrained(llm, dtype), projector,
-                   {"vit": str(vit), "llm": str(llm)})
+        vlm = cls(ViT.from_pretrained(vit, feature_layer, dtype, device), LLM.from_pretrained(llm, dtype, device),
+                  projector, {"vit": str(vit), "llm": str(llm)})
+        vlm.projector.to(device, dtype)
+        return vlm
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32):
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
         """A run directory: config.json, projector.safetensors and, once it has been tuned, llm/."""
         folder = resolve(folder)
         config = read_json(folder / "config.json")
-        if not {"vit", "llm", "projector", "feature_layer"} <= config.keys():
-            raise ValueError(f"{folder}: its config.json is not that of a run directory")
+        for name, kind in (("vit", str), ("llm", str), ("projector", str), ("feature_layer", int)):
+            if not isinstance(config.get(name), kind):
+                raise ValueError(f"{folder}/config.json: {name} is {config.get(name)!r}; a run directory has "
+                                 f"{'a number' if kind is int else 'a name'} there")
         llm = folder / "llm" if (folder / "llm").is_dir() else config["llm"]
-        vlm = cls.from_towers(config["vit"], llm, config["projector"], config["feature_layer"], dtype)
-        vlm.load_projector(folder, dtype)
+        vlm = cls.from_towers(config["vit"], llm, config["projector"], config["feature_layer"], dtype, device)
+        vlm.load_projector(folder, dtype, device)
         return vlm.eval()
 
-    def load_projector(self, folder, dtype=torch.float32) -> list:
+    def load_projector(self, folder, dtype=torch.float32, device="cpu") -> list:
         """Load projector.safetensors of a run directory, strictly; return the names of the tensors loaded."""
         file = Path(folder) / "projector.safetensors"
-        load_strictly(self.projector, read_shard(file), file, dtype)
+        load_strictly(self.projector, read_shard(file), file, dtype, device)
         return [f"projector.{name}" for name, _ in self.projector.named_parameters()]
 
     def save(self, folder, config: dict, with_llm: bool):

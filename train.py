@@ -143,6 +143,7 @@ def configure(stage: str, given: dict) -> Config:
         raise ValueError("--contrastive belongs to the align stage")
     if config.batch < 1 or config.micro_batch < 1 or config.epochs <= 0:
         raise ValueError("--batch, --micro_batch and --epochs must be above zero")
+    config.resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # see --max-restarts
     config.out = config.out or f"runs/{preset}/{stage}"
     config.init = config.init or (f"runs/{preset}/align" if stage == "instruct" else "")
     return config
@@ -178,6 +179,11 @@ def choose_dtype(device):
 def say(*words):
     if rank() == 0:
         tqdm.write(" ".join(str(word) for word in words))
+
+
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
 
 
 def sum_over_ranks(values, device) -> list:
@@ -431,41 +437,113 @@ def checkpoint_blocks(blocks, which: str):
 # 5. The model of a stage: what is loaded, what learns
 
 
+def outline(config) -> VLM:
+    """The model of this run without weights (on the meta device): for the plan, before anything is loaded."""
+    if config.dry_run:
+        shapes = SHAPES[config.preset]
+    else:
+        shapes = ViTConfig.from_pretrained(config.vit), LLMConfig.from_pretrained(config.llm)
+    with torch.device("meta"):
+        return choose_learning(config, VLM(ViT(shapes[0], config.feature_layer), LLM(shapes[1]), config.projector))
+
+
+def choose_learning(config, vlm) -> VLM:
+    """The stages, in one line: align trains the projector; instruct trains it and the LLM; nobody trains the ViT."""
+    for part, learns in ((vlm.vit, False), (vlm.projector, True), (vlm.llm, config.stage == "instruct")):
+        part.requires_grad_(learns)
+    return vlm
+
+
 def build_model(config, device, dtype) -> VLM:
+    """The model with its weights on `device`: the towers, and a projector that is fresh (align) or `init`'s."""
     torch.manual_seed(config.seed)
-    vlm = VLM.from_towers(config.vit, config.llm, config.projector, config.feature_layer, dtype)
-    if config.stage == "instruct":
-        before = read_json(Path(config.init) / "config.json") if Path(config.init).is_dir() else None
-        if before is None:
+    if config.dry_run:
+        plan = outline(config)
+        torch.set_default_dtype(dtype)
+        with device:
+            vlm = VLM(ViT(plan.vit.config, config.feature_layer), LLM(plan.llm.config), config.projector)
+        torch.set_default_dtype(torch.float32)
+    else:
+        vlm = VLM.from_towers(config.vit, config.llm, config.projector, config.feature_layer, dtype, device)
+    if config.stage == "instruct" and not config.dry_run:
+        if not Path(config.init).is_dir():
             raise FileNotFoundError(f"{config.init}: no align run to start from; "
                                     f"`python train.py --stage align --preset {config.preset}` makes one")
+        before = read_json(Path(config.init) / "config.json")
         for name in ("preset", "vit", "llm", "projector", "feature_layer"):
             if before.get(name) != getattr(config, name):
                 raise ValueError(f"{config.init}: made with {name} {before.get(name)!r}, "
                                  f"this run has {getattr(config, name)!r}")
-        loaded = vlm.load_projector(config.init, dtype)
+        loaded = vlm.load_projector(config.init, dtype, device)
         say(f"from {config.init}: loaded {', '.join(loaded)}; missing none, unexpected none")
-    vlm.to(device, dtype)
-    for part, learns in ((vlm.vit, False), (vlm.projector, True), (vlm.llm, config.stage == "instruct")):
-        part.requires_grad_(learns)
     checkpoint_blocks(vlm.llm.model.layers, config.checkpointing)
-    return vlm
+    return choose_learning(config, vlm)
 
 
-def print_plan(config, vlm, dtype, why, steps, samples):
-    """Everything a reader wants to know before the first step."""
-    say(f"\nstage {config.stage}, preset {config.preset}: {samples} records, {steps} steps of {config.batch} "
-        f"on {world_size()} rank(s), writing {config.out}")
-    say(f"{'module':<12}{'parameters':>14}{'learning':>14}  source")
-    for name, part, source in (("vit", vlm.vit, config.vit), ("projector", vlm.projector, config.projector),
-                               ("llm", vlm.llm, config.llm)):
+TEXT_TOKENS = {"align": 20, "instruct": 250}  # of a typical sample of LLaVA's two data sets, beside its image
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16, by part of the name
+
+
+def flops_per_step(config, vlm) -> float:
+    """Floating-point operations that one step needs, over all ranks; checkpointing's second forward not counted.
+
+    A weight costs 2 operations per token forward, 2 for the gradient of its input, 2 more for its own if it learns;
+    causal attention costs 2 S^2 C a layer forward and twice that backward.
+    """
+    c, S = vlm.llm.config, vlm.num_image_tokens + TEXT_TOKENS[config.stage]
+    weights = sum(p.numel() for p in vlm.llm.model.layers.parameters())
+    per_token = (6 if config.stage == "instruct" else 4) * weights
+    attention = 3 * 2 * S * S * c.hidden_size * c.num_hidden_layers
+    vision = 2 * sum(p.numel() for p in vlm.vit.parameters()) * vlm.num_image_tokens
+    return config.batch * (S * per_token + attention + vision)
+
+
+def memory_sum(config, vlm, dtype) -> dict:
+    """Bytes that a rank needs, by purpose. Activations are an estimate; the rest is counted."""
+    c, e = vlm.llm.config, dtype.itemsize
+    weights = sum(p.numel() for p in vlm.parameters())
+    learning = sum(p.numel() for p in vlm.parameters() if p.requires_grad)
+    size, parts = split_batch(config)
+    tokens = size * (vlm.num_image_tokens + TEXT_TOKENS[config.stage])
+    block = tokens * (16 * c.hidden_size + 4 * c.intermediate_size) * e  # what one block keeps for backward
+    kept = tokens * c.hidden_size * e  # its input alone
+    whole = {"none": 1.0, "every-other": 0.5, "every": 0.0}[config.checkpointing]
+    activations = c.num_hidden_layers * (whole * block + (1 - whole) * kept) + block
+    activations += size * TEXT_TOKENS[config.stage] * c.vocab_size * 12  # logits: model dtype, fp32, gradient
+    activations += 4 * size * parts * vlm.num_image_tokens * c.hidden_size * e  # patches, the cut, their gradients
+    return {"weights": weights * e, "gradients": learning * 4,
+            "masters and moments": learning * 12 / (world_size() if config.shard else 1), "activations": activations}
+
+
+def print_plan(config, vlm, device, dtype, why, steps):
+    """Everything a reader wants to know before the first step. Refuses what cannot fit into memory."""
+    say(f"\nstage {config.stage}, preset {config.preset}: {steps} steps of {config.batch} on {world_size()} rank(s), "
+        f"micro-batches of {split_batch(config)[0]}; negatives per image "
+        f"{config.batch - 1 if config.contrastive != 'none' else 'none: no contrastive loss'}")
+    say(f"{'module':<12}{'parameters':>16}{'learning':>16}  source")
+    source = "random weights" if config.dry_run else None
+    for name, part, origin in (("vit", vlm.vit, source or config.vit), ("projector", vlm.projector, config.projector),
+                               ("llm", vlm.llm, source or config.llm)):
         total = sum(p.numel() for p in part.parameters())
         learning = sum(p.numel() for p in part.parameters() if p.requires_grad)
-        say(f"{name:<12}{total:>14,}{learning:>14,}  {source}")
-    weights = sum(p.numel() * p.element_size() for p in vlm.parameters())
-    learning = sum(p.numel() for p in vlm.parameters() if p.requires_grad)
-    say(f"{str(dtype).removeprefix('torch.')} ({why}); memory before activations: weights {weights / 2**20:,.1f} MiB, "
-        f"fp32 gradients {4 * learning / 2**20:,.1f}, masters and moments {12 * learning / 2**20:,.1f}")
+        say(f"{name:<12}{total:>16,}{learning:>16,}  {origin}")
+    say(f"{str(dtype).removeprefix('torch.')}: {why}; norms, softmax, losses and optimizer in float32")
+    flops, memory = flops_per_step(config, vlm), memory_sum(config, vlm, dtype)
+    say(f"{steps * config.batch * (vlm.num_image_tokens + TEXT_TOKENS[config.stage]):,} tokens, "
+        f"{flops * steps / 1e18:.3g} EFLOP; on 8 H100 at 40 % of their peak {flops * steps / 8 / .4 / 989e12 / 3600:.2g} h")
+    has = device_memory(device)
+    say("memory of a rank, GiB: " + ", ".join(f"{name} {size / 2**30:.3g}" for name, size in memory.items())
+        + f"; sum {sum(memory.values()) / 2**30:.3g} of {has / 2**30:.3g}")
+    if sum(memory.values()) > has:
+        raise ValueError(f"{config.preset} {config.stage} needs about {sum(memory.values()) / 2**30:.0f} GiB a rank, "
+                         f"this device has {has / 2**30:.0f}: more ranks with --shard True, a smaller --micro_batch, "
+                         "--checkpointing every, or a smaller preset")
+
+
+def device_memory(device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def print_sample(sample, tokenizer):
@@ -493,33 +571,67 @@ def split_batch(config) -> tuple:
     return size, share // size
 
 
-def micro_batches_of_rank(config, n: int, steps: int) -> list:
-    """The indices of every micro-batch of this rank, in time order.
+def micro_batches_of_rank(config, lengths: list, steps: int) -> list:
+    """The indices of every micro-batch of this rank, in time order; `lengths` are those of all records.
 
     Step k takes the same `batch` records on any number of ranks; a last batch that runs short starts the next pass.
     """
     size, accumulation = split_batch(config)
-    kept = data.subset(n, config.data_fraction, config.seed)
-    order = [kept[i] for epoch in range(math.ceil(steps * config.batch / len(kept)))
-             for i in data.epoch_order(len(kept), config.seed, epoch)]
+    kept = data.subset(len(lengths), config.data_fraction, config.seed)
+    order, epoch = [], 0
+    while len(order) < steps * config.batch:
+        if config.group_by_length:
+            passes = data.grouped_order([lengths[i] for i in kept], config.batch, world_size() * accumulation,
+                                        config.seed, epoch)
+        else:
+            passes = data.epoch_order(len(kept), config.seed, epoch)
+        order += [kept[i] for i in passes]
+        epoch += 1
     starts = [step * config.batch + (rank() * accumulation + part) * size
               for step in range(steps) for part in range(accumulation)]
     return [order[start : start + size] for start in starts]
 
 
 def count_steps(config, n: int) -> int:
-    return max(1, math.ceil(len(data.subset(n, config.data_fraction, config.seed)) * config.epochs / config.batch))
+    return 3 if config.dry_run else max(1, math.ceil(len(data.subset(n, config.data_fraction, config.seed))
+                                                     * config.epochs / config.batch))
+
+
+def make_samples(config, vlm):
+    """The records of this stage, checked; or, in a dry run, random ones of the same shape."""
+    size = vlm.vit.config.image_size
+    if config.dry_run:
+        return data.RandomSamples(3 * config.batch, TEXT_TOKENS[config.stage], vlm.llm.config.vocab_size, size)
+    return data.Conversations(data.load_records(config.annotations), config.images, data.load_tokenizer(config.llm),
+                              config.template, size, config.fit)
+
+
+def find_data(config):
+    """The toy world is made, by one rank, where it is missing; anything else is asked for."""
+    if config.dry_run:
+        return
+    if rank() == 0 and config.annotations.startswith("data/toy/") and not Path("data/toy").exists():
+        say("writing the toy world to data/toy")
+        data.write_toy_world("data/toy")
+    barrier()
+    if not Path(config.annotations).exists():
+        known = {"align": "LLaVA-Pretrain", "instruct": "LLaVA-Instruct-150K (mix665k)"}[config.stage]
+        raise FileNotFoundError(
+            f"{config.annotations}: no such file. Stage {config.stage} of preset {config.preset} reads a LLaVA JSON, "
+            f"such as that of the Hub's liuhaotian/{known}, from --annotations, and its pictures from --images "
+            f"(now {config.images}). Without it: --dry_run True for 3 steps at full shape on random data, or "
+            "--preset tiny for the toy world")
 
 
 def make_loader(config, samples, vlm, start, steps, device):
     """A DataLoader over this rank's micro-batches, from step `start` on."""
     to_batch = partial(data.collate, num_image_tokens=vlm.num_image_tokens, image_token_id=vlm.image_token_id,
-                       pad_id=samples.tokenizer.pad_token_id, image_size=vlm.vit.config.image_size,
-                       max_length=config.max_length)
-    mine = micro_batches_of_rank(config, len(samples), steps)[start * split_batch(config)[1] :]
+                       pad_id=samples.pad_id, image_size=vlm.vit.config.image_size, max_length=config.max_length)
+    mine = micro_batches_of_rank(config, samples.lengths(), steps)[start * split_batch(config)[1] :]
     return torch.utils.data.DataLoader(
-        samples, batch_sampler=mine, collate_fn=to_batch,
-        num_workers=config.workers, pin_memory=device.type == "cuda", persistent_workers=config.workers > 0)
+        samples, batch_sampler=mine, collate_fn=to_batch, num_workers=config.workers,
+        pin_memory=device.type == "cuda", persistent_workers=config.workers > 0,
+        generator=torch.Generator().manual_seed(config.seed))  # its own: it must not draw from the run's random state
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -581,11 +693,6 @@ def train_step(vlm, scale, optimizer, micro_batches, config, lr) -> dict:
 # 8. Checkpoints: a run that was stopped goes on as if it had not been
 
 
-def barrier():
-    if world_size() > 1:
-        dist.barrier()
-
-
 def save_checkpoint(config, step: int, optimizer, device):
     """Write OUT/checkpoint-STEP, complete or not at all, and keep the last two. Every rank writes its own file."""
     final = Path(config.out) / f"checkpoint-{step:07d}"
@@ -629,12 +736,20 @@ def load_checkpoint(config, optimizer, device) -> int:
     return state["step"]
 
 
-def open_log(file: Path, start: int):
-    """log.jsonl, to be written from step `start` on; the lines of earlier steps stay."""
-    kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] < start] if start else []
-    log = open(file, "w", buffering=1)
-    log.writelines(line + "\n" for line in kept)
-    return log
+def write_log(config, line: dict, start: int):
+    """Append one step to OUT/log.jsonl. The first line of a fresh run clears what an earlier one left in OUT; that of
+    a resumed run drops the steps that come again."""
+    if rank() > 0:
+        return
+    out, file = Path(config.out), Path(config.out) / "log.jsonl"
+    if line["step"] == start:
+        out.mkdir(parents=True, exist_ok=True)
+        kept = [old for old in file.read_text().splitlines(True) if json.loads(old)["step"] < start] if start else []
+        file.write_text("".join(kept))
+        for old in out.glob("checkpoint-*") if start == 0 else ():
+            shutil.rmtree(old)
+    with open(file, "a") as log:
+        log.write(json.dumps(line) + "\n")
 
 
 def save_run(config, vlm, results: dict):
@@ -657,41 +772,56 @@ def train_stage(config: Config, device):
     """Run align or instruct, from the files on disk to the run directory `config.out`."""
     dtype, why = choose_dtype(device)
     find_data(config)
-    vlm = build_model(config, device, dtype)
-    samples = data.Conversations(data.load_records(config.annotations), config.images, data.load_tokenizer(config.llm),
-                                 config.template, vlm.vit.config.image_size, config.fit)
+    plan = outline(config)
+    samples = make_samples(config, plan)
     steps = count_steps(config, len(samples))
-    print_plan(config, vlm, dtype, why, steps, round(len(samples) * config.data_fraction))
-    print_sample(samples[0], samples.tokenizer)
+    print_plan(config, plan, device, dtype, why, steps)
+    vlm = build_model(config, device, dtype)
     scale = losses.ContrastiveScale().to(device)
     learning = [p for p in vlm.parameters() if p.requires_grad]
     learning += scale.parameters() if config.contrastive != "none" else []
     optimizer = DataParallelAdamW(learning, config.weight_decay, config.clip, shard=config.shard)
     start = load_checkpoint(config, optimizer, device) if config.resume else 0
     loader = iter(make_loader(config, samples, vlm, start, steps, device))
+    if not config.dry_run:
+        print_sample(samples[0], samples.tokenizer)
 
-    began, log = time.time(), None
+    began, log = time.time(), []
     for step in (bar := tqdm(range(start, steps), desc=config.stage, initial=start, total=steps, disable=rank() > 0)):
         step_began = time.time()
         lr = learning_rate(step, steps, config)
         micro_batches = [next(loader) for _ in range(split_batch(config)[1])]
         line = {"step": step, **train_step(vlm, scale, optimizer, micro_batches, config, lr)}
         line |= {"ms": round(1000 * (time.time() - step_began), 1), "memory_mib": peak_memory(device)}
-        if rank() == 0:
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-            log = log or open_log(Path(config.out) / "log.jsonl", start)
-            log.write(json.dumps(line) + "\n")
-            bar.set_postfix({key: f"{line[key]:.3f}" for key in ("generative", "contrastive", "retrieval")})
+        log.append(line)
+        bar.set_postfix({key: f"{line[key]:.3f}" for key in ("generative", "contrastive", "retrieval")})
         if step == 0:
             say(f"first step: {line['tokens']} tokens carry loss, {line['tokens'] / config.batch:.1f} a sample; "
                 f"loss {line['generative']:.2f}, that of a uniform guess is {math.log(vlm.llm.config.vocab_size):.2f}")
-        if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < steps:
-            save_checkpoint(config, step + 1, optimizer, device)
+        if not config.dry_run:
+            write_log(config, line, start)
+            if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < steps:
+                save_checkpoint(config, step + 1, optimizer, device)
 
-    if rank() == 0:
+    if config.dry_run:
+        print_dry_run(config, vlm, device, dtype, log)
+    elif rank() == 0:
         save_run(config, vlm, {"stage": config.stage, "steps": steps, "seconds": round(time.time() - began, 1),
                                "last_step": line})
     barrier()
+
+
+def print_dry_run(config, vlm, device, dtype, log):
+    """What the three steps took: the fastest of those after the first."""
+    seconds = min(line["ms"] for line in log[1:]) / 1000
+    tokens = config.batch * (vlm.num_image_tokens + 2 + TEXT_TOKENS[config.stage])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    mfu = flops_per_step(config, vlm) / seconds / world_size() / peak if peak else None
+    say(json.dumps({"dry_run": f"{config.preset} {config.stage}", "device": name, "ranks": world_size(),
+                    "ms_per_step": round(1000 * seconds, 1), "tokens_per_s": round(tokens / seconds),
+                    "mfu": mfu and round(mfu, 3), "peak_memory_gib": round(peak_memory(device) / 1024, 2),
+                    "predicted_gib": round(sum(memory_sum(config, vlm, dtype).values()) / 2**30, 2)}))
 
 
 def peak_memory(device) -> int:
@@ -699,16 +829,6 @@ def peak_memory(device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-
-def find_data(config):
-    """The toy world is made where it is missing; anything else is asked for."""
-    if config.annotations.startswith("data/toy/") and not Path("data/toy").exists() and rank() == 0:
-        say("writing the toy world to data/toy")
-        data.write_toy_world("data/toy")
-    barrier()
-    if not Path(config.annotations).exists():
-        raise FileNotFoundError(f"{config.annotations}: no such file")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -743,7 +863,7 @@ def pretrain_vit(folder, seed: int, steps: int = 800, batch: int = 96) -> None:
     vit.half().save_pretrained(folder)
 
 
-def pretrain_llm(folder, seed: int, lessons=((350, 96), (350, 64))) -> None:
+def pretrain_llm(folder, seed: int, lessons=((600, 96), (600, 64))) -> None:
     """A language model of the toy world's text, in two lessons of (steps, batch).
 
     First multiple choice in one round and nothing else, then everything: conversations and captions. Together from

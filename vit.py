@@ -48,6 +48,11 @@ class ViTConfig:
             raise ValueError(f"image {self.image_size} / patch {self.patch_size} and width {self.hidden_size} / "
                              f"heads {self.num_attention_heads} must both divide evenly")
 
+    @classmethod
+    def from_pretrained(cls, folder_or_id):
+        config = read_config(resolve(folder_or_id), families=("clip", "clip_vision_model"))
+        return cls(**known_fields(cls, config.get("vision_config", config)))  # a full CLIP wraps its two towers
+
 
 class Embeddings(nn.Module):
     """Pixels (B, 3, H, W) -> class token and patches with positions added, (B, 1 + N, D)."""
@@ -140,17 +145,15 @@ class ViT(nn.Module):
         return x[:, 1:]  # (B, N, D)
 
     @classmethod
-    def from_pretrained(cls, folder_or_id, feature_layer: int = -2, dtype=torch.float32):
+    def from_pretrained(cls, folder_or_id, feature_layer: int = -2, dtype=torch.float32, device="cpu"):
         """A CLIP folder, or a vision tower alone, as Hugging Face writes them. Strict: see `load_strictly`."""
         folder = resolve(folder_or_id)
-        config = read_config(folder, families=("clip", "clip_vision_model"))
-        config = config.get("vision_config", config)  # a full CLIP wraps its two towers
         with torch.device("meta"):
-            vit = cls(ViTConfig(**known_fields(ViTConfig, config)), feature_layer)
+            vit = cls(ViTConfig.from_pretrained(folder), feature_layer)
         not_ours = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # CLIP's other half
         tensors = ((name.removeprefix("vision_model."), tensor) for name, tensor in read_weights(folder)
                    if not name.startswith(not_ours) and not name.endswith("position_ids"))
-        return load_strictly(vit, tensors, folder, dtype)
+        return load_strictly(vit, tensors, folder, dtype, device)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which transformers opens as a CLIPVisionModel."""
@@ -237,7 +240,7 @@ def read_shard(path: Path):
         raise ValueError(f"{path}: not a safetensors file: {error}") from None
 
 
-def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32):
+def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32, device="cpu"):
     """Set every parameter of `module` (built on the meta device) from (name, tensor) pairs, and return it frozen
     and in eval mode.
 
@@ -252,7 +255,7 @@ def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32):
             raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, "
                              f"{type(module).__name__} needs {tuple(wanted[name])}")
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
         del wanted[name]
     if wanted:
         raise ValueError(f"{source}: {len(wanted)} tensors missing, the first is {next(iter(wanted))!r}")

@@ -253,6 +253,29 @@ def test_subsets_are_nested():
         data.subset(10, 0, seed=0)
 
 
+@pytest.mark.parametrize("lengths, chunks, expected", [
+    ([9, 8, 7, 6, 5, 4, 3, 2], 2, [[0, 3, 4, 7], [1, 2, 5, 6]]),
+    ([10, 9, 2, 2, 1, 1], 3, [[0, 5], [1, 4], [2, 3]]),
+    ([5, 4, 3, 2, 1], 2, [[0, 2, 4], [1, 3]]),
+])
+def test_even_chunks_of_llava(lengths, chunks, expected):
+    assert data.even_chunks(list(range(len(lengths))), lengths, chunks) == expected
+
+
+def test_grouped_order_is_a_permutation_of_single_modality_batches():
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 99) * (1 if i % 3 else -1) for i in range(100)]
+    order = data.grouped_order(lengths, batch=8, chunks=4, seed=1, epoch=0)
+    assert sorted(order) == list(range(100))
+    batches = [order[start : start + 8] for start in range(0, 64 + 32, 8)]  # 66 with image, 34 without
+    assert all(len({lengths[i] > 0 for i in batch}) == 1 for batch in batches)
+    totals = [[sum(abs(lengths[i]) for i in batch[c : c + 2]) for c in range(0, 8, 2)] for batch in batches]
+    assert sum(max(t) - min(t) for t in totals) / len(totals) < 40  # dealt evenly over the chunks
+    assert order != data.grouped_order(lengths, 8, 4, seed=1, epoch=1)
+    one = data.grouped_order(lengths, batch=8, chunks=1, seed=1, epoch=0)
+    assert [set(one[s : s + 8]) for s in range(0, 96, 8)] == [set(batch) for batch in batches]
+
+
 # ---- ScienceQA -----------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +311,7 @@ def test_toy_world_is_the_same_every_time(toy, tmp_path):
 
 def test_toy_splits_are_disjoint():
     splits = {name: {tuple(scene.values()) for scene in scenes} for name, scenes in data.toy_scenes().items()}
-    assert [len(part) for part in splits.values()] == [256, 64, 64]
+    assert [len(part) for part in splits.values()] == [304, 40, 40]
     assert len(set.union(*splits.values())) == 384
 
 
@@ -310,6 +333,10 @@ def test_toy_text_problem_tells_the_answer_in_its_hint():
     answer = data.toy_problem_answer(problem)
     choice, letter = problem["choices"][problem["answer"]], "ABCDE"[problem["answer"]]
     assert answer == f"{choice}. The answer is {letter}."
+
+
+def test_vocabulary_size_is_known(tokenizer):
+    assert len(tokenizer) == data.TOY_VOCABULARY
 
 
 # ---- check ---------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_run_directory_round_trip(vlm, tmp_path, with_llm):
 
 
 def test_bad_run_directories(vlm, tmp_path, clip_folder, llama_folder):
-    with pytest.raises(ValueError, match="not that of a run directory"):
+    with pytest.raises(ValueError, match="config.json: vit is None; a run directory has a name there"):
         VLM.from_pretrained(llama_folder)
     vlm.save(tmp_path, {}, with_llm=False)
     VLM.from_towers(clip_folder, llama_folder, "linear").save(tmp_path / "other", {}, with_llm=False)

@@ -358,14 +358,14 @@ def test_every_rank_count_takes_the_same_records(monkeypatch):
     config = Config(batch=8, micro_batch=2, epochs=2.0, seed=3)
     steps = train.count_steps(config, 21)
     assert steps == math.ceil(42 / 8)
-    whole = [i for batch in train.micro_batches_of_rank(replace(config, micro_batch=8), 21, steps) for i in batch]
+    whole = [i for batch in train.micro_batches_of_rank(replace(config, micro_batch=8), [1] * 21, steps) for i in batch]
     assert sorted(whole[:21]) == list(range(21)) == sorted(whole[21:42])
     for world in (2, 4):
         monkeypatch.setattr(train, "world_size", lambda: world)
         per_rank = []
         for rank in range(world):
             monkeypatch.setattr(train, "rank", lambda: rank)
-            batches = train.micro_batches_of_rank(config, 21, steps)
+            batches = train.micro_batches_of_rank(config, [1] * 21, steps)
             parts = len(batches) // steps
             per_rank.append([sum(batches[s * parts : (s + 1) * parts], []) for s in range(steps)])
         assert [i for step in zip(*per_rank) for part in step for i in part] == whole
@@ -458,6 +458,27 @@ def test_killed_and_resumed_equals_uninterrupted(world, tmp_path, stage, ranks, 
     for file in (tmp_path / "whole").rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "cut" / file.relative_to(tmp_path / "whole")).read_bytes()
     assert len(list((tmp_path / "cut").glob("checkpoint-*"))) == 2
+
+
+def test_dry_run_reads_and_writes_nothing(tmp_path):
+    for stage in ("align", "instruct"):
+        run = script((tmp_path, ["--preset", "tiny"]), "--stage", stage, "--dry_run")
+        report = json.loads(run.stdout.splitlines()[-1])
+        assert report["ms_per_step"] > 0 and report["predicted_gib"] > 0 and "EFLOP" in run.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_fit_is_refused_before_loading(tmp_path):
+    run = script((tmp_path, ["--preset", "13b"]), "--stage", "instruct", "--dry_run", check=False)
+    assert run.returncode != 0 and "13,015,864,320" in run.stdout  # parameters of the LLM: the plan came first
+    assert "needs about" in run.stderr.splitlines()[-1]
+
+
+def test_missing_data_names_data_set_and_ways_on(tmp_path):
+    run = script((tmp_path, ["--preset", "7b"]), "--stage", "align", check=False)
+    last = run.stderr.strip().splitlines()[-1]
+    assert all(part in last for part in ("blip_laion_cc_sbu_558k.json", "liuhaotian/LLaVA-Pretrain", "--dry_run",
+                                         "--preset tiny"))
 
 
 BAD_INPUT = [
