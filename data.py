@@ -389,7 +389,7 @@ def load_scienceqa(folder, split: str = "test") -> list:
 COLORS = {"red": (214, 40, 40), "green": (40, 150, 60), "blue": (40, 80, 220), "yellow": (236, 200, 30),
           "orange": (240, 130, 20), "purple": (130, 50, 170), "cyan": (40, 190, 210), "black": (30, 30, 30)}
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-SIZES = {"small": 6, "large": 11}  # radius in pixels
+SIZES = {"small": 7, "large": 12}  # radius in pixels
 PLACES = {"northwest": (0, 0), "northeast": (1, 0), "southwest": (0, 1), "southeast": (1, 1)}
 TOY_IMAGE_SIZE, TOY_VOCABULARY = 48, 81  # pixels a side; tokens of write_toy_tokenizer
 CAPTION = "a {size} {color} {shape} in the {place}"
@@ -418,7 +418,7 @@ def toy_picture(scene: dict, rng: random.Random) -> Image.Image:
     scale = 4
     jitter = lambda color: tuple(max(0, min(255, value + rng.randint(-18, 18))) for value in color)
     image = Image.new("RGB", (TOY_IMAGE_SIZE * scale,) * 2, jitter((232, 232, 228)))
-    x, y = ((14 + 20 * corner + rng.uniform(-2, 2)) * scale for corner in PLACES[scene["place"]])
+    x, y = ((13 + 22 * corner + rng.uniform(-2, 2)) * scale for corner in PLACES[scene["place"]])
     r = (SIZES[scene["size"]] + rng.uniform(-1, 1)) * scale
     draw, fill = ImageDraw.Draw(image), jitter(COLORS[scene["color"]])
     box = (x - r, y - r, x + r, y + r)
@@ -430,7 +430,7 @@ def toy_picture(scene: dict, rng: random.Random) -> Image.Image:
         case "triangle":
             draw.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill)
         case "diamond":
-            draw.polygon([(x, y - r), (x + 0.7 * r, y), (x, y + r), (x - 0.7 * r, y)], fill)
+            draw.polygon([(x, y - r), (x + 0.5 * r, y), (x, y + r), (x - 0.5 * r, y)], fill)
         case "cross":
             draw.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill)
             draw.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill)
@@ -571,7 +571,8 @@ def write_toy_tokenizer(folder):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.WordPiece(prefix="##", cleanup=True)
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.add_tokens([AddedToken(text.strip(), normalized=False) for text in (SYSTEM, SHORT, LETTER, ". The answer is")])
+    phrases = (SYSTEM, SHORT, LETTER, ". The answer is")
+    tokenizer.add_tokens([AddedToken(text.strip(), normalized=False) for text in phrases])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ The prompt is built here from the raw files, the answer is generated greedily, a
 the official rule cannot read counts as wrong and stays in the denominator. Published ScienceQA numbers of one and the
 same checkpoint differ by ten points, mostly because of prompts, parsing and denominators.
 
-The last line printed is one JSON object with the scores. Every prediction goes to BENCH.json in the run directory, and the
-first few with their pictures to BENCH.png.
+The last line printed is one JSON object with the scores. Every prediction goes to BENCH.json in the run directory,
+and the first few with their pictures to BENCH.png.
 """
 
 import argparse
@@ -95,20 +95,6 @@ def score_scienceqa(questions, answers: dict) -> dict:
             "unparsed": sum(row[1] and row[2] is None for row in rows)}
 
 
-def scienceqa(vlm, tokenizer, folder, split, out):
-    """(scores, predictions) of the model on a ScienceQA folder; a picture of some answers goes to `out`."""
-    questions = data.load_scienceqa(folder, split)
-    answers = ask(vlm, tokenizer, questions)
-    scores = score_scienceqa(questions, {q["id"]: text for q, text in zip(questions, answers)})
-    predictions = [{"id": q["id"], "prompt": q["prompt"], "text": text, "answer": q["answer"],
-                    "choice": parse_choice(text, q["num_choices"])} for q, text in zip(questions, answers)]
-    contact_sheet(questions, answers, Path(out) / "scienceqa.png")
-    return {"bench": "scienceqa", "split": split, **scores}, predictions
-
-
-BENCHES = {"scienceqa": scienceqa}
-
-
 def contact_sheet(questions, answers, file, columns: int = 4, rows: int = 2):
     """A PNG of the first questions with a picture: picture, prompt, answer in green where it is right."""
     shown = [(q, text) for q, text in zip(questions, answers) if q["image"]][: columns * rows]
@@ -127,6 +113,20 @@ def contact_sheet(questions, answers, file, columns: int = 4, rows: int = 2):
         right = parse_choice(text, question["num_choices"]) == question["answer"]
         draw.text((x, y), text.replace("\n", " ")[:38], "green" if right else "red", font)
     sheet.save(file)
+
+
+def scienceqa(vlm, tokenizer, folder, split, out):
+    """(scores, predictions) of the model on a ScienceQA folder; a picture of some answers goes to `out`."""
+    questions = data.load_scienceqa(folder, split)
+    answers = ask(vlm, tokenizer, questions)
+    scores = score_scienceqa(questions, {q["id"]: text for q, text in zip(questions, answers)})
+    predictions = [{"id": q["id"], "prompt": q["prompt"], "text": text, "answer": q["answer"],
+                    "choice": parse_choice(text, q["num_choices"])} for q, text in zip(questions, answers)]
+    contact_sheet(questions, answers, Path(out) / "scienceqa.png")
+    return {"bench": "scienceqa", "split": split, **scores}, predictions
+
+
+BENCHES = {"scienceqa": scienceqa}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -160,6 +160,7 @@ def main():
     parser.add_argument("--data", help="the benchmark's folder (default: the one in the run's config)")
     parser.add_argument("--split", default="test", help="its split (default: test)")
     parser.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="most tokens of the answer to --ask")
     args = parser.parse_args()
     if (args.bench is None) == (args.ask is None):
         parser.error("name one of --bench and --ask")
@@ -170,7 +171,7 @@ def main():
             vlm, tokenizer, _ = load_run(ckpt, device)
             image, text = args.ask
             question = {"id": image, "prompt": f"{data.IMAGE}\n{text}", "image": image}
-            answer, = ask(vlm, tokenizer, [question], max_new_tokens=256)
+            answer, = ask(vlm, tokenizer, [question], args.max_new_tokens)
             print(json.dumps({"ckpt": str(ckpt), "image": image, "question": text, "answer": answer}))
         else:
             scores = run_bench(args.bench, ckpt, args.data, args.split, device)

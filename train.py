@@ -103,8 +103,8 @@ PRESETS = {
         "common": dict(vit="assets/tiny-vit", llm="assets/tiny-llm", scienceqa="data/toy/scienceqa",
                        images="data/toy/images", clip=1.0, save_every=100),
         "align": dict(annotations="data/toy/align.json", template="plain", fit="crop", contrastive="patch",
-                      epochs=8.0, batch=64, micro_batch=64, lr=2e-3),
-        "instruct": dict(annotations="data/toy/instruct.json", epochs=3.0, batch=32, micro_batch=32, lr=1e-3),
+                      epochs=18.0, batch=64, micro_batch=64, lr=2e-3),
+        "instruct": dict(annotations="data/toy/instruct.json", epochs=8.0, batch=32, micro_batch=32, lr=2e-4),
     },
     "7b": LLAVA,
     "13b": LLAVA | {"common": LLAVA["common"] | dict(llm="lmsys/vicuna-13b-v1.5")},
@@ -275,7 +275,7 @@ class DataParallelAdamW:
         return flat.chunk(world_size())[rank()] if self.shard else flat
 
     def collect(self, bucket, parameter):
-        """Hook: `parameter.grad` is complete for this backward. Move it to the bucket; send the bucket if it is full."""
+        """Hook: `parameter.grad` is complete for this backward. Move it to the bucket; send a bucket that is full."""
         bucket.views[parameter].add_(parameter.grad)
         parameter.grad = None
         if self.is_last:
@@ -529,8 +529,9 @@ def print_plan(config, vlm, device, dtype, why, steps):
         say(f"{name:<12}{total:>16,}{learning:>16,}  {origin}")
     say(f"{str(dtype).removeprefix('torch.')}: {why}; norms, softmax, losses and optimizer in float32")
     flops, memory = flops_per_step(config, vlm), memory_sum(config, vlm, dtype)
+    hours = flops * steps / (8 * 0.4 * PEAK_FLOPS["H100"]) / 3600
     say(f"{steps * config.batch * (vlm.num_image_tokens + TEXT_TOKENS[config.stage]):,} tokens, "
-        f"{flops * steps / 1e18:.3g} EFLOP; on 8 H100 at 40 % of their peak {flops * steps / 8 / .4 / 989e12 / 3600:.2g} h")
+        f"{flops * steps / 1e18:.3g} EFLOP; on 8 H100 at 40 % of their peak {hours:.2g} h")
     has = device_memory(device)
     say("memory of a rank, GiB: " + ", ".join(f"{name} {size / 2**30:.3g}" for name, size in memory.items())
         + f"; sum {sum(memory.values()) / 2**30:.3g} of {has / 2**30:.3g}")
@@ -835,7 +836,7 @@ def peak_memory(device) -> int:
 # 10. The tiny towers: what CLIP and Vicuna are to the 7b preset, in a few minutes on a CPU
 
 
-def pretrain_vit(folder, seed: int, steps: int = 800, batch: int = 96) -> None:
+def pretrain_vit(folder, seed: int, steps: int = 1000, batch: int = 96) -> None:
     """A small CLIP: the picture (mean of the last block's patches) against its caption (mean of word vectors)."""
     torch.manual_seed(seed)
     rng, scenes = random.Random(seed), data.toy_scenes()["train"]
@@ -845,7 +846,7 @@ def pretrain_vit(folder, seed: int, steps: int = 800, batch: int = 96) -> None:
     to_image = nn.Linear(96, 96)
     optimizer = DataParallelAdamW([*vit.parameters(), *text.parameters(), *to_image.parameters(),
                                    *scale.parameters()], clip=1.0)
-    config = Config(lr=1e-3, warmup_ratio=0.1)
+    config = Config(lr=2e-3, warmup_ratio=0.1)
     for step in (bar := tqdm(range(steps), desc="pretrain vit")):
         chosen = [rng.choice(scenes) for _ in range(batch)]
         pixels = torch.stack([data.preprocess(data.toy_picture(scene, rng), data.TOY_IMAGE_SIZE, "crop")

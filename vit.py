@@ -172,7 +172,8 @@ def resolve(folder_or_id) -> Path:
             return folder
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(str(folder_or_id), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model"]))
+        wanted = ["*.json", "*.safetensors", "*.bin", "*.model"]
+        return Path(snapshot_download(str(folder_or_id), allow_patterns=wanted))
     except Exception as error:  # whatever the network says, the reader needs the name that was not found
         raise FileNotFoundError(f"{folder_or_id}: no such folder, and the Hub does not give it "
                                 f"({type(error).__name__})") from error

@@ -177,7 +177,7 @@ def test_image_marker_moves_to_the_front():
     (record("q"), "no answer"),
     (record("q", ""), "empty turn"),
     ({"id": "r", "conversations": [{"from": "human"}]}, "without text"),
-    ({"id": "r", "conversations": [{"from": "human", "value": "x"}] * 2 + [{"from": "gpt", "value": "x"}]}, "alternate"),
+    ({"id": "r", "conversations": [{"from": who, "value": "x"} for who in ("human", "human", "gpt")]}, "alternate"),
     (record("q", "a", image="x"), "0 turns with <image>"),
     (record("<image> q", "a", "<image> r", "b", image="x"), "2 turns with <image>"),
     (record("q", "<image>", image="x"), "1 turns with <image>"),

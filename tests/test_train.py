@@ -4,7 +4,9 @@ ways; the script as people run it."""
 import json
 import math
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -138,6 +140,27 @@ def test_equals_torch_adamw_on_any_number_of_ranks(tmp_path, world, shard, micro
         assert our_norms == pytest.approx(norms, rel=1e-5)
         for name, tensor in weights.items():
             assert torch.allclose(ours[name], tensor, rtol=1e-5, atol=1e-6), name
+
+
+class Witness(DataParallelAdamW):
+    """Notes, whenever a bucket is sent, how many parameters backward has yet to reach."""
+
+    sent = None
+
+    def send(self, bucket):
+        self.sent = (self.sent or []) + [sum(len(b.waiting) for b in self.buckets)]
+        super().send(bucket)
+
+
+def test_buckets_leave_while_backward_goes_on():
+    """The first is sent when the last layer is done and all others wait; on one rank as on many."""
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(6)))
+    optimizer = Witness(model.parameters(), bucket_size=128)
+    model(torch.randn(2, 8)).sum().backward()
+    assert optimizer.sent is None  # a micro-batch that is not the last sends nothing
+    optimizer.last_backward()
+    model(torch.randn(2, 8)).sum().backward()
+    assert optimizer.sent == [4, 2, 0]
 
 
 def test_second_step_remembers_no_gradient():
@@ -386,20 +409,45 @@ def world(tmp_path_factory, clip_folder, llama_folder):
                     "4", "--images", folder / "toy/images", "--epochs", "2"]
 
 
-def script(world, *args, ranks=1, name="train.py", check=True, **kwargs):
+HERE = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # a rendezvous of one agent, on any free port
+
+
+def command(world, *args, name="train.py", launch=()):
+    """train.py with the options of `world`, or eval.py; as `python` or, with `launch`, as torchrun starts it."""
     folder, options = world
-    options = options if name == "train.py" else []
-    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node",
-                                                  str(ranks), "--master_port", "0", "--rdzv_backend", "c10d",
-                                                  "--rdzv_endpoint", "localhost:0"]
-    command = [str(part) for part in [*launch, ROOT / name, *options, *args]]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, **kwargs)
+    launch = ["-m", "torch.distributed.run", *launch] if launch else []
+    parts = [sys.executable, *launch, ROOT / name, *(options if name == "train.py" else []), *args]
+    return {"args": [str(part) for part in parts], "cwd": folder}
+
+
+def script(world, *args, check=True, **how):
+    """Run to the end; an exit status other than 0 fails the test, unless that is what it is about."""
+    run = subprocess.run(**command(world, *args, **how), capture_output=True, text=True, timeout=240)
     assert not check or run.returncode == 0, run.stderr[-3000:]
     return run
 
 
+def start(world, *args, **how):
+    """Run in the background, in a process group of its own."""
+    return subprocess.Popen(**command(world, *args, **how), start_new_session=True, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
+
+
 def stage_options(world, stage):
     return ["--stage", stage, "--annotations", world[0] / f"toy/{stage}.json"]
+
+
+def wait_for(pattern, folder):
+    deadline = time.time() + 120
+    while not list(folder.glob(pattern)):
+        assert time.time() < deadline, f"no {pattern} in {folder}"
+        time.sleep(0.01)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
 
 
 def log_of(folder):
@@ -438,26 +486,42 @@ def test_killed_and_resumed_equals_uninterrupted(world, tmp_path, stage, ranks, 
     if stage == "instruct" and not (world[0] / "runs/tiny/align").exists():
         script(world, *stage_options(world, "align"))
     options = [*stage_options(world, stage), "--shard", str(shard), "--save_every", "1", "--checkpointing", "every"]
-    script(world, *options, "--out", tmp_path / "whole", ranks=ranks)
-    folder, common = world
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    launch = [sys.executable] + (["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-                                  "--rdzv_endpoint", "localhost:0"] if ranks == 2 else [])
-    killed = subprocess.Popen([str(p) for p in [*launch, ROOT / "train.py", *common, *options, "--out",
-                                                tmp_path / "cut"]], cwd=folder, env=environment,
-                              start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not list((tmp_path / "cut").glob("checkpoint-000000[23]")) and time.time() < deadline:
-        time.sleep(0.01)
+    launch = ["--nproc_per_node=2", *HERE] if ranks == 2 else []
+    script(world, *options, "--out", tmp_path / "whole", launch=launch)
+    killed = start(world, *options, "--out", tmp_path / "cut", launch=launch)
+    wait_for("checkpoint-000000[23]", tmp_path / "cut")
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "cut/config.json").exists()  # it was stopped before it could finish
-    resumed = script(world, *options, "--out", tmp_path / "cut", "--resume", ranks=ranks)
+    resumed = script(world, *options, "--out", tmp_path / "cut", "--resume", launch=launch)
     assert "resumed from" in resumed.stdout
     assert without_times(log_of(tmp_path / "cut")) == without_times(log_of(tmp_path / "whole"))
     for file in (tmp_path / "whole").rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "cut" / file.relative_to(tmp_path / "whole")).read_bytes()
     assert len(list((tmp_path / "cut").glob("checkpoint-*"))) == 2
+
+
+def test_two_nodes_log_what_one_process_logs(world, tmp_path):
+    """Two agents with a rendezvous, as on two machines; every logged number equals that of one process."""
+    options = [*stage_options(world, "align"), "--out"]
+    launch = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}"]
+    agents = [start(world, *options, tmp_path / "two", launch=launch) for _ in range(2)]
+    script(world, *options, tmp_path / "one")
+    assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
+    for ours, theirs in zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True):
+        assert without_times([ours])[0] == pytest.approx(without_times([theirs])[0], rel=1e-4)
+
+
+def test_max_restarts_continues_by_itself(world, tmp_path):
+    """A worker is killed; torchrun starts it again; the log is that of an undisturbed run."""
+    options = [*stage_options(world, "align"), "--epochs", "4", "--save_every", "1", "--out"]
+    agent = start(world, *options, tmp_path / "cut", launch=["--nproc_per_node=1", "--max-restarts=1", *HERE])
+    wait_for("checkpoint-000000[23]", tmp_path / "cut")
+    worker, = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    script(world, *options, tmp_path / "whole")
+    assert agent.wait(timeout=120) == 0
+    assert without_times(log_of(tmp_path / "cut")) == without_times(log_of(tmp_path / "whole"))
 
 
 def test_dry_run_reads_and_writes_nothing(tmp_path):
@@ -497,7 +561,6 @@ def test_bad_input_ends_in_one_line(world, tmp_path, args, message):
     run = script(world, *stage_options(world, "align"), *args, "--out", tmp_path / "out", check=False)
     last = run.stderr.strip().splitlines()[-1]
     assert run.returncode != 0 and "Traceback" not in run.stderr
-    import re
     assert re.search(message, last) and not (tmp_path / "out").exists()
 
 

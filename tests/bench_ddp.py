@@ -1,0 +1,62 @@
+"""Step time of our data parallelism against torch's DistributedDataParallel, paired, on two CPU processes.
+
+    torchrun --nproc_per_node=2 tests/bench_ddp.py
+
+Prints the median of the ratios ours / torch over pairs of steps that follow each other. Not a test: machines vary.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from train import DataParallelAdamW
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(512, 512), nn.GELU())))
+
+
+def main(pairs=60):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    ours, theirs = build(), nn.parallel.DistributedDataParallel(build())
+    our_optimizer = DataParallelAdamW(ours.parameters())
+    their_optimizer = torch.optim.AdamW(theirs.parameters(), weight_decay=0.0, fused=True)
+    x = torch.randn(256, 512)
+
+    def our_step():
+        our_optimizer.last_backward()
+        (ours(x).square().mean() / dist.get_world_size()).backward()
+        our_optimizer.step(1e-4)
+
+    def their_step():
+        their_optimizer.zero_grad()
+        theirs(x).square().mean().backward()
+        their_optimizer.param_groups[0]["lr"] = 1e-4
+        their_optimizer.step()
+
+    def seconds(step):
+        dist.barrier()
+        start = time.perf_counter()
+        step()
+        dist.barrier()
+        return time.perf_counter() - start
+
+    for _ in range(5):
+        our_step(), their_step()
+    ratios = [seconds(our_step) / seconds(their_step) for _ in range(pairs)]
+    if dist.get_rank() == 0:
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"step time, ours / torch DDP + fused AdamW: median {middle:.2f}, quartiles {low:.2f} to {high:.2f}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
