@@ -196,7 +196,13 @@ def tokenise(pieces, tokenizer, has_image: bool):
 def load_tokenizer(folder_or_id):
     """The LLM's tokenizer, of transformers. Padding gets the unknown token's id, as LLaVA has it, or the end's."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
-    tokenizer = AutoTokenizer.from_pretrained(resolve(folder_or_id))
+    folder = resolve(folder_or_id)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds, most of them about packages
+        raise ValueError(f"{folder}: no tokenizer could be made ({type(error).__name__}). Without a tokenizer.json, as "
+                         "in Vicuna's folders, put one there (for Vicuna 1.5 that of llava-hf/llava-1.5-7b-hf) or "
+                         "`pip install sentencepiece protobuf`") from error
     tokenizer.model_max_length = 10**9  # lengths are the collator's business, and its warning alone is clear
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -377,6 +383,9 @@ def load_scienceqa(folder, split: str = "test") -> list:
         problem = problems.get(pid)
         if problem is None or not {"question", "choices", "answer", "hint", "image"} <= problem.keys():
             raise ValueError(f"{folder / 'problems.json'}: problem {pid!r} is missing or incomplete")
+        if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
+            raise ValueError(f"{folder / 'problems.json'}: problem {pid!r} has answer {problem['answer']} of "
+                             f"{len(problem['choices'])} choices")
         image = folder / "images" / split / pid / problem["image"] if problem["image"] else None
         questions.append({"id": pid, "prompt": scienceqa_prompt(problem), "image": image,
                           "num_choices": len(problem["choices"]), "answer": LETTERS[problem["answer"]]})

@@ -98,6 +98,8 @@ def score_scienceqa(questions, answers: dict) -> dict:
 def contact_sheet(questions, answers, file, columns: int = 4, rows: int = 2):
     """A PNG of the first questions with a picture: picture, prompt, answer in green where it is right."""
     shown = [(q, text) for q, text in zip(questions, answers) if q["image"]][: columns * rows]
+    if not shown:
+        return
     cell, picture, line = (250, 250), 110, 15
     sheet = Image.new("RGB", (columns * cell[0], math.ceil(len(shown) / columns) * cell[1]), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)

@@ -48,7 +48,7 @@ class LLMConfig:
 
     @classmethod
     def from_pretrained(cls, folder_or_id):
-        folder = resolve(folder_or_id)
+        folder = resolve(folder_or_id, wanted=["*.json"])
         config = read_config(folder, families=("llama",))
         rope = config.get("rope_parameters") or {}
         if rope.get("rope_type", "default") != "default":

@@ -50,7 +50,7 @@ class ViTConfig:
 
     @classmethod
     def from_pretrained(cls, folder_or_id):
-        config = read_config(resolve(folder_or_id), families=("clip", "clip_vision_model"))
+        config = read_config(resolve(folder_or_id, wanted=["*.json"]), families=("clip", "clip_vision_model"))
         return cls(**known_fields(cls, config.get("vision_config", config)))  # a full CLIP wraps its two towers
 
 
@@ -165,15 +165,14 @@ class ViT(nn.Module):
 # Weights on disk. One reader for both towers and the projector; nothing is unpickled but plain tensors.
 
 
-def resolve(folder_or_id) -> Path:
+def resolve(folder_or_id, wanted=("*.json", "*.safetensors", "*.bin", "*.model")) -> Path:
     """A local folder (as given, or below this project), else a Hub id's snapshot. HF_HUB_OFFLINE=1 is honoured."""
     for folder in (Path(folder_or_id), Path(__file__).parent / folder_or_id):
         if folder.is_dir():
             return folder
     from huggingface_hub import snapshot_download
     try:
-        wanted = ["*.json", "*.safetensors", "*.bin", "*.model"]
-        return Path(snapshot_download(str(folder_or_id), allow_patterns=wanted))
+        return Path(snapshot_download(str(folder_or_id), allow_patterns=list(wanted)))
     except Exception as error:  # whatever the network says, the reader needs the name that was not found
         raise FileNotFoundError(f"{folder_or_id}: no such folder, and the Hub does not give it "
                                 f"({type(error).__name__})") from error
@@ -198,7 +197,10 @@ def read_config(folder: Path, families) -> dict:
     family = read_json(folder / "config.json").get("model_type")
     if family not in families:
         raise ValueError(f"{folder}: model_type is {family!r}; known here: {', '.join(families)}")
-    return AutoConfig.from_pretrained(folder).to_dict()
+    try:
+        return AutoConfig.from_pretrained(folder).to_dict()
+    except Exception as error:  # transformers raises several kinds for a field of the wrong type
+        raise ValueError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
 
 
 def known_fields(config_class, values: dict) -> dict:
@@ -230,7 +232,11 @@ def read_shard(path: Path):
     if not path.exists():
         raise FileNotFoundError(f"{path}: this shard of the weights is missing")
     if path.suffix == ".bin":
-        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises many kinds for a file cut short
+            raise ValueError(f"{path}: not a file of weights ({type(error).__name__})") from None
+        yield from tensors.items()
         return
     from safetensors import SafetensorError, safe_open
     try:
