@@ -105,7 +105,7 @@ PRESETS = {
                        images="data/toy/images", clip=1.0, save_every=100),
         "align": dict(annotations="data/toy/align.json", template="plain", fit="crop", contrastive="patch",
                       epochs=12.0, batch=64, micro_batch=64, lr=2e-3),
-        "instruct": dict(annotations="data/toy/instruct.json", epochs=4.0, batch=32, micro_batch=32, lr=2e-4),
+        "instruct": dict(annotations="data/toy/instruct.json", epochs=4.0, batch=32, micro_batch=32, lr=4e-4),
     },
     "7b": LLAVA,
     "13b": LLAVA | {"common": LLAVA["common"] | dict(llm="lmsys/vicuna-13b-v1.5")},
