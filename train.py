@@ -782,8 +782,11 @@ def save_run(config, vlm, results: dict):
     shutil.rmtree(partial, ignore_errors=True)
     vlm.save(partial, asdict(config), with_llm=config.stage == "instruct")
     (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == "config.json"):  # it comes last: only then
-        os.replace(entry, out / entry.name)  # is this a run directory
+    # config.json comes last: only with it is this a run directory. A run stopped right here may have left its llm/.
+    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == "config.json"):
+        if entry.is_dir():
+            shutil.rmtree(out / entry.name, ignore_errors=True)
+        os.replace(entry, out / entry.name)
     partial.rmdir()
     Path("runs").mkdir(exist_ok=True)
     Path("runs/last").write_text(str(out))

@@ -572,6 +572,17 @@ def test_missing_data_names_data_set_and_ways_on(tmp_path):
                                          "--preset tiny"))
 
 
+def test_a_run_stopped_while_it_was_saved_can_be_saved_again(clip_folder, llama_folder, tmp_path, monkeypatch):
+    """Its llm/ is already in place, its config.json is not."""
+    monkeypatch.chdir(tmp_path)
+    vlm = VLM.from_towers(clip_folder, llama_folder, "linear")
+    (tmp_path / "out/llm").mkdir(parents=True)
+    (tmp_path / "out/llm/old").touch()
+    train.save_run(Config(stage="instruct", out=str(tmp_path / "out")), vlm, {})
+    VLM.from_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out/llm/old").exists() and not (tmp_path / "out.partial").exists()
+
+
 BAD_INPUT = [
     (["--batch", "7", "--micro_batch", "2"], "batch of 7 does not divide"),
     (["--annotations", "none.json"], "none.json: no such file"),
