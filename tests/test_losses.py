@@ -122,6 +122,7 @@ def one_rank(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     share = 8 // world
     torch.save(gradients(slice(rank * share, (rank + 1) * share)), f"{folder}/{rank}.pt")
+    dist.barrier()  # nobody leaves while another still listens: gloo may abort then
     dist.destroy_process_group()
 
 
