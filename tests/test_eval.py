@@ -2,7 +2,6 @@
 
 import pytest
 
-import data
 import eval as evaluation
 
 
