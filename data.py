@@ -20,6 +20,7 @@ import argparse
 import json
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -141,11 +142,23 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
 
-def plain(turns, eos) -> list:
-    """Stage 1: the image, its caption, a newline. The instruction is thrown away and no end token is trained."""
+PROMPTS = {  # of the prompted contrastive loss: (after the image, after the caption). All are our choice.
+    "none": ("", ""),
+    "one-word": ("Summarize the image in one word:", "Summarize the sentence in one word:"),
+    "compress": ("Compress this image in one word:", "Compress this sentence in one word:"),
+    "describe": ("Describe the picture.", "Describe the picture."),
+}
+
+
+def plain(turns, eos, prompt: str = "") -> list:
+    """Stage 1: the image, its caption, a newline. The instruction is thrown away and no end token is trained.
+
+    `prompt` comes between the two; the prompted contrastive loss reads the LLM's state at its end.
+    """
     if len(turns) != 2 or IMAGE not in turns[0][1]:
         raise ValueError(f"the plain template takes one question with {IMAGE} and one answer, not {len(turns)} turns")
-    return [(IMAGE, CONTEXT), (turns[1][1], ANSWER), ("\n", END)]
+    context, caption = (f"{IMAGE}\n{prompt}", f" {turns[1][1]}") if prompt else (IMAGE, turns[1][1])
+    return [(context, CONTEXT), (caption, ANSWER), ("\n", END)]
 
 
 def v1(turns, eos) -> list:
@@ -214,12 +227,18 @@ def load_tokenizer(folder_or_id):
 
 
 class Conversations(torch.utils.data.Dataset):
-    """LLaVA records as samples {"ids", "roles", "pixels" (3, size, size) or None, "name"}."""
+    """LLaVA records as samples {"ids", "roles", "pixels" (3, size, size) or None, "summary_ids", "name"}.
 
-    def __init__(self, records, images, tokenizer, template: str, image_size: int, fit: str):
-        self.records, self.images, self.tokenizer = records, Path(images), tokenizer
-        self.template, self.image_size, self.fit = TEMPLATES[template], image_size, fit
-        self.pad_id = tokenizer.pad_token_id
+    `prompts`: a pair of PROMPTS. The first stands between image and caption; the second ends `summary_ids`, the
+    text-only sequence [caption][prompt] (stage 1 only). `keep`: remember every sample in memory once it was read.
+    """
+
+    def __init__(self, records, images, tokenizer, template: str, image_size: int, fit: str, prompts=("", ""),
+                 keep: bool = False):
+        self.records, self.images, self.tokenizer, self.prompts = records, Path(images), tokenizer, prompts
+        self.template = partial(plain, prompt=prompts[0]) if template == "plain" else TEMPLATES[template]
+        self.image_size, self.fit, self.pad_id = image_size, fit, tokenizer.pad_token_id
+        self.kept = {} if keep else None
 
     def __len__(self):
         return len(self.records)
@@ -229,17 +248,26 @@ class Conversations(torch.utils.data.Dataset):
         return [signed_length(record) for record in self.records]
 
     def __getitem__(self, i):
+        if self.kept is None:
+            return self.read(i)
+        if i not in self.kept:
+            self.kept[i] = self.read(i)
+        return self.kept[i]
+
+    def read(self, i):
         record = self.records[i]
         name = f"record {record.get('id', i)!r}"
         try:
-            pieces = self.template(clean_turns(record), self.tokenizer.eos_token)
-            ids, roles = tokenise(pieces, self.tokenizer, "image" in record)
+            turns = clean_turns(record)
+            ids, roles = tokenise(self.template(turns, self.tokenizer.eos_token), self.tokenizer, "image" in record)
             pixels = None
             if "image" in record:
                 pixels = preprocess(load_image(self.images / record["image"]), self.image_size, self.fit)
         except (OSError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from None
-        return {"ids": ids, "roles": roles, "pixels": pixels, "name": name}
+        summary = "\n".join(filter(None, (turns[1][1], self.prompts[1]))) if len(turns) == 2 else ""
+        return {"ids": ids, "roles": roles, "pixels": pixels, "name": name,
+                "summary_ids": self.tokenizer(summary).input_ids}
 
 
 class RandomSamples(torch.utils.data.Dataset):
@@ -257,7 +285,7 @@ class RandomSamples(torch.utils.data.Dataset):
     def __getitem__(self, i):
         rng = torch.Generator().manual_seed(i)
         ids = torch.randint(3, self.vocabulary, (self.text,), generator=rng).tolist()
-        return {"ids": [1, IMAGE_MARKER, *ids], "roles": [CONTEXT] * 2 + [ANSWER] * self.text,
+        return {"ids": [1, IMAGE_MARKER, *ids], "roles": [CONTEXT] * 2 + [ANSWER] * self.text, "summary_ids": [1, *ids],
                 "pixels": torch.randn(3, self.image_size, self.image_size, generator=rng), "name": f"random {i}"}
 
 
@@ -271,6 +299,7 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
     pixels (I, 3, H, W)   in reading order; one black dummy where the batch has no image (see VLM.splice)
     caption_ids, caption_mask (B, T)   the answer's tokens alone, for the contrastive loss
     caption_keys (B,)     one number for each distinct caption
+    summary_ids, summary_mask (B, T')  caption and text prompt, for the prompted contrastive loss, padded on the right
 
     Training pads on the right, where causal attention needs no mask; generation pads on the left (`side`), so that
     the last position is the prompt's last token in every row. Rows are cut at `max_length`, but never in an image.
@@ -286,9 +315,11 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
         row = {key: value.repeat_interleave(times)[:max_length] for key, value in row.items()}
         if (row["ids"] == image_token_id).sum() != num_image_tokens * (sample["pixels"] is not None):
             raise ValueError(f"{sample['name']}: the image does not fit into {max_length} tokens")
-        rows.append(row | {"caption": row["ids"][row["answer"]], "mask": torch.ones_like(row["answer"])})
+        summary = torch.tensor(sample.get("summary_ids", []), dtype=torch.long)
+        rows.append(row | {"caption": row["ids"][row["answer"]], "mask": torch.ones_like(row["answer"]),
+                           "summary": summary, "summary_mask": torch.ones_like(summary, dtype=torch.bool)})
 
-    def pad(key, value):
+    def pad(key, value, side=side):
         return torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=value,
                                                padding_side=side)  # (B, longest)
 
@@ -300,6 +331,7 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
     return {"ids": pad("ids", pad_id), "mask": pad("mask", False), "labels": pad("labels", IGNORE),
             "pixels": torch.stack(pixels or [torch.zeros(3, image_size, image_size)]),
             "caption_ids": caption_ids, "caption_mask": filled,
+            "summary_ids": pad("summary", pad_id, "right"), "summary_mask": pad("summary_mask", False, "right"),
             "caption_keys": torch.tensor([hash(tuple(row["caption"].tolist())) for row in rows])}
 
 
@@ -400,7 +432,7 @@ COLORS = {"red": (214, 40, 40), "green": (40, 150, 60), "blue": (40, 80, 220), "
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 SIZES = {"small": 7, "large": 12}  # radius in pixels
 PLACES = {"northwest": (0, 0), "northeast": (1, 0), "southwest": (0, 1), "southeast": (1, 1)}
-TOY_IMAGE_SIZE, TOY_VOCABULARY = 48, 81  # pixels a side; tokens of write_toy_tokenizer
+TOY_IMAGE_SIZE, TOY_VOCABULARY = 48, 86  # pixels a side; tokens of write_toy_tokenizer
 CAPTION = "a {size} {color} {shape} in the {place}"
 WORDINGS = (CAPTION, "in the {place}, a {size} {color} {shape}", "the {place} has a {shape}, {size} and {color}")
 FILLERS = ["a", "in", "the", "has", "and", "picture", "shape"]
@@ -408,6 +440,8 @@ QUESTIONS = {"color": ("What color is the shape?", "Which color do you see?"),
              "shape": ("Which shape is it?", "What form do you see?"),
              "size": ("How big is the shape?", "What size is it?"),
              "place": ("Where is the shape?", "In which corner is it?")}
+YES_NO = {"color": "Is the shape {}?", "shape": "Is there a {} in the image?", "size": "Is the shape {}?",
+          "place": "Is the shape in the {}?"}
 VALUES = {"color": tuple(COLORS), "shape": SHAPES, "size": tuple(SIZES), "place": tuple(PLACES)}
 DESCRIBE = ("Describe the picture.", "Give a short description.")
 HINTS = ("", "", "The picture shows one shape.", "Look at the picture.")
@@ -453,6 +487,12 @@ def toy_open_question(scene: dict, kind: str, rng: random.Random):
     return rng.choice(QUESTIONS[kind]) + SHORT, scene[kind]
 
 
+def toy_yes_no(scene: dict, kind: str, is_true: bool, rng: random.Random):
+    """(question, "Yes" or "No"); a false one asks for another value of the same kind."""
+    value = scene[kind] if is_true else rng.choice([other for other in VALUES[kind] if other != scene[kind]])
+    return YES_NO[kind].format(value) + SHORT, "Yes" if is_true else "No"
+
+
 def toy_problem(scene: dict, kind: str, rng: random.Random, hint: str, image) -> dict:
     """One entry of problems.json: 2 to 4 choices (a size has only 2), in random order."""
     others = [value for value in VALUES[kind] if value != scene[kind]]
@@ -478,7 +518,7 @@ def toy_words(scene: dict, rng: random.Random) -> str:
     return " ".join(heap)
 
 
-def toy_text_record(scene: dict, rng: random.Random, forms=("open", "choice", "hint", "describe"),
+def toy_text_record(scene: dict, rng: random.Random, forms=("open", "yes-no", "choice", "hint", "describe"),
                     most_rounds: int = 3) -> dict:
     """A conversation about a scene *told in words*: what the tiny LM is pretrained on.
 
@@ -492,6 +532,8 @@ def toy_text_record(scene: dict, rng: random.Random, forms=("open", "choice", "h
         form = "choice" if is_blind else rng.choice(forms)
         if form == "open":
             question, answer = toy_open_question(scene, kind, rng)
+        elif form == "yes-no":
+            question, answer = toy_yes_no(scene, kind, rng.random() < 0.5, rng)
         elif form == "describe":
             question, answer = rng.choice(DESCRIBE), CAPTION.format(**scene)
         else:
@@ -572,8 +614,8 @@ def write_toy_tokenizer(folder):
     never vary are one token each: a tiny model's sequences stay short. The ids of <unk>, <s> and </s> are Llama's."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     words = Regex(r"\n|[A-E]\.|\w+|[^\w\s]")
-    texts = [*WORDINGS, *sum(QUESTIONS.values(), ()), *sum(VALUES.values(), ()), *DESCRIBE, *HINTS, SCIENCEQA_ANSWER,
-             "Context: A B C D E A. B. C. D. E. USER: ASSISTANT:\n"]
+    texts = [*WORDINGS, *sum(QUESTIONS.values(), ()), *YES_NO.values(), "Yes No", *sum(VALUES.values(), ()), *DESCRIBE,
+             *HINTS, SCIENCEQA_ANSWER, "Context: A B C D E A. B. C. D. E. USER: ASSISTANT:\n"]
     split = pre_tokenizers.Split(words, "removed", invert=True)
     seen = {word for text in texts for word, _ in split.pre_tokenize_str(text.replace("{", " ").replace("}", " "))}
     vocabulary = ["<unk>", "<s>", "</s>", *sorted(seen)]

@@ -1,8 +1,8 @@
-"""The two losses, and what makes them exact on any number of ranks.
+"""The generative loss, the two contrastive losses beside it, and what makes them exact on any number of ranks.
 
 Generative loss: next-token cross-entropy over the supervised tokens, as in LLaVA.
 
-Contrastive loss, patch-token (CG-VLM, Liu et al. 2023, arXiv 2311.17945): the projected patches of an image should
+Contrastive loss "patch" (CG-VLM, Liu et al. 2023, arXiv 2311.17945): the projected patches of an image should
 resemble the *input embeddings* of its caption's tokens more than those of other captions,
 
     v_i   = mean over the N projected patches of image i
@@ -16,11 +16,21 @@ available to us: mean pooling, a learnable temperature as in CLIP, weight 1.
 Cosine is linear in the unit token vector, so the average moves inside: s_ij = unit(v_i) . mean_t unit(e_jt). Two
 (B, C) matrices are all that ranks exchange, and the LLM is never run.
 
+Contrastive loss "prompt" (our reading of Ak et al., ECCVW 2024): the same L_con over what the *LLM* makes of both,
+
+    v_i   = last hidden state at the last prompt token of  [image][prompt]
+    t_j   = last hidden state at the last token of         [caption][prompt]         s_ij = cos(v_i, t_j)
+
+Attention is causal, so the captioning pass [image][prompt][caption] holds v_i already, untouched by the caption; one
+short text-only pass is all that is added. Stated by the abstract: a CLIP-like loss beside next-token prediction, in
+the alignment stage, no extra data, and that prompts matter. Which vectors, which prompts, temperature and weight are
+our choice.
+
 Reduction. Every function returns this rank's *share*, such that the sum of the shares over all ranks (and over all
 micro-batches) is the loss of one process holding the whole batch. Gradients are then summed, never averaged, and
-the balance of the two losses does not depend on the number of GPUs.
+the balance of the losses does not depend on the number of GPUs.
 
-Read next: data.py; then train.py, which adds the two losses up.
+Read next: data.py; then train.py, which adds the losses up.
 """
 
 import math
@@ -54,19 +64,35 @@ def unit(x):
     return F.normalize(x.float(), dim=-1)
 
 
-def pool_patches(patches):
-    """Unit image vectors (B, C) of projected patches (B, N, C)."""
-    return unit(patches.float().mean(dim=1))
+def pool_patches(patches, how: str = "mean"):
+    """Unit image vectors (B, C) of projected patches (B, N, C); "max" takes the largest of each coordinate."""
+    patches = patches.float()
+    return unit(patches.mean(dim=1) if how == "mean" else patches.amax(dim=1))
 
 
-def pool_tokens(embeds, mask):
-    """Mean of unit token vectors, (B, C), of input embeddings (B, T, C) where mask (B, T) is True.
+def caption_vectors(embeds, mask, how: str = "mean"):
+    """What a pooled image is compared with: input embeddings (B, T, C) of a caption where mask (B, T) is True.
 
-    Not a unit vector: the paper averages similarities, not embeddings, and its length carries how alike the tokens
-    are. A caption without tokens gives zeros.
+    "mean": (B, C), the mean of the unit token vectors. Not a unit vector: the paper averages similarities, not
+    embeddings, and its length carries how alike the tokens are. "max": all unit token vectors, (B, T, C), of which
+    `contrastive_loss` takes the most similar. A caption without tokens gives zeros.
     """
-    mask = mask[..., None].float()  # (B, T, 1)
-    return (unit(embeds) * mask).sum(1) / mask.sum(1).clamp(min=1)  # (B, C)
+    filled = mask[..., None].float()  # (B, T, 1)
+    tokens = unit(embeds) * filled  # (B, T, C)
+    if how == "mean":
+        return tokens.sum(1) / filled.sum(1).clamp(min=1)  # (B, C)
+    first = tokens[torch.arange(len(mask)), mask.int().argmax(1)]  # (B, C)
+    return torch.where(mask[..., None], tokens, first[:, None])  # (B, T, C): padding repeats a word, no max sees it
+
+
+def summaries(hidden, positions):
+    """Hidden states (B, C) in `hidden` (B, S, C), one of each row at `positions` (B,)."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), positions]  # (B, C)
+
+
+def last_before_labels(labels):
+    """(B,) the position before the first supervised token in labels (B, S): the last that sees no caption."""
+    return (labels != -100).int().argmax(1) - 1
 
 
 class ContrastiveScale(nn.Module):
@@ -87,21 +113,26 @@ class ContrastiveScale(nn.Module):
         self.log_scale.clamp_(0, math.log(100))
 
 
+TERMS = {"none": (), "patch": ("patch",), "prompt": ("prompt",), "both": ("patch", "prompt")}
+
+
 def contrastive_loss(image, text, scale, keys):
     """This rank's shares of the symmetric InfoNCE over the global batch, in nats, and of its retrieval accuracy.
 
-    image, text (B, C): row i of one belongs to row i of the other. `scale` multiplies their products. `keys` (B,)
-    int64 identify captions: two rows with one key describe both images equally well and are not negatives of each
-    other. Local rows meet the columns of all ranks, B x WB products a rank. The accuracy is the part of images
-    whose most similar caption is their own (R@1).
+    image (B, C), text (B, C) or (B, T, C): row i of one belongs to row i of the other. `scale` multiplies their
+    products; of T products of one pair the largest counts. `keys` (B,) int64 identify captions: two rows with one
+    key describe both images equally well and are not negatives of each other. Local rows meet the columns of all
+    ranks, B x WB products a rank. The accuracy is the part of images whose most similar caption is their own (R@1).
     """
     B, C = image.shape
-    all_image, all_text, all_keys = gather(image), gather(text), gather(keys)  # (WB, C), (WB, C), (WB,)
+    text = equal_length(text) if text.ndim == 3 else text[:, None]  # (B, T, C)
+    all_image, all_text, all_keys = gather(image), gather(text), gather(keys)  # (WB, C), (WB, T, C), (WB,)
     target = rank() * B + torch.arange(B, device=image.device)  # (B,) where our own pairs stand among all
     same = keys[:, None] == all_keys[None]  # (B, WB)
     same[torch.arange(B), target] = False
-    image_to_text = (scale * image @ all_text.T).masked_fill(same, -torch.inf)  # (B, WB)
-    text_to_image = (scale * text @ all_image.T).masked_fill(same, -torch.inf)  # (B, WB)
+    image_to_text = scale * (image @ all_text.flatten(0, 1).T).view(B, *all_text.shape[:2]).amax(2)  # (B, WB)
+    text_to_image = scale * (text.flatten(0, 1) @ all_image.T).view(B, -1, len(all_image)).amax(1)  # (B, WB)
+    image_to_text, text_to_image = (x.masked_fill(same, -torch.inf) for x in (image_to_text, text_to_image))
     loss = F.cross_entropy(image_to_text, target, reduction="sum") + F.cross_entropy(text_to_image, target,
                                                                                      reduction="sum")
     correct = (image_to_text.argmax(1) == target).sum()
@@ -145,3 +176,16 @@ class GatherWithGradient(torch.autograd.Function):
 def gather(x):
     """x (B, ...) of every rank, (WB, ...), with gradient. B must be the same on every rank."""
     return GatherWithGradient.apply(x) if world_size() > 1 else x
+
+
+def lengthen(x, length: int):
+    """x (B, T, C) with its first token repeated at the end until T is `length`: a maximum over T does not see it."""
+    return torch.cat([x, x[:, :1].expand(-1, length - x.shape[1], -1)], dim=1)  # (B, length, C)
+
+
+def equal_length(x):
+    """x (B, T, C), lengthened to the largest T of all ranks."""
+    longest = torch.tensor(x.shape[1], device=x.device)
+    if world_size() > 1:
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return lengthen(x, int(longest))

@@ -25,7 +25,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -71,10 +71,18 @@ class Config:
     max_length: int = option(2048, "tokens in a row, image included; the rest is cut off")
     workers: int = option(0, "loader processes on each rank")
 
-    contrastive: str = option("none", "contrastive loss beside the generative one; align only", ("none", "patch"))
+    cache: bool = option(False, "keep every sample in memory once it was read: for small data")
+
+    contrastive: str = option("none", "contrastive loss beside the generative one; align only", tuple(losses.TERMS))
     contrastive_weight: float = option(1.0, "total = generative + weight * contrastive")
+    pool: str = option("mean", "patch loss: an image's vector from its patches", ("mean", "max"))
+    reduce: str = option("mean", "patch loss: a caption's similarity from those of its tokens", ("mean", "max"))
+    prompt: str = option("none", "prompt loss: the pair of prompts", tuple(data.PROMPTS))
+    prompt_image: str = option("", "prompt loss: words after the image, instead of the pair's")
+    prompt_text: str = option("", "prompt loss: words after the caption, instead of the pair's")
 
     epochs: float = option(1.0, "passes over the records")
+    steps: int = option(0, "number of steps; 0: as many as the epochs need")
     batch: int = option(64, "samples in a step, over all ranks and micro-batches")
     micro_batch: int = option(64, "most samples of a rank in one pass of the LLM")
     lr: float = option(1e-3, "peak learning rate: linear warm-up, then cosine to zero")
@@ -101,7 +109,7 @@ LLAVA = {
 PRESETS = {
     "tiny": {
         "common": dict(vit="assets/tiny-vit", llm="assets/tiny-llm", scienceqa="data/toy/scienceqa",
-                       images="data/toy/images", clip=1.0, save_every=100),
+                       images="data/toy/images", clip=1.0, save_every=100, cache=True),
         "align": dict(annotations="data/toy/align.json", template="plain", fit="crop", contrastive="patch",
                       epochs=12.0, batch=64, micro_batch=64, lr=2e-3),
         "instruct": dict(annotations="data/toy/instruct.json", epochs=4.0, batch=32, micro_batch=32, lr=4e-4),
@@ -141,6 +149,8 @@ def configure(stage: str, given: dict) -> Config:
     config = Config(**(values | given | {"stage": stage, "preset": preset}))
     if config.contrastive != "none" and stage != "align":
         raise ValueError("--contrastive belongs to the align stage")
+    if (config.prompt_image or config.prompt_text) and "prompt" not in losses.TERMS[config.contrastive]:
+        raise ValueError("--prompt_image and --prompt_text belong to --contrastive prompt or both")
     if config.batch < 1 or config.micro_batch < 1 or config.epochs <= 0:
         raise ValueError("--batch, --micro_batch and --epochs must be above zero")
     is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
@@ -606,8 +616,8 @@ def micro_batches_of_rank(config, lengths: list, steps: int) -> list:
 
 
 def count_steps(config, n: int) -> int:
-    return 3 if config.dry_run else max(1, math.ceil(len(data.subset(n, config.data_fraction, config.seed))
-                                                     * config.epochs / config.batch))
+    kept = len(data.subset(n, config.data_fraction, config.seed))
+    return 3 if config.dry_run else config.steps or max(1, math.ceil(kept * config.epochs / config.batch))
 
 
 def make_samples(config, vlm):
@@ -615,8 +625,15 @@ def make_samples(config, vlm):
     size = vlm.vit.config.image_size
     if config.dry_run:
         return data.RandomSamples(3 * config.batch, TEXT_TOKENS[config.stage], vlm.llm.config.vocab_size, size)
-    return data.Conversations(data.load_records(config.annotations), config.images, data.load_tokenizer(config.llm),
-                              config.template, size, config.fit)
+    pair = data.PROMPTS[config.prompt] if "prompt" in losses.TERMS[config.contrastive] else ("", "")
+    prompts = config.prompt_image or pair[0], config.prompt_text or pair[1]
+    return open_samples(config.annotations, config.images, config.llm, config.template, size, config.fit, prompts,
+                        config.cache)
+
+
+@lru_cache(2)  # a comparison opens the same files for many runs
+def open_samples(annotations, images, llm, *how):
+    return data.Conversations(data.load_records(annotations), images, data.load_tokenizer(llm), *how)
 
 
 def find_data(config):
@@ -654,12 +671,13 @@ def make_loader(config, samples, vlm, start, steps, device):
 # 7. One step
 
 
-def train_step(vlm, scale, optimizer, micro_batches, config, lr) -> dict:
+def train_step(vlm, scales, optimizer, micro_batches, config, lr) -> dict:
     """One update from the micro-batches of this rank; returns what the log shows.
 
     The gradient is that of one process with the whole batch in one piece: every loss is divided by a count over the
-    *whole step*, and the contrastive loss sees the images of all micro-batches at once. The latter costs the
-    projected patches of a rank's batch, (B, N, C), held in memory for the length of the step.
+    *whole step*, and a contrastive loss sees the images of all micro-batches at once. The latter costs the projected
+    patches of a rank's batch, (B, N, C), held in memory for the length of the step; and, for the prompted loss,
+    whose image vectors come out of the LLM, what the LLM keeps for the backward of all micro-batches.
     """
     # 1. Count, over all ranks and micro-batches, what the losses are divided by.
     device = vlm.llm.head_weight.device
@@ -667,43 +685,79 @@ def train_step(vlm, scale, optimizer, micro_batches, config, lr) -> dict:
     if tokens == 0:
         raise ValueError("no token of this step carries loss")
     micro_batches = [{key: value.to(device, non_blocking=True) for key, value in m.items()} for m in micro_batches]
+    if len(scales) and any(len(m["pixels"]) != len(m["ids"]) for m in micro_batches):
+        raise ValueError("the contrastive loss pairs each caption with one image; a record here has none")
 
     # 2. Image -> ViT -> projector, for all micro-batches. The graph is cut behind the projector: each loss leaves
-    #    its gradient at the cut, and the projector's own backward runs once for both.
+    #    its gradient at the cut, and the projector's own backward runs once for all.
     patches = [vlm.encode(m["pixels"]) for m in micro_batches]  # each (I, N, C)
     cut = [p.detach().requires_grad_() for p in patches]
 
-    # 3. The contrastive loss needs no LLM, only its embedding table.
-    contrastive = accuracy = torch.zeros((), device=device)
-    if config.contrastive == "patch":
-        image = torch.cat([losses.pool_patches(p) for p in cut])  # (B, C)
-        if len(image) != sum(len(m["ids"]) for m in micro_batches):
-            raise ValueError("the contrastive loss pairs each caption with one image; a record here has none")
-        text = torch.cat([losses.pool_tokens(vlm.llm.embed(m["caption_ids"]), m["caption_mask"])
-                          for m in micro_batches])  # (B, C)
-        keys = torch.cat([m["caption_keys"] for m in micro_batches])  # (B,)
-        contrastive, accuracy = losses.contrastive_loss(image, text, scale(), keys)
-        (optimizer.loss_scale * config.contrastive_weight * contrastive).backward()
+    # 3. Patches -> LLM -> generative loss, one micro-batch after another: each waits for its turn in 5, unless the
+    #    prompted loss needs the hidden states of all of them first.
+    passes = (caption_pass(vlm, m, p) for m, p in zip(micro_batches, cut))
+    if "prompt" in scales:
+        passes = list(passes)
 
-    # 4. The generative loss, one micro-batch after another through the LLM.
+    # 4. The contrastive losses, over all images and captions of the step. Their graph is cut at the image vectors.
+    pairs = {}
+    if "patch" in scales:  # needs no LLM, only its embedding table
+        pairs["patch"] = (
+            torch.cat([losses.pool_patches(p, config.pool) for p in cut]),
+            cat_captions([losses.caption_vectors(vlm.llm.embed(m["caption_ids"]), m["caption_mask"], config.reduce)
+                          for m in micro_batches]))
+    if "prompt" in scales:
+        summary_cut = [summary.detach().requires_grad_() for _, summary in passes]  # each (B, C)
+        pairs["prompt"] = (
+            torch.cat([losses.unit(summary) for summary in summary_cut]),
+            torch.cat([losses.unit(losses.summaries(vlm.llm.hidden(vlm.llm.embed(m["summary_ids"])),
+                                                    m["summary_mask"].sum(1) - 1)) for m in micro_batches]))
+    keys = torch.cat([m["caption_keys"] for m in micro_batches])  # (B,)
+    contrastive = {name: losses.contrastive_loss(image, text, scales[name](), keys)
+                   for name, (image, text) in pairs.items()}
+    if contrastive:
+        total = sum(loss for loss, _ in contrastive.values())
+        (optimizer.loss_scale * config.contrastive_weight * total).backward()
+
+    # 5. Backward, one micro-batch after another: LLM, cut, projector.
     generative = 0.0
-    for i, (m, p) in enumerate(zip(micro_batches, cut)):
+    for i, (loss, summary) in enumerate(passes):
         if i == len(micro_batches) - 1:
             optimizer.last_backward()
-        hidden = vlm.llm.hidden(vlm.splice(m["ids"], p))  # (B, S, C)
-        loss = losses.generative_loss(hidden, m["labels"], vlm.llm.head_weight) / tokens
-        (optimizer.loss_scale * loss).backward()
-        patches[i].backward(p.grad)  # what both losses left at the cut goes back through the projector
-        generative += loss.item()
+        ends = [(optimizer.loss_scale * loss / tokens, None)]
+        ends += [(summary, summary_cut[i].grad)] if "prompt" in scales else []
+        torch.autograd.backward(*zip(*ends))
+        patches[i].backward(cut[i].grad)  # what all losses left at the cut goes back through the projector
+        generative += loss.item() / tokens
 
-    # 5. Sum over ranks, clip, update.
+    # 6. Sum over ranks, clip, update.
     norm = optimizer.step(lr)
-    scale.clamp_()
-    generative, contrastive, accuracy = sum_over_ranks([generative, contrastive.item(), accuracy.item()], device)
-    return {"loss": generative + config.contrastive_weight * contrastive, "generative": generative,
-            "contrastive": contrastive, "retrieval": accuracy, "scale": scale().item(), "lr": lr,
-            "grad_norm": norm if math.isfinite(norm) else None,  # None: a float16 step that was skipped
-            "tokens": int(tokens)}
+    for scale in scales.values():
+        scale.clamp_()
+    line = {"generative": generative}
+    for name, (loss, accuracy) in contrastive.items():
+        line |= {name: loss.item(), f"{name}_retrieval": accuracy.item()}
+    line = dict(zip(line, sum_over_ranks(list(line.values()), device)))
+    line = {"loss": line["generative"] + config.contrastive_weight * sum(line[name] for name in contrastive)} | line
+    return line | {f"{name}_scale": scale().item() for name, scale in scales.items()} | {
+        "lr": lr, "grad_norm": norm if math.isfinite(norm) else None,  # None: a float16 step that was skipped
+        "tokens": int(tokens)}
+
+
+def caption_pass(vlm, m, patches):
+    """Through the LLM with one micro-batch: its summed generative loss, and the hidden states (B, C) just before each
+    caption begins. Attention is causal: they know the image and the prompt, and nothing of the caption."""
+    hidden = vlm.llm.hidden(vlm.splice(m["ids"], patches))  # (B, S, C)
+    return (losses.generative_loss(hidden, m["labels"], vlm.llm.head_weight),
+            losses.summaries(hidden, losses.last_before_labels(m["labels"])))
+
+
+def cat_captions(vectors):
+    """Caption vectors of all micro-batches in one tensor: (B, C), or (B, T, C) with T the longest."""
+    if vectors[0].ndim == 2:
+        return torch.cat(vectors)
+    longest = max(v.shape[1] for v in vectors)
+    return torch.cat([losses.lengthen(v, longest) for v in vectors])
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -746,7 +800,7 @@ def load_checkpoint(config, optimizer, device) -> int:
         raise ValueError(f"{found[-1]}: saved by {first['ranks']} ranks, resumed by {world_size()}; "
                          "the number of ranks must stay the same")
     for name, value in asdict(config).items():
-        if name not in ("resume", "save_every", "workers", "out") and first["config"].get(name) != value:
+        if name not in ("resume", "save_every", "workers", "cache", "out") and first["config"].get(name) != value:
             raise ValueError(f"{found[-1]}: saved with --{name} {first['config'].get(name)!r}, "
                              f"resumed with {value!r}")
     state = torch.load(found[-1] / f"rank-{rank()}.pt", map_location="cpu", mmap=True, weights_only=True)
@@ -804,9 +858,8 @@ def train_stage(config: Config, device):
     steps = count_steps(config, len(samples))
     print_plan(config, plan, device, dtype, why, steps)
     vlm = build_model(config, device, dtype)
-    scale = losses.ContrastiveScale().to(device)
-    learning = [p for p in vlm.parameters() if p.requires_grad]
-    learning += scale.parameters() if config.contrastive != "none" else []
+    scales = nn.ModuleDict({name: losses.ContrastiveScale() for name in losses.TERMS[config.contrastive]}).to(device)
+    learning = [p for p in [*vlm.parameters(), *scales.parameters()] if p.requires_grad]
     optimizer = DataParallelAdamW(learning, config.weight_decay, config.clip, shard=config.shard)
     start = load_checkpoint(config, optimizer, device) if config.resume else 0
     loader = iter(make_loader(config, samples, vlm, start, steps, device))
@@ -818,10 +871,10 @@ def train_stage(config: Config, device):
         step_began = time.time()
         lr = learning_rate(step, steps, config)
         micro_batches = [next(loader) for _ in range(split_batch(config)[1])]
-        line = {"step": step, **train_step(vlm, scale, optimizer, micro_batches, config, lr)}
+        line = {"step": step, **train_step(vlm, scales, optimizer, micro_batches, config, lr)}
         line |= {"ms": round(1000 * (time.time() - step_began), 1), "memory_mib": peak_memory(device)}
         log.append(line)
-        bar.set_postfix({key: f"{line[key]:.3f}" for key in ("generative", "contrastive", "retrieval")})
+        bar.set_postfix({key: f"{line[key]:.3f}" for key in ("generative", *scales)})
         if step == 0:
             say(f"first step: {line['tokens']} tokens carry loss, {line['tokens'] / config.batch:.1f} a sample; "
                 f"loss {line['generative']:.2f}, that of a uniform guess is {math.log(vlm.llm.config.vocab_size):.2f}")

@@ -47,7 +47,7 @@ def test_contrastive_loss_equals_the_triple_loop():
     mask = torch.arange(T)[None] < torch.tensor(lengths)[:, None]
     s = torch.stack([torch.stack([score(patches[i], embeds[j, : lengths[j]]) for j in range(B)]) for i in range(B)])
     expected = sum(-(scale * s[i]).log_softmax(0)[i] - (scale * s[:, i]).log_softmax(0)[i] for i in range(B)) / (2 * B)
-    image, text = losses.pool_patches(patches), losses.pool_tokens(embeds, mask)
+    image, text = losses.pool_patches(patches), losses.caption_vectors(embeds, mask)
     loss, accuracy = losses.contrastive_loss(image, text, torch.tensor(scale), torch.arange(B))
     assert torch.allclose(image @ text.T, s, atol=1e-6)
     assert torch.allclose(loss, expected)
@@ -66,9 +66,9 @@ def test_equal_captions_are_not_negatives():
 
 def test_padding_and_empty_captions():
     embeds, mask = torch.randn(2, 5, 8), torch.tensor([[True, True, False, False, False], [False] * 5])
-    pooled = losses.pool_tokens(embeds, mask)
+    pooled = losses.caption_vectors(embeds, mask)
     embeds[:, 2:] = 1e6
-    assert torch.equal(losses.pool_tokens(embeds, mask), pooled)
+    assert torch.equal(losses.caption_vectors(embeds, mask), pooled)
     assert (pooled[1] == 0).all()
 
 
@@ -110,7 +110,7 @@ def gradients(rows) -> tuple:
     patches, embeds, mask, keys = (x[rows] for x in inputs())
     scale = losses.ContrastiveScale()
     patches.requires_grad_(), embeds.requires_grad_()
-    loss, accuracy = losses.contrastive_loss(losses.pool_patches(patches), losses.pool_tokens(embeds, mask), scale(),
+    loss, accuracy = losses.contrastive_loss(losses.pool_patches(patches), losses.caption_vectors(embeds, mask), scale(),
                                              keys)
     loss.backward()
     return loss.detach(), accuracy, patches.grad, embeds.grad, scale.log_scale.grad

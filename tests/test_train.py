@@ -302,8 +302,13 @@ def conversation_samples(tokenizer, template, text_only=()):
         turns = [("human", f"{data.IMAGE}\n{question}" if has_image else question), ("gpt", answer)]
         ids, roles = data.tokenise(data.TEMPLATES[template](turns, tokenizer.eos_token), tokenizer, has_image)
         pixels = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(number)) if has_image else None
-        samples.append({"ids": ids, "roles": roles, "pixels": pixels, "name": str(number)})
+        summary = tokenizer(answer + "\n" + data.DESCRIBE[number % 2]).input_ids  # of two lengths
+        samples.append({"ids": ids, "roles": roles, "pixels": pixels, "summary_ids": summary, "name": str(number)})
     return samples
+
+
+def contrastive_scales(contrastive):
+    return torch.nn.ModuleDict({name: losses.ContrastiveScale() for name in losses.TERMS[contrastive]})
 
 
 class Recorder(DataParallelAdamW):
@@ -314,22 +319,21 @@ class Recorder(DataParallelAdamW):
         super().update(lr, shrink)
 
 
-def three_steps(clip_folder, llama_folder, stage, micro, shard=False, text_only=(), rank=0, world=1):
+def three_steps(clip_folder, llama_folder, options, micro, shard=False, text_only=(), rank=0, world=1):
     """(log lines of three steps on one batch, gradients of the first) of this rank."""
+    config = Config(**options, contrastive_weight=0.7)
+    stage = config.stage
     torch.manual_seed(0)
     vlm = VLM.from_towers(clip_folder, llama_folder, "mlp2x_gelu")
     vlm.llm.requires_grad_(stage == "instruct")
     train.checkpoint_blocks(vlm.llm.model.layers, "every")
-    scale, tokenizer = losses.ContrastiveScale(), data.load_tokenizer(llama_folder)
-    config = Config(stage=stage, contrastive="patch" if stage == "align" else "none", contrastive_weight=0.7)
+    scales, tokenizer = contrastive_scales(config.contrastive), data.load_tokenizer(llama_folder)
     samples = conversation_samples(tokenizer, "plain" if stage == "align" else "v1", text_only)
-    learning = [p for p in vlm.parameters() if p.requires_grad]
-    learning += scale.parameters() if stage == "align" else []
-    optimizer = Recorder(learning, shard=shard)
+    optimizer = Recorder([p for p in [*vlm.parameters(), *scales.parameters()] if p.requires_grad], shard=shard)
     share = 8 // world
     mine = samples[rank * share : (rank + 1) * share]
     batches = [data.collate(mine[i : i + micro], 16, -200, 0, 32) for i in range(0, share, micro)]
-    lines = [train.train_step(vlm, scale, optimizer, batches, config, lr=1e-3) for _ in range(3)]
+    lines = [train.train_step(vlm, scales, optimizer, batches, config, lr=1e-3) for _ in range(3)]
     return lines, optimizer.gradients[0]
 
 
@@ -352,24 +356,30 @@ def assert_same_steps(one, others):
         assert (found[: len(whole)] - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
-@pytest.mark.parametrize("stage", ["align", "instruct"])
+INSTRUCT = {"stage": "instruct"}
+ALIGN = {name: {"stage": "align", "contrastive": name} for name in losses.TERMS}
+LARGEST = ALIGN["patch"] | {"pool": "max", "reduce": "max"}
+
+
+@pytest.mark.parametrize("options", [INSTRUCT, *ALIGN.values(), LARGEST], ids=lambda o: "-".join(o.values()))
 @pytest.mark.parametrize("micro", [1, 3, 4])
-def test_micro_batches_change_nothing(clip_folder, llama_folder, stage, micro):
-    text_only = (2, 5) if stage == "instruct" else ()
-    whole = three_steps(clip_folder, llama_folder, stage, 8, text_only=text_only)
+def test_micro_batches_change_nothing(clip_folder, llama_folder, options, micro):
+    text_only = (2, 5) if options == INSTRUCT else ()
+    whole = three_steps(clip_folder, llama_folder, options, 8, text_only=text_only)
     assert whole[0][0]["grad_norm"] > 0 and whole[0][2]["loss"] < whole[0][0]["loss"]
-    assert_same_steps(whole, [three_steps(clip_folder, llama_folder, stage, micro, text_only=text_only)])
+    assert_same_steps(whole, [three_steps(clip_folder, llama_folder, options, micro, text_only=text_only)])
 
 
-@pytest.mark.parametrize("stage, world, shard", [("align", 2, False), ("align", 4, False), ("instruct", 2, False),
-                                                 ("instruct", 2, True), ("instruct", 4, True)])
-def test_ranks_change_nothing(clip_folder, llama_folder, tmp_path, stage, world, shard):
+@pytest.mark.parametrize("options, world, shard", [
+    (ALIGN["patch"], 2, False), (ALIGN["patch"], 4, False), (ALIGN["prompt"], 2, False), (ALIGN["both"], 4, False),
+    (LARGEST, 2, False), (INSTRUCT, 2, False), (INSTRUCT, 2, True), (INSTRUCT, 4, True)])
+def test_ranks_change_nothing(clip_folder, llama_folder, tmp_path, options, world, shard):
     """Losses, scale, norm and gradients; with micro-batches of 2, equal captions on different ranks, checkpointing
     on, and in the instruct stage a last rank whose batch has no image at all."""
-    text_only = (4, 5, 6, 7) if stage == "instruct" else ()
-    whole = three_steps(clip_folder, llama_folder, stage, 8, text_only=text_only)
+    text_only = (4, 5, 6, 7) if options == INSTRUCT else ()
+    whole = three_steps(clip_folder, llama_folder, options, 8, text_only=text_only)
     torch.multiprocessing.spawn(
-        steps_of_rank, (world, tmp_path, clip_folder, llama_folder, stage, 2, shard, text_only), nprocs=world)
+        steps_of_rank, (world, tmp_path, clip_folder, llama_folder, options, 2, shard, text_only), nprocs=world)
     assert_same_steps(whole, [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)])
 
 
@@ -377,7 +387,7 @@ def test_the_contrastive_loss_needs_an_image_with_each_caption(clip_folder, llam
     with pytest.raises(ValueError, match="a record here has none"):
         vlm = VLM.from_towers(clip_folder, llama_folder, "linear")
         batch = data.collate(conversation_samples(data.load_tokenizer(llama_folder), "v1", (3,)), 16, -200, 0, 32)
-        train.train_step(vlm, losses.ContrastiveScale(), DataParallelAdamW(vlm.projector.parameters()), [batch],
+        train.train_step(vlm, contrastive_scales("patch"), DataParallelAdamW(vlm.projector.parameters()), [batch],
                          Config(stage="align", contrastive="patch"), 1e-3)
 
 
@@ -398,7 +408,7 @@ def test_a_step_without_supervised_tokens_is_an_error(clip_folder, llama_folder)
     batch = data.collate(conversation_samples(data.load_tokenizer(llama_folder), "plain"), 16, -200, 0, 32)
     batch["labels"].fill_(data.IGNORE)
     with pytest.raises(ValueError, match="no token"):
-        train.train_step(vlm, losses.ContrastiveScale(), DataParallelAdamW(vlm.projector.parameters()), [batch],
+        train.train_step(vlm, contrastive_scales("none"), DataParallelAdamW(vlm.projector.parameters()), [batch],
                          Config(stage="align"), 1e-3)
 
 
@@ -494,7 +504,7 @@ def test_align_instruct_eval_as_scripts(world):
     align = folder / "runs/tiny/align"
     assert {"config.json", "projector.safetensors", "log.jsonl", "results.json"} <= {f.name for f in align.iterdir()}
     log = log_of(align)
-    assert len(log) == 6 and {"generative", "contrastive", "scale", "retrieval", "grad_norm"} <= log[0].keys()
+    assert len(log) == 6 and {"generative", "patch", "patch_scale", "patch_retrieval", "grad_norm"} <= log[0].keys()
     out = script(world, *stage_options(world, "instruct")).stdout
     assert "loaded projector.0.weight, projector.0.bias, projector.2.weight, projector.2.bias" in out
     assert (folder / "runs/tiny/instruct/llm/model.safetensors").exists()
