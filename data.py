@@ -425,6 +425,55 @@ def load_scienceqa(folder, split: str = "test") -> list:
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Yes-or-no benchmarks: POPE and MME
+
+
+def load_pope(folder, split: str = "") -> list:
+    """[{"id", "prompt", "image", "category", "answer" "yes" or "no"}] of POPE's files `*pope_{category}.json` (JSON
+    lines of question_id, image, text, label), all of them or `split` alone; images below images/ or val2014/."""
+    folder, questions = Path(folder), []
+    images = next((folder / name for name in ("images", "val2014") if (folder / name).is_dir()), folder)
+    for file in sorted(folder.glob(f"*pope_{split or '*'}.json")):
+        category = file.stem.rsplit("pope_", 1)[1]
+        for number, line in enumerate(file.read_text().splitlines()):
+            try:
+                entry = json.loads(line)
+                questions.append({"id": f"{category}-{entry['question_id']}", "category": category,
+                                  "prompt": f"{IMAGE}\n{entry['text']}{SHORT}", "image": images / entry["image"],
+                                  "answer": {"yes": "yes", "no": "no"}[entry["label"]]})
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}: line {number + 1} is not a POPE question: {error!r}") from None
+    if not questions:
+        raise FileNotFoundError(f"{folder}: no *pope_{split or 'CATEGORY'}.json")
+    return questions
+
+
+def load_mme(folder, split: str = "") -> list:
+    """[{"id", "prompt", "image", "category", "answer"}] of MME's folder, two consecutive questions for each image.
+
+    A category (or `split` alone) is a folder of pictures and text files `question<TAB>Yes|No`, side by side or in
+    images/ and questions_answers_YN/. LLaVA replaces the questions' own request for yes or no by its short-answer one.
+    """
+    folder, questions = Path(folder), []
+    for file in sorted(folder.glob(f"{split or '*'}/*.txt")) + sorted(
+            folder.glob(f"{split or '*'}/questions_answers_YN/*.txt")):
+        below = file.parent.parent if file.parent.name == "questions_answers_YN" else file.parent
+        images = below / "images" if (below / "images").is_dir() else below
+        image = next((f for f in sorted(images.glob(f"{file.stem}.*")) if f.suffix != ".txt"), images / file.stem)
+        lines = [line.split("\t") for line in file.read_text().splitlines() if line.strip()]
+        if len(lines) != 2 or any(len(line) != 2 or line[1].strip() not in ("Yes", "No") for line in lines):
+            raise ValueError(f"{file}: not two lines of question, tab, Yes or No")
+        for number, (text, answer) in enumerate(lines):
+            text = text.replace("Please answer yes or no.", "").strip()
+            questions.append({"id": f"{below.name}/{file.stem}/{number}", "category": below.name,
+                              "prompt": f"{IMAGE}\n{text}{SHORT}", "image": image,
+                              "answer": answer.strip().lower()})
+    if not questions:
+        raise FileNotFoundError(f"{folder}: no {split or 'CATEGORY'}/*.txt")
+    return questions
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # The toy world: one coloured shape on a light ground. Small enough for a laptop, written in the formats above.
 
 COLORS = {"red": (214, 40, 40), "green": (40, 150, 60), "blue": (40, 80, 220), "yellow": (236, 200, 30),
@@ -518,7 +567,7 @@ def toy_words(scene: dict, rng: random.Random) -> str:
     return " ".join(heap)
 
 
-def toy_text_record(scene: dict, rng: random.Random, forms=("open", "yes-no", "choice", "hint", "describe"),
+def toy_text_record(scene: dict, rng: random.Random, forms=("open", "yes-no", "choice", "choice", "hint", "hint", "describe"),
                     most_rounds: int = 3) -> dict:
     """A conversation about a scene *told in words*: what the tiny LM is pretrained on.
 
@@ -548,9 +597,11 @@ def write_toy_world(folder, seed: int = 0, align: int = 4000, instruct: int = 20
     """Write the whole world below `folder`; the same seed gives the same bytes. Appears complete or not at all.
 
     align.json      captions of train scenes                 instruct.json   open questions, one record in ten without
-    text.json       conversations about scenes in words                      image; no multiple choice among them
+    captions.json   captions of test scenes, for retrieval                   image; no multiple choice among them
+    text.json       conversations about scenes in words
     images/         the pictures of both                     scienceqa/      multiple choice about val and test scenes;
-                                                                             a quarter without image, told in the hint
+    pope/, mme/     yes or no about test scenes, MME's two                   a quarter without image, told in the hint
+                    of one picture in each of four categories
     """
     folder = Path(folder)
     building = folder.with_name(folder.name + f".building-{seed}")
@@ -562,8 +613,8 @@ def write_toy_world(folder, seed: int = 0, align: int = 4000, instruct: int = 20
         path.parent.mkdir(parents=True, exist_ok=True)
         toy_picture(scene, rng).save(path)
 
-    def image_record(kind, number, turns_of):
-        scene, name = rng.choice(scenes["train"]), f"{kind}-{number:05d}"
+    def image_record(kind, number, turns_of, split="train"):
+        scene, name = rng.choice(scenes[split]), f"{kind}-{number:05d}"
         picture(scene, f"images/{name}.png")
         return {"id": name, "image": f"{name}.png", "conversations": turns_of(scene)}
 
@@ -603,6 +654,20 @@ def write_toy_world(folder, seed: int = 0, align: int = 4000, instruct: int = 20
             splits[split].append(pid)
             if shown:
                 picture(scene, f"scienceqa/images/{split}/{pid}/image.png")
+    lines = []
+    for number in range(test // 2):
+        scene, name, is_true = rng.choice(scenes["test"]), f"{number:05d}", number % 2 == 0
+        picture(scene, f"pope/images/{name}.png")
+        question, answer = toy_yes_no(scene, "shape", is_true, rng)
+        lines.append(json.dumps({"question_id": number + 1, "image": f"{name}.png",
+                                 "text": question.removesuffix(SHORT), "label": answer.lower()}))
+        kind = list(VALUES)[number % 4]
+        picture(scene, f"mme/{kind}/{name}.png")
+        pair = [toy_yes_no(scene, kind, answer, rng) for answer in (True, False)]
+        (building / f"mme/{kind}/{name}.txt").write_text("".join(
+            f"{question.removesuffix(SHORT)} Please answer yes or no.\t{answer}\n" for question, answer in pair))
+    files["captions.json"] = [image_record("caption", n, caption_turns, "test") for n in range(test)]
+    (building / "pope/toy_pope_random.json").write_text("\n".join(lines) + "\n")
     files |= {"scienceqa/problems.json": problems, "scienceqa/pid_splits.json": splits}
     for name, content in files.items():
         (building / name).write_text(json.dumps(content, indent=1))

@@ -41,6 +41,16 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def precise(x):
+    """x in fp32, or in fp64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit(x):
+    """x / |x| along the last axis, in fp32; zero stays zero."""
+    return F.normalize(precise(x), dim=-1)
+
+
 def generative_loss(hidden, labels, head_weight):
     """Summed next-token cross-entropy of the supervised tokens: a scalar in nats; divide by their number.
 
@@ -50,7 +60,7 @@ def generative_loss(hidden, labels, head_weight):
     """
     labels = labels[:, 1:]  # (B, S - 1)
     supervised = labels != -100
-    logits = F.linear(hidden[:, :-1][supervised], head_weight).float()  # (supervised tokens, V)
+    logits = precise(F.linear(hidden[:, :-1][supervised], head_weight))  # (supervised tokens, V)
     return F.cross_entropy(logits, labels[supervised], reduction="sum")
 
 
@@ -59,14 +69,9 @@ def count_supervised(labels) -> int:
     return int((labels[:, 1:] != -100).sum())
 
 
-def unit(x):
-    """x / |x| along the last axis, in fp32; zero stays zero."""
-    return F.normalize(x.float(), dim=-1)
-
-
 def pool_patches(patches, how: str = "mean"):
     """Unit image vectors (B, C) of projected patches (B, N, C); "max" takes the largest of each coordinate."""
-    patches = patches.float()
+    patches = precise(patches)
     return unit(patches.mean(dim=1) if how == "mean" else patches.amax(dim=1))
 
 
@@ -77,8 +82,9 @@ def caption_vectors(embeds, mask, how: str = "mean"):
     embeddings, and its length carries how alike the tokens are. "max": all unit token vectors, (B, T, C), of which
     `contrastive_loss` takes the most similar. A caption without tokens gives zeros.
     """
-    filled = mask[..., None].float()  # (B, T, 1)
-    tokens = unit(embeds) * filled  # (B, T, C)
+    tokens = unit(embeds)
+    filled = mask[..., None].to(tokens.dtype)  # (B, T, 1)
+    tokens = tokens * filled  # (B, T, C)
     if how == "mean":
         return tokens.sum(1) / filled.sum(1).clamp(min=1)  # (B, C)
     first = tokens[torch.arange(len(mask)), mask.int().argmax(1)]  # (B, C)
@@ -106,7 +112,7 @@ class ContrastiveScale(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self):
-        return self.log_scale.float().exp()
+        return self.log_scale.exp()
 
     @torch.no_grad()
     def clamp_(self):

@@ -23,6 +23,7 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -51,7 +52,7 @@ def option(default, help, choices=None):
 
 @dataclass
 class Config:
-    stage: str = option("all", "what to run", ("pretrain", "align", "instruct", "all"))
+    stage: str = option("all", "what to run", ("pretrain", "align", "instruct", "all", "compare"))
     preset: str = option("", "set of defaults; empty: 7b where CUDA is present, else tiny", ("", "tiny", "7b", "13b"))
     out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
     init: str = option("", "instruct: the align run to start from; empty: runs/PRESET/align")
@@ -65,6 +66,10 @@ class Config:
     annotations: str = option("", "LLaVA JSON of this stage")
     images: str = option("", "folder below which its images lie")
     scienceqa: str = option("", "ScienceQA folder that eval.py scores by default")
+    captions: str = option("", "LLaVA JSON of captions on which eval.py measures retrieval and gap by default")
+    caption_images: str = option("", "folder below which their images lie")
+    pope: str = option("", "POPE folder, likewise")
+    mme: str = option("", "MME folder, likewise")
     data_fraction: float = option(1.0, "use this part of the records; smaller parts are nested in larger ones")
     template: str = option("v1", "how a record becomes text", tuple(data.TEMPLATES))
     fit: str = option("pad", "how an image becomes square", ("crop", "pad"))
@@ -92,6 +97,7 @@ class Config:
     checkpointing: str = option("none", "gradient checkpointing of the LLM's blocks", ("none", "every", "every-other"))
     shard: bool = option(False, "ZeRO: each rank keeps 1/W of the masters and moments")
     group_by_length: bool = option(False, "batches of one modality and similar lengths (LLaVA's stage 2)")
+    quick: bool = option(False, "compare: few seeds, short runs, no tuning, in minutes")
     dry_run: bool = option(False, "3 steps at full shape: random weights, random data, nothing read or written")
     save_every: int = option(0, "steps between checkpoints that --resume continues from; 0: none")
     resume: bool = option(False, "continue this run from its last checkpoint")
@@ -99,8 +105,10 @@ class Config:
 
 # The tiny numbers come from the validation split of the toy world; 7b and 13b are LLaVA-1.5's recipe.
 LLAVA = {
-    "common": dict(vit="openai/clip-vit-large-patch14-336", llm="lmsys/vicuna-7b-v1.5", scienceqa="data/ScienceQA",
-                   workers=4, checkpointing="every", save_every=500),
+    "common": dict(vit="openai/clip-vit-large-patch14-336", llm="lmsys/vicuna-7b-v1.5",
+                   scienceqa="data/ScienceQA", pope="data/POPE", mme="data/MME_Benchmark_release_version",
+                   captions="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
+                   caption_images="data/LLaVA-Pretrain/images", workers=4, checkpointing="every", save_every=500),
     "align": dict(annotations="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", images="data/LLaVA-Pretrain/images",
                   template="plain", fit="crop", contrastive="patch", batch=256, micro_batch=32, lr=1e-3),
     "instruct": dict(annotations="data/LLaVA-Instruct/llava_v1_5_mix665k.json", images="data/LLaVA-Instruct",
@@ -108,8 +116,10 @@ LLAVA = {
 }
 PRESETS = {
     "tiny": {
-        "common": dict(vit="assets/tiny-vit", llm="assets/tiny-llm", scienceqa="data/toy/scienceqa",
-                       images="data/toy/images", clip=1.0, save_every=100, cache=True),
+        "common": dict(vit="assets/tiny-vit", llm="assets/tiny-llm", images="data/toy/images",
+                       scienceqa="data/toy/scienceqa", pope="data/toy/pope", mme="data/toy/mme",
+                       captions="data/toy/captions.json", caption_images="data/toy/images",
+                       clip=1.0, save_every=100, cache=True),
         "align": dict(annotations="data/toy/align.json", template="plain", fit="crop", contrastive="patch",
                       epochs=12.0, batch=64, micro_batch=64, lr=2e-3),
         "instruct": dict(annotations="data/toy/instruct.json", epochs=4.0, batch=32, micro_batch=32, lr=4e-4),
@@ -1006,7 +1016,8 @@ def judge_towers(folder) -> dict:
                           "prompt": f"{data.toy_words(scene, rng)}\n{data.scienceqa_prompt(problem)}",
                           "answer": data.LETTERS[problem["answer"]]})
     answers = evaluation.ask(vlm, data.load_tokenizer(folder / "tiny-llm"), questions)
-    choice = evaluation.score_scienceqa(questions, dict(enumerate(answers)))["accuracy"]
+    choice = evaluation.percent([evaluation.parse_choice(text, q["num_choices"]) == q["answer"]
+                                 for q, text in zip(questions, answers)])
 
     def features(split, count):
         chosen = [rng.choice(scenes[split]) for _ in range(count)]
@@ -1026,7 +1037,182 @@ def judge_towers(folder) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# 11. The command line
+# 11. Comparing the losses on the toy world: the papers' claims in miniature
+
+COMPARED = {"none": "generative", "patch": "+ patch", "prompt": "+ prompt", "both": "+ both"}
+FULL = dict(seeds=5, budgets=(30, 60, 120, 240, 480, 960), short=60, long=480, epochs=4.0,
+            fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0), lr=(1e-3, 2e-3, 4e-3), weight=(0.3, 1.0),
+            instruct_lr=(2e-4, 4e-4, 8e-4), ablations=3)
+QUICK = dict(seeds=2, budgets=(30, 60), short=30, long=60, epochs=1.0, fractions=(0.1, 1.0), lr=(2e-3,), weight=(1.0,),
+             instruct_lr=(4e-4,), ablations=0)
+TUNING_SEED = 1000  # no seed of the comparison itself
+ABLATIONS = {  # options of the align stage; the losses they are tried with
+    "as above": ({}, ("none", "patch", "both")),
+    "projector linear": (dict(projector="linear"), ("none", "patch", "both")),
+    "encoder that never saw text": (dict(vit="assets/tiny-vit-no-text"), ("none", "patch", "both")),
+    "LLM of twice the width": (dict(llm="assets/tiny-llm-wide"), ("none", "patch", "both")),
+    "prompt none": (dict(prompt="none"), ("prompt",)),
+    "prompt describe": (dict(prompt="describe"), ("prompt",)),
+}
+
+
+def compare(given: dict, device):
+    """Every loss x part of the instruction data x seed, resumable; results.json, results.md and two charts in OUT.
+
+    What keeps it fair: the world and the towers were fixed by criteria that look at no alignment (text-only accuracy,
+    linear probe). Each loss gets equal data, steps and the same small grid of learning rates (and, where there is a
+    contrastive loss, weights), tuned with a seed of its own on the validation split. Test questions choose nothing.
+    """
+    size = QUICK if given.get("quick") else FULL
+    out = Path(given.get("out") or "runs/compare")
+    given = {key: value for key, value in given.items() if key not in ("stage", "quick", "out", "seed")}
+    file = out / "cells.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
+    done = {cell["name"]: cell for cell in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+    bar = tqdm(desc="compare", unit=" runs")
+
+    def run(stage, name, split, **options):
+        """The scores of one training run on the split; trained only if no earlier call of `compare` did it."""
+        folder = out / "runs" / name
+        if f"{name} {split}" not in done:
+            options = given | options | {"preset": "tiny", "out": str(folder), "save_every": 0}
+            with open(out / "runs.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+                if not (folder / "config.json").exists():
+                    train_stage(configure(stage, options), device)
+                scores = score_run(folder, split, device)
+                shutil.rmtree(folder / "llm", ignore_errors=True)
+            done[f"{name} {split}"] = {"name": f"{name} {split}", **scores}
+            with open(file, "a") as cells:
+                cells.write(json.dumps(done[f"{name} {split}"]) + "\n")
+        bar.update()
+        bar.set_postfix_str(f"{name} {done[f'{name} {split}']['accuracy_img']}")
+        return done[f"{name} {split}"]
+
+    def align(loss, steps, seed, lr, weight, split, extra="", **options):
+        name = f"{loss}-{steps}-seed{seed}-lr{lr}-weight{weight}{extra}"
+        return name, run("align", name, split, contrastive=loss, steps=steps, seed=seed, lr=lr,
+                         contrastive_weight=weight, **options)
+
+    def instruct(start, fraction, seed, lr, split, **options):
+        return run("instruct", f"{start}-instruct{fraction}-lr{lr}", split, init=str(out / "runs" / start), seed=seed,
+                   data_fraction=fraction, epochs=size["epochs"], lr=lr, **options)
+
+    # 1. Tune each loss at the short and at the long budget, on the validation split.
+    tuned, tuning = {}, {}
+    for loss in COMPARED:
+        weights = size["weight"] if loss != "none" else (1.0,)
+        for steps in (size["short"], size["long"]):
+            tries = {(lr, w): align(loss, steps, TUNING_SEED, lr, w, "val") for lr in size["lr"] for w in weights}
+            lr, weight = max(tries, key=lambda pair: tries[pair][1]["accuracy_img"])
+            start = tries[lr, weight][0]
+            after = {rate: sum(instruct(start, part, TUNING_SEED, rate, "val")["accuracy_img"] for part in (0.1, 1.0))
+                     for rate in size["instruct_lr"]}
+            tuned[loss, steps] = lr, weight, max(after, key=after.get)
+            tuning[f"{loss} {steps}"] = dict(zip(("lr", "contrastive_weight", "instruct_lr"), tuned[loss, steps]))
+
+    # 2. All budgets without instruction data; the short and the long one with every part of it.
+    cells = []
+    for seed in range(size["seeds"]):
+        for loss in COMPARED:
+            for steps in size["budgets"]:
+                lr, weight, rate = tuned[loss, size["short" if steps <= size["short"] else "long"]]
+                start, scores = align(loss, steps, seed, lr, weight, "test")
+                cells.append({"loss": loss, "steps": steps, "fraction": 0, "seed": seed, **scores})
+                parts = size["fractions"] if steps == size["short"] else (0.1, 1.0) if steps == size["long"] else ()
+                cells += [{"loss": loss, "steps": steps, "fraction": part, "seed": seed,
+                           **instruct(start, part, seed, rate, "test")} for part in parts]
+
+    # 3. The second paper's ablations, after aligning for the long budget with that budget's tuned numbers.
+    ablations = {}
+    for name, (options, compared) in ABLATIONS.items():
+        for loss in compared:
+            lr, weight, _ = tuned[loss, size["long"]]
+            extra = f"-{name.replace(' ', '-')}" if options else ""
+            ablations[name, loss] = [align(loss, size["long"], seed, lr, weight, "test", extra, **options)[1]
+                                     for seed in range(size["ablations"])]
+    bar.close()
+    report(out, size, tuning, cells, ablations)
+
+
+def score_run(folder, split, device) -> dict:
+    """Accuracy in percent on the toy world's ScienceQA and, for its test split, on its yes-or-no questions."""
+    vlm, tokenizer, config = evaluation.load_run(folder, device)
+    scores = evaluation.answer_bench(vlm, tokenizer, "scienceqa", config["scienceqa"], split)[0]
+    line = {key: scores[key] for key in ("accuracy_img", "accuracy_txt")}
+    if split == "test":
+        line["pope"] = evaluation.answer_bench(vlm, tokenizer, "pope", config["pope"])[0]["accuracy"]
+        line["mme"] = evaluation.answer_bench(vlm, tokenizer, "mme", config["mme"])[0]["accuracy_plus"]
+    return line
+
+
+def report(out, size, tuning, cells, ablations):
+    """results.json, results.md, accuracy_by_data.png, accuracy_by_steps.png; the last line printed is `ratio`."""
+    def values(loss, steps, fraction, score="accuracy_img"):
+        return [cell[score] for cell in cells
+                if (cell["loss"], cell["steps"], cell["fraction"]) == (loss, steps, fraction)]
+
+    def mean(*cell):
+        return evaluation.interval(values(*cell))[0]
+
+    short, long, parts = size["short"], size["long"], (0, *size["fractions"])
+    text = ["# Losses compared on the toy world", "",
+            f"ScienceQA-toy, questions with a picture, percent right: mean of {size['seeds']} seeds and 95 % interval "
+            "(Student's t). World and towers were fixed by text-only accuracy and a linear probe alone; each loss has "
+            "equal steps, data and grid of rates and weights, tuned on the validation split with another seed.", "",
+            "## After SHORT align steps, by part of the instruction data".replace("SHORT", str(short)), "",
+            evaluation.table("loss", [f"{part:.0%}" for part in parts], {
+                name: [values(loss, short, part) for part in parts] for loss, name in COMPARED.items()}), "",
+            f"## After {long} align steps, by part of the instruction data", "",
+            evaluation.table("loss", ["0%", "10%", "100%"], {
+                name: [values(loss, long, part) for part in (0, 0.1, 1.0)] for loss, name in COMPARED.items()}), "",
+            "## Without instruction data, by align steps", "",
+            evaluation.table("loss", size["budgets"], {
+                name: [values(loss, steps, 0) for steps in size["budgets"]] for loss, name in COMPARED.items()})]
+    for score, title in (("accuracy_txt", "questions without a picture"), ("pope", "POPE-like, accuracy"),
+                         ("mme", "MME-like, both questions of a picture right")):
+        text += ["", f"## {title.capitalize()}: align steps / part of the instruction data", "",
+                 evaluation.table("loss", [f"{s} / {p:.0%}" for s in (short, long) for p in (0, 0.1, 1.0)], {
+                     name: [values(loss, s, p, score) for s in (short, long) for p in (0, 0.1, 1.0)]
+                     for loss, name in COMPARED.items()})]
+    text += ["", f"## Ablations: {long} align steps, no instruction data, {size['ablations']} seeds", "",
+             evaluation.table("", COMPARED.values(), {
+                 name: [[cell["accuracy_img"] for cell in ablations.get((name, loss), ())] for loss in COMPARED]
+                 for name in ABLATIONS})]
+    (out / "results.md").write_text("\n".join(text) + "\n")
+    evaluation.chart(out / "accuracy_by_data.png", f"ScienceQA-toy IMG after {short} align steps",
+                     "part of the instruction data", "% right", [f"{part:.0%}" for part in parts],
+                     {name: [values(loss, short, part) for part in parts] for loss, name in COMPARED.items()})
+    evaluation.chart(out / "accuracy_by_steps.png", "ScienceQA-toy IMG without instruction data", "align steps",
+                     "% right", size["budgets"],
+                     {name: [values(loss, s, 0) for s in size["budgets"]] for loss, name in COMPARED.items()})
+    ratio = {}
+    for loss in ("patch", "prompt", "both"):
+        ratio[loss] = {f"10% over generative 100%, {s} steps": round(mean(loss, s, 0.1) / mean("none", s, 1.0), 3)
+                       for s in (short, long)}
+        ratio[loss] |= {f"gain at {p:.0%}, {s} steps": round(mean(loss, s, p) - mean("none", s, p), 2)
+                        for s in (short, long) for p in (0, 0.1, 1.0)}
+        ratio[loss]["step factor"] = step_factor(
+            size["budgets"], [mean("none", s, 0) for s in size["budgets"]], short, mean(loss, short, 0))
+    ratio["none"] = {f"10% over generative 100%, {s} steps": round(mean("none", s, 0.1) / mean("none", s, 1.0), 3)
+                     for s in (short, long)}
+    (out / "results.json").write_text(json.dumps(
+        {"protocol": size, "tuned": tuning, "cells": cells, "ratio": ratio,
+         "ablations": [{"name": name, "loss": loss, "scores": scores} for (name, loss), scores in ablations.items()]},
+        indent=1))
+    say("\n".join(text))
+    say(json.dumps({"out": str(out), "ratio": ratio}))
+
+
+def step_factor(budgets, generative, steps: int, accuracy: float) -> str:
+    """How many times `steps` the generative loss needs to reach `accuracy`: log-linear between its budgets."""
+    for (s0, a0), (s1, a1) in zip(zip(budgets, generative), zip(budgets[1:], generative[1:])):
+        if a0 < accuracy <= a1:
+            return f"{s0 * (s1 / s0) ** ((accuracy - a0) / (a1 - a0)) / steps:.1f}"
+    return f"below {budgets[0] / steps:.1f}" if accuracy <= generative[0] else f"above {budgets[-1] / steps:.1f}"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 12. The command line
 
 
 def pretrain(folder: Path, seed: int):
@@ -1048,7 +1234,7 @@ def run_all(given: dict, device):
     if rank() > 0:
         return
     save_unaligned(align, root / "unaligned")
-    scores = {name: evaluation.run_bench("scienceqa", root / name, None, "test", device)
+    scores = {name: evaluation.run_bench("scienceqa", root / name, None, None, device)
               for name in ("unaligned", "align", "instruct")}
     say(f"\nScienceQA, test split, percent right{'':<8}all   with image")
     for name, score in scores.items():
@@ -1072,6 +1258,10 @@ def main():
             raise ValueError("--stage pretrain makes two tiny towers and takes one process")
         elif stage == "pretrain":
             pretrain(Path(given.get("out") or "assets"), given.get("seed", 0))
+        elif stage == "compare" and world_size() > 1:
+            raise ValueError("--stage compare trains many tiny models, one after another, in one process")
+        elif stage == "compare":
+            compare(given, device)
         elif stage == "all":
             run_all(given, device)
         else:

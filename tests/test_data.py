@@ -296,6 +296,36 @@ def test_scienceqa_folder(toy):
         data.load_scienceqa(toy / "scienceqa", "tset")
 
 
+def test_pope_and_mme_folders(toy, tmp_path):
+    questions = data.load_pope(toy / "pope")
+    assert len(questions) == 20 and all(q["image"].exists() for q in questions)
+    assert [q["answer"] for q in questions[:4]] == ["yes", "no", "yes", "no"]
+    assert questions[0]["prompt"].startswith("<image>\nIs there a ") and questions[0]["prompt"].endswith(data.SHORT)
+    pairs = data.load_mme(toy / "mme")
+    assert len(pairs) == 40 and {q["category"] for q in pairs} == set(data.VALUES)
+    assert all((a["answer"], b["answer"]) == ("yes", "no") and a["image"] == b["image"] and a["image"].suffix == ".png"
+               for a, b in zip(pairs[::2], pairs[1::2]))
+    assert len(data.load_mme(toy / "mme", "color")) == 10
+    # MME's other layout, its two spaces, and a picture with another ending
+    (tmp_path / "scene/images").mkdir(parents=True)
+    (tmp_path / "scene/questions_answers_YN").mkdir()
+    (tmp_path / "scene/images/7.jpg").touch()
+    (tmp_path / "scene/questions_answers_YN/7.txt").write_text(
+        "Is it a hall?  Please answer yes or no.\tYes\nIs it a bar? Please answer yes or no.\tNo\n")
+    first, _ = data.load_mme(tmp_path)
+    assert first["prompt"] == f"<image>\nIs it a hall?{data.SHORT}" and first["image"].name == "7.jpg"
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("x_pope_random.json", '{"question_id": 1, "image": "a.png", "text": "?"}\n', "line 1 is not a POPE question"),
+    ("color/a.txt", "Is it red?\tYes\n", "not two lines")])
+def test_bad_yes_no_files(tmp_path, name, text, message):
+    (tmp_path / "color").mkdir()
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        (data.load_pope if "pope" in name else data.load_mme)(tmp_path)
+
+
 # ---- the toy world -------------------------------------------------------------------------------------------------
 
 
