@@ -227,26 +227,31 @@ class Bucket:
     """Some parameters of one dtype, laid end to end in flat buffers that are padded to a multiple of W.
 
     weight    (n,) in the model's dtype; each parameter becomes a view into it
-    gradient  (n,) fp32, where the gradients of all micro-batches add up
+    gradient  (n,) fp32, where gradients add up; None until backward brings the first
+    total     (n,) or, sharded, (n / W,): the gradient of the whole step that this rank updates with
     """
 
     def __init__(self, parameters, decay: bool):
         self.parameters, self.decay = parameters, decay
         size = sum(parameter.numel() for parameter in parameters)
         size += -size % world_size()
-        first = parameters[0]
-        self.weight = torch.zeros(size, dtype=first.dtype, device=first.device)  # (n,)
-        self.gradient = torch.zeros(size, dtype=torch.float32, device=first.device)  # (n,)
-        self.views, start = {}, 0
+        self.weight = parameters[0].new_zeros(size)  # (n,)
+        self.gradient = self.total = self.work = None
+        self.parts, self.waiting, start = {}, set(), 0
         for parameter in parameters:
-            part = slice(start, start + parameter.numel())
+            self.parts[parameter] = part = slice(start, start + parameter.numel())
             self.weight[part] = parameter.detach().flatten()
             parameter.data = self.weight[part].view_as(parameter)
-            self.views[parameter] = self.gradient[part].view_as(parameter)
             start = part.stop
         if world_size() > 1:
             dist.broadcast(self.weight, src=0)  # equal seeds are a habit, not a guarantee
-        self.waiting, self.work = set(), None
+
+    def add(self, parameter, gradient):
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.weight, dtype=torch.float32)  # (n,)
+            self.waiting = set(self.parameters)
+        self.gradient[self.parts[parameter]].view_as(parameter).add_(gradient)
+        self.waiting.discard(parameter)
 
 
 class DataParallelAdamW:
@@ -262,7 +267,9 @@ class DataParallelAdamW:
        2e-5 on weights of 0.02 would mostly round to nothing.
 
     With `shard` (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054) the sum is a reduce-scatter: each rank receives,
-    and keeps masters and moments for, only its 1/W of every bucket, and an all-gather returns the new weights.
+    and keeps gradients, masters and moments for, only its 1/W of every bucket, and an all-gather returns the new
+    weights. Then a bucket leaves in *every* backward as soon as it is full, and its buffer is freed, so that no more
+    than two or three whole buckets of gradients exist at a time: less memory, paid with a message per micro-batch.
 
     float16 has so little range that small gradients vanish. So losses are multiplied by `loss_scale` before
     backward and gradients divided by it here; a step that overflows is skipped and halves the scale, 2000 good ones
@@ -270,7 +277,7 @@ class DataParallelAdamW:
     """
 
     def __init__(self, parameters, weight_decay=0.0, clip=0.0, betas=(0.9, 0.999), eps=1e-8, shard=False,
-                 bucket_size=2**23):
+                 bucket_size=2**22):
         self.weight_decay, self.clip, self.betas, self.eps, self.steps = weight_decay, clip, betas, eps, 0
         self.shard = shard and world_size() > 1
         groups = {}
@@ -291,7 +298,7 @@ class DataParallelAdamW:
             bucket.m, bucket.v = torch.zeros_like(bucket.master), torch.zeros_like(bucket.master)
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(partial(self.collect, bucket))
-        self.is_last = False
+        self.is_last, self.in_flight = False, []
         self.is_half = any(bucket.weight.dtype == torch.float16 for bucket in self.buckets)
         self.loss_scale, self.good_steps = (2.0**16 if self.is_half else 1.0), 0
 
@@ -301,12 +308,10 @@ class DataParallelAdamW:
 
     def collect(self, bucket, parameter):
         """Hook: `parameter.grad` is complete for this backward. Move it to the bucket; send a bucket that is full."""
-        bucket.views[parameter].add_(parameter.grad)
+        bucket.add(parameter, parameter.grad)
         parameter.grad = None
-        if self.is_last:
-            bucket.waiting.discard(parameter)
-            if not bucket.waiting:
-                self.send(bucket)
+        if not bucket.waiting and (self.is_last or self.shard):
+            self.send(bucket)
 
     def last_backward(self):
         """From here on, each parameter's next gradient is its last of this step. (One whose last has come already,
@@ -316,23 +321,42 @@ class DataParallelAdamW:
             bucket.waiting = set(bucket.parameters)
 
     def send(self, bucket):
-        if world_size() > 1 and bucket.work is None:
-            if self.shard:
-                bucket.work = dist.reduce_scatter_tensor(self.own(bucket.gradient), bucket.gradient, async_op=True)
-            else:
-                bucket.work = dist.all_reduce(bucket.gradient, async_op=True)
+        """Start to sum `bucket.gradient` over the ranks. Sharded, the buffer goes with it, and the oldest of three
+        messages is waited for: memory stays bounded, and two are on their way while backward goes on."""
+        if self.shard:
+            share = torch.empty_like(bucket.master)
+            work = dist.reduce_scatter_tensor(share, bucket.gradient, async_op=True)
+            self.in_flight.append((bucket, work, share, bucket.gradient))
+            bucket.gradient = None
+            if len(self.in_flight) > 2:
+                self.receive()
+        elif world_size() > 1 and bucket.work is None:
+            bucket.work = dist.all_reduce(bucket.gradient, async_op=True)
+
+    def receive(self):
+        """Wait for the oldest message and add what it brings to the bucket's total."""
+        bucket, work, share, _ = self.in_flight.pop(0)
+        work.wait()
+        bucket.total = share if bucket.total is None else bucket.total.add_(share)
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
         """Finish the sums, clip, update, forget the gradients; return the global gradient norm before clipping."""
         for bucket in self.buckets:
-            self.send(bucket)
+            if bucket.gradient is None and bucket.total is None and not any(bucket is b for b, *_ in self.in_flight):
+                bucket.gradient = torch.zeros_like(bucket.weight, dtype=torch.float32)  # nobody used its parameters
+            if bucket.gradient is not None:
+                self.send(bucket)
+        while self.in_flight:
+            self.receive()
         for bucket in self.buckets:
             if bucket.work is not None:
                 bucket.work.wait()
-        squares = sum(self.own(bucket.gradient).double().square().sum().item() for bucket in self.buckets)
+            bucket.total = bucket.total if self.shard else bucket.gradient
+        norms = [torch.linalg.vector_norm(bucket.total, dtype=torch.float64).item() for bucket in self.buckets]
+        squares = sum(norm**2 for norm in norms)
         if self.shard:
-            squares = sum_over_ranks([squares], self.buckets[0].gradient.device)[0]
+            squares = sum_over_ranks([squares], self.buckets[0].weight.device)[0]
         norm = math.sqrt(squares) / self.loss_scale
         if not math.isfinite(norm) and not self.is_half:
             raise ValueError("the gradient is not finite; no weight was changed")
@@ -340,8 +364,7 @@ class DataParallelAdamW:
             self.update(lr, min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0)
             self.good_steps += self.is_half
         for bucket in self.buckets:
-            bucket.gradient.zero_()
-            bucket.work = None
+            bucket.gradient = bucket.total = bucket.work = None
         self.is_last = False
         if not math.isfinite(norm):
             self.loss_scale, self.good_steps = self.loss_scale / 2, 0
@@ -352,16 +375,21 @@ class DataParallelAdamW:
         return norm
 
     def update(self, lr: float, shrink: float):
-        """AdamW on the masters of this rank, its gradients times `shrink`; then the weights everywhere."""
+        """AdamW on the masters of this rank, its gradients times `shrink`; then the weights everywhere.
+
+        The corrections for the moments' start at zero, 1 - beta^t, are moved from the vectors into the scalars.
+        """
         self.steps += 1
         beta1, beta2 = self.betas
+        correction = math.sqrt(1 - beta2**self.steps)
         for bucket in self.buckets:
-            gradient = self.own(bucket.gradient).mul_(shrink / self.loss_scale)
-            bucket.master.mul_(1 - lr * self.weight_decay * bucket.decay)
+            gradient = bucket.total if shrink == self.loss_scale else bucket.total.mul_(shrink / self.loss_scale)
+            if bucket.decay and self.weight_decay:
+                bucket.master.mul_(1 - lr * self.weight_decay)
             bucket.m.lerp_(gradient, 1 - beta1)
             bucket.v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            denominator = (bucket.v / (1 - beta2**self.steps)).sqrt_().add_(self.eps)
-            bucket.master.addcdiv_(bucket.m, denominator, value=-lr / (1 - beta1**self.steps))
+            denominator = bucket.v.sqrt().add_(self.eps * correction)
+            bucket.master.addcdiv_(bucket.m, denominator, value=-lr * correction / (1 - beta1**self.steps))
             self.publish(bucket)
 
     def state_dict(self) -> dict:
@@ -542,8 +570,9 @@ def memory_sum(config, vlm, dtype) -> dict:
     activations = c.num_hidden_layers * (whole * block + (1 - whole) * kept) + block
     activations += size * TEXT_TOKENS[config.stage] * c.vocab_size * 12  # logits: model dtype, fp32, gradient
     activations += 4 * size * parts * vlm.num_image_tokens * c.hidden_size * e  # patches, the cut, their gradients
-    return {"weights": weights * e, "gradients": learning * 4,
-            "masters and moments": learning * (8 if e == 4 else 12) / (world_size() if config.shard else 1),
+    ranks = world_size() if config.shard else 1
+    return {"weights": weights * e, "gradients": learning * 4 / ranks,
+            "masters and moments": learning * (8 if e == 4 else 12) / ranks,
             "activations": activations}
 
 

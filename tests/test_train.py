@@ -315,7 +315,7 @@ class Recorder(DataParallelAdamW):
     """Keeps the summed, unclipped gradients of every step; of this rank's slices where they are sharded."""
 
     def update(self, lr, shrink):
-        self.gradients = getattr(self, "gradients", []) + [[self.own(b.gradient).clone() for b in self.buckets]]
+        self.gradients = getattr(self, "gradients", []) + [[b.total.clone() for b in self.buckets]]
         super().update(lr, shrink)
 
 
