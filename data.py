@@ -567,8 +567,10 @@ def toy_words(scene: dict, rng: random.Random) -> str:
     return " ".join(heap)
 
 
-def toy_text_record(scene: dict, rng: random.Random, forms=("open", "yes-no", "choice", "choice", "hint", "hint", "describe"),
-                    most_rounds: int = 3) -> dict:
+FORMS = ("open", "yes-no", "choice", "choice", "hint", "hint", "describe")  # the hard skill twice as often
+
+
+def toy_text_record(scene: dict, rng: random.Random, forms=FORMS, most_rounds: int = 3) -> dict:
     """A conversation about a scene *told in words*: what the tiny LM is pretrained on.
 
     One to `most_rounds` rounds on different attributes, so that a word is in the choices of one round at most. One

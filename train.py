@@ -6,7 +6,7 @@
 
 Two stages on LLaVA's recipe (arXiv 2310.03744). Align: image-caption pairs, only the projector learns, with the
 captioning loss and CG-VLM's contrastive loss. Instruct: conversations, the projector and the LLM learn, with the
-next-token loss alone. The ViT is frozen throughout. A third stage, pretrain, makes the two tiny towers.
+next-token loss alone. The ViT is frozen throughout.
 
 What people usually take from a framework is written out here, and the models know nothing of it:
 data parallelism (`DataParallelAdamW`), mixed precision (the same class), gradient checkpointing (`checkpointed`).
@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import sys
@@ -52,7 +51,7 @@ def option(default, help, choices=None):
 
 @dataclass
 class Config:
-    stage: str = option("all", "what to run", ("pretrain", "align", "instruct", "all", "compare"))
+    stage: str = option("all", "what to run", ("align", "instruct", "all", "compare"))
     preset: str = option("", "set of defaults; empty: 7b where CUDA is present, else tiny", ("", "tiny", "7b", "13b"))
     out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
     init: str = option("", "instruct: the align run to start from; empty: runs/PRESET/align")
@@ -121,7 +120,7 @@ PRESETS = {
                        captions="data/toy/captions.json", caption_images="data/toy/images",
                        clip=1.0, save_every=100, cache=True),
         "align": dict(annotations="data/toy/align.json", template="plain", fit="crop", contrastive="patch",
-                      epochs=12.0, batch=64, micro_batch=64, lr=2e-3),
+                      prompt="describe", epochs=12.0, batch=64, micro_batch=64, lr=2e-3),
         "instruct": dict(annotations="data/toy/instruct.json", epochs=4.0, batch=32, micro_batch=32, lr=4e-4),
     },
     "7b": LLAVA,
@@ -248,7 +247,7 @@ class Bucket:
 
     def add(self, parameter, gradient):
         if self.gradient is None:
-            self.gradient = torch.zeros_like(self.weight, dtype=torch.float32)  # (n,)
+            self.gradient = torch.zeros_like(losses.precise(self.weight))  # (n,)
             self.waiting = set(self.parameters)
         self.gradient[self.parts[parameter]].view_as(parameter).add_(gradient)
         self.waiting.discard(parameter)
@@ -294,7 +293,7 @@ class DataParallelAdamW:
                 size += parameter.numel()
             self.buckets.append(Bucket(members, is_matrix))
         for bucket in self.buckets:
-            bucket.master = self.own(bucket.weight).float()  # (n,) or, sharded, (n / W,); fp32 weights are their own
+            bucket.master = losses.precise(self.own(bucket.weight))  # (n,) or, sharded, (n / W,); fp32 weights are their own
             bucket.m, bucket.v = torch.zeros_like(bucket.master), torch.zeros_like(bucket.master)
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(partial(self.collect, bucket))
@@ -344,7 +343,7 @@ class DataParallelAdamW:
         """Finish the sums, clip, update, forget the gradients; return the global gradient norm before clipping."""
         for bucket in self.buckets:
             if bucket.gradient is None and bucket.total is None and not any(bucket is b for b, *_ in self.in_flight):
-                bucket.gradient = torch.zeros_like(bucket.weight, dtype=torch.float32)  # nobody used its parameters
+                bucket.gradient = torch.zeros_like(losses.precise(bucket.weight))  # nobody used its parameters
             if bucket.gradient is not None:
                 self.send(bucket)
         while self.in_flight:
@@ -951,125 +950,9 @@ def peak_memory(device) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# 10. The tiny towers: what CLIP and Vicuna are to the 7b preset, in a few minutes on a CPU
+# 10. Comparing the losses on the toy world: the papers' claims in miniature
 
-
-def pretrain_vit(folder, seed: int, steps: int = 1000, batch: int = 96) -> None:
-    """A small CLIP: the picture (mean of the last block's patches) against its caption (mean of word vectors)."""
-    torch.manual_seed(seed)
-    rng, scenes = random.Random(seed), data.toy_scenes()["train"]
-    tokenizer = data.load_tokenizer(Path(folder).parent / "tiny-llm")
-    vit = ViT(TINY_VIT, feature_layer=-1)
-    text, scale = nn.EmbeddingBag(len(tokenizer), 96), losses.ContrastiveScale()
-    to_image = nn.Linear(96, 96)
-    optimizer = DataParallelAdamW([*vit.parameters(), *text.parameters(), *to_image.parameters(),
-                                   *scale.parameters()], clip=1.0)
-    config = Config(lr=2e-3, warmup_ratio=0.1)
-    for step in (bar := tqdm(range(steps), desc="pretrain vit")):
-        chosen = [rng.choice(scenes) for _ in range(batch)]
-        pixels = torch.stack([data.preprocess(data.toy_picture(scene, rng), data.TOY_IMAGE_SIZE, "crop")
-                              for scene in chosen])
-        ids = [torch.tensor(tokenizer(data.CAPTION.format(**scene), add_special_tokens=False).input_ids)
-               for scene in chosen]
-        offsets = torch.tensor([0] + [len(i) for i in ids[:-1]]).cumsum(0)
-        keys = torch.tensor([scenes.index(scene) for scene in chosen])
-        image = losses.unit(to_image(vit(pixels).mean(1)))  # (B, D)
-        loss, accuracy = losses.contrastive_loss(image, losses.unit(text(torch.cat(ids), offsets)), scale(), keys)
-        loss.backward()
-        optimizer.step(learning_rate(step, steps, config))
-        scale.clamp_()
-        bar.set_postfix(loss=f"{loss.item():.3f}", retrieval=f"{accuracy.item():.3f}")
-    vit.half().save_pretrained(folder)
-
-
-def pretrain_llm(folder, seed: int, lessons=((600, 96, 0.0), (900, 64, 0.5))) -> None:
-    """A language model of the toy world's text, in two lessons of (steps, batch, noise).
-
-    First multiple choice in one round and nothing else, then everything: conversations and captions. Together from
-    the start, the many easy tokens drown the one hard skill, finding the letter of one's answer: it was right in
-    60 % of the cases after as many steps. The noise, of up to this standard deviation on the embeddings (NEFTune,
-    Jain et al. 2023, arXiv 2310.05914), makes the model bear inputs that are not quite words, such as patches.
-    """
-    torch.manual_seed(seed)
-    rng, scenes = random.Random(seed), data.toy_scenes()["train"]
-    data.write_toy_tokenizer(folder)
-    tokenizer = data.load_tokenizer(folder)
-    llm = LLM(TINY_LLM)
-    for name, parameter in llm.named_parameters():  # PyTorch's own, smaller, start does not learn to look back
-        if "embed_tokens" in name:
-            nn.init.normal_(parameter, std=0.5)
-        elif "proj" in name:
-            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-
-    def sample(number, is_first):
-        scene = rng.choice(scenes)
-        if number % 5 == 4 and not is_first:  # what stage 1 looks like: a scene, then its caption
-            pieces = [(data.toy_words(scene, rng) + " ", data.CONTEXT), (data.CAPTION.format(**scene), data.ANSWER),
-                      ("\n", data.END)]
-        else:
-            record = (data.toy_text_record(scene, rng, ("choice",), 1) if is_first
-                      else data.toy_text_record(scene, rng))
-            pieces = data.v1(data.clean_turns(record), tokenizer.eos_token)
-        ids, roles = data.tokenise(pieces, tokenizer, has_image=False)
-        return {"ids": ids, "roles": roles, "pixels": None, "name": f"text {number}"}
-
-    optimizer = DataParallelAdamW(llm.parameters(), clip=1.0, betas=(0.9, 0.98))
-    config = Config(lr=3e-3, warmup_ratio=0.1)
-    for lesson, (steps, batch, noise) in enumerate(lessons):
-        samples = [sample(number, lesson == 0) for number in range(8000)]
-        order = [i for epoch in range(math.ceil(steps * batch / len(samples)))
-                 for i in data.epoch_order(len(samples), seed, epoch)]
-        for step in (bar := tqdm(range(steps), desc=f"pretrain llm {lesson + 1}/2")):
-            m = data.collate([samples[i] for i in order[step * batch :][:batch]], 0, data.IMAGE_MARKER,
-                             tokenizer.pad_token_id, data.TOY_IMAGE_SIZE)
-            embeds = llm.embed(m["ids"])  # (B, S, C)
-            embeds = embeds + noise * torch.rand(len(embeds), 1, 1) * torch.randn_like(embeds)
-            loss = losses.generative_loss(llm.hidden(embeds), m["labels"], llm.head_weight)
-            loss = loss / losses.count_supervised(m["labels"])
-            loss.backward()
-            optimizer.step(learning_rate(step, steps, config))
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    llm.half().save_pretrained(folder)
-
-
-def judge_towers(folder) -> dict:
-    """How good the towers are, by criteria that look at no alignment: multiple choice about scenes of the validation
-    split *told in words* (percent right), and a linear probe of the patch features on its pictures."""
-    rng, scenes = random.Random(1), data.toy_scenes()
-    vlm = VLM.from_towers(folder / "tiny-vit", folder / "tiny-llm", "linear").eval()
-    questions = []
-    for number in range(400):
-        scene = rng.choice(scenes["val"])
-        problem = data.toy_problem(scene, rng.choice(list(data.QUESTIONS)), rng, rng.choice(data.HINTS), None)
-        questions.append({"id": number, "image": None, "num_choices": len(problem["choices"]),
-                          "prompt": f"{data.toy_words(scene, rng)}\n{data.scienceqa_prompt(problem)}",
-                          "answer": data.LETTERS[problem["answer"]]})
-    answers = evaluation.ask(vlm, data.load_tokenizer(folder / "tiny-llm"), questions)
-    choice = evaluation.percent([evaluation.parse_choice(text, q["num_choices"]) == q["answer"]
-                                 for q, text in zip(questions, answers)])
-
-    def features(split, count):
-        chosen = [rng.choice(scenes[split]) for _ in range(count)]
-        pixels = torch.stack([data.preprocess(data.toy_picture(scene, rng), data.TOY_IMAGE_SIZE, "crop")
-                              for scene in chosen])
-        pooled = vlm.vit(pixels).mean(1)  # (count, D)
-        return torch.cat([pooled, torch.ones(count, 1)], dim=1), chosen
-
-    (x, known), (x_val, asked) = features("train", 1500), features("val", 400)
-    right = 0
-    for kind, values in data.VALUES.items():
-        target = torch.tensor([[float(scene[kind] == value) for value in values] for scene in known])
-        weights = torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1]), x.T @ target)  # ridge regression
-        guess = (x_val @ weights).argmax(1).tolist()
-        right += sum(values[g] == scene[kind] for g, scene in zip(guess, asked))
-    return {"text_multiple_choice": choice, "linear_probe": round(100 * right / (len(asked) * len(data.VALUES)), 2)}
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# 11. Comparing the losses on the toy world: the papers' claims in miniature
-
-COMPARED = {"none": "generative", "patch": "+ patch", "prompt": "+ prompt", "both": "+ both"}
-FULL = dict(seeds=5, budgets=(30, 60, 120, 240, 480, 960), short=60, long=480, epochs=4.0,
+FULL = dict(seeds=5, budgets=(30, 60, 120, 240, 480), short=60, long=240, epochs=4.0,
             fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0), lr=(1e-3, 2e-3, 4e-3), weight=(0.3, 1.0),
             instruct_lr=(2e-4, 4e-4, 8e-4), ablations=3)
 QUICK = dict(seeds=2, budgets=(30, 60), short=30, long=60, epochs=1.0, fractions=(0.1, 1.0), lr=(2e-3,), weight=(1.0,),
@@ -1079,7 +962,6 @@ ABLATIONS = {  # options of the align stage; the losses they are tried with
     "as above": ({}, ("none", "patch", "both")),
     "projector linear": (dict(projector="linear"), ("none", "patch", "both")),
     "encoder that never saw text": (dict(vit="assets/tiny-vit-no-text"), ("none", "patch", "both")),
-    "LLM of twice the width": (dict(llm="assets/tiny-llm-wide"), ("none", "patch", "both")),
     "prompt none": (dict(prompt="none"), ("prompt",)),
     "prompt describe": (dict(prompt="describe"), ("prompt",)),
 }
@@ -1095,10 +977,17 @@ def compare(given: dict, device):
     size = QUICK if given.get("quick") else FULL
     out = Path(given.get("out") or "runs/compare")
     given = {key: value for key, value in given.items() if key not in ("stage", "quick", "out", "seed")}
-    file = out / "cells.jsonl"
+    file, protocol = out / "cells.jsonl", json.loads(json.dumps([size, given]))
     out.mkdir(parents=True, exist_ok=True)
+    if (out / "protocol.json").exists() and read_json(out / "protocol.json") != protocol:
+        raise ValueError(f"{out}: holds a comparison with other options; name another --out, or remove it")
+    (out / "protocol.json").write_text(json.dumps(protocol))
     done = {cell["name"]: cell for cell in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
-    bar = tqdm(desc="compare", unit=" runs")
+    few, many = len(size["lr"]), len(size["lr"]) * len(size["weight"])
+    tries = 2 * (few + 3 * many) * (many > 1) + 16 * len(size["instruct_lr"]) * (len(size["instruct_lr"]) > 1)
+    planned = tries + 4 * size["seeds"] * (len(size["budgets"]) + len(size["fractions"]) + 2)
+    planned += size["ablations"] * sum(len(compared) for _, compared in ABLATIONS.values())
+    bar = tqdm(desc="compare", total=planned, unit=" runs")
 
     def run(stage, name, split, **options):
         """The scores of one training run on the split; trained only if no earlier call of `compare` did it."""
@@ -1128,21 +1017,22 @@ def compare(given: dict, device):
 
     # 1. Tune each loss at the short and at the long budget, on the validation split.
     tuned, tuning = {}, {}
-    for loss in COMPARED:
-        weights = size["weight"] if loss != "none" else (1.0,)
+    for loss in losses.TERMS:
         for steps in (size["short"], size["long"]):
-            tries = {(lr, w): align(loss, steps, TUNING_SEED, lr, w, "val") for lr in size["lr"] for w in weights}
-            lr, weight = max(tries, key=lambda pair: tries[pair][1]["accuracy_img"])
-            start = tries[lr, weight][0]
-            after = {rate: sum(instruct(start, part, TUNING_SEED, rate, "val")["accuracy_img"] for part in (0.1, 1.0))
-                     for rate in size["instruct_lr"]}
-            tuned[loss, steps] = lr, weight, max(after, key=after.get)
-            tuning[f"{loss} {steps}"] = dict(zip(("lr", "contrastive_weight", "instruct_lr"), tuned[loss, steps]))
+            grid = [(lr, w) for lr in size["lr"] for w in (size["weight"] if loss != "none" else (1.0,))]
+            lr, weight = grid[0] if len(grid) == 1 else max(grid, key=lambda pair: align(
+                loss, steps, TUNING_SEED, *pair, "val")[1]["accuracy_img"])
+            rates = size["instruct_lr"]
+            rate = rates[0] if len(rates) == 1 else max(rates, key=lambda rate: sum(
+                instruct(f"{loss}-{steps}-seed{TUNING_SEED}-lr{lr}-weight{weight}", part, TUNING_SEED, rate,
+                         "val")["accuracy_img"] for part in (0.1, 1.0)))
+            tuned[loss, steps] = lr, weight, rate
+            tuning[f"{loss} {steps}"] = {"lr": lr, "contrastive_weight": weight, "instruct_lr": rate}
 
-    # 2. All budgets without instruction data; the short and the long one with every part of it.
-    cells = []
+    # 2. All budgets without instruction data; the short and the long one with parts of it.
+    cells, ablations = [], {}
     for seed in range(size["seeds"]):
-        for loss in COMPARED:
+        for loss in losses.TERMS:
             for steps in size["budgets"]:
                 lr, weight, rate = tuned[loss, size["short" if steps <= size["short"] else "long"]]
                 start, scores = align(loss, steps, seed, lr, weight, "test")
@@ -1150,17 +1040,19 @@ def compare(given: dict, device):
                 parts = size["fractions"] if steps == size["short"] else (0.1, 1.0) if steps == size["long"] else ()
                 cells += [{"loss": loss, "steps": steps, "fraction": part, "seed": seed,
                            **instruct(start, part, seed, rate, "test")} for part in parts]
+        text = evaluation.report(out, size, tuning, cells, ablations)  # a comparison cut short has fewer seeds
 
     # 3. The second paper's ablations, after aligning for the long budget with that budget's tuned numbers.
-    ablations = {}
-    for name, (options, compared) in ABLATIONS.items():
+    for name, (options, compared) in ABLATIONS.items() if size["ablations"] else ():
         for loss in compared:
             lr, weight, _ = tuned[loss, size["long"]]
             extra = f"-{name.replace(' ', '-')}" if options else ""
-            ablations[name, loss] = [align(loss, size["long"], seed, lr, weight, "test", extra, **options)[1]
-                                     for seed in range(size["ablations"])]
+            runs = [align(loss, size["long"], seed, lr, weight, "test", extra, **options)[1]
+                    for seed in range(size["ablations"])]
+            ablations[name, loss] = [scores["accuracy_img"] for scores in runs]
+        text = evaluation.report(out, size, tuning, cells, ablations)
     bar.close()
-    report(out, size, tuning, cells, ablations)
+    say(text)
 
 
 def score_run(folder, split, device) -> dict:
@@ -1174,80 +1066,8 @@ def score_run(folder, split, device) -> dict:
     return line
 
 
-def report(out, size, tuning, cells, ablations):
-    """results.json, results.md, accuracy_by_data.png, accuracy_by_steps.png; the last line printed is `ratio`."""
-    def values(loss, steps, fraction, score="accuracy_img"):
-        return [cell[score] for cell in cells
-                if (cell["loss"], cell["steps"], cell["fraction"]) == (loss, steps, fraction)]
-
-    def mean(*cell):
-        return evaluation.interval(values(*cell))[0]
-
-    short, long, parts = size["short"], size["long"], (0, *size["fractions"])
-    text = ["# Losses compared on the toy world", "",
-            f"ScienceQA-toy, questions with a picture, percent right: mean of {size['seeds']} seeds and 95 % interval "
-            "(Student's t). World and towers were fixed by text-only accuracy and a linear probe alone; each loss has "
-            "equal steps, data and grid of rates and weights, tuned on the validation split with another seed.", "",
-            "## After SHORT align steps, by part of the instruction data".replace("SHORT", str(short)), "",
-            evaluation.table("loss", [f"{part:.0%}" for part in parts], {
-                name: [values(loss, short, part) for part in parts] for loss, name in COMPARED.items()}), "",
-            f"## After {long} align steps, by part of the instruction data", "",
-            evaluation.table("loss", ["0%", "10%", "100%"], {
-                name: [values(loss, long, part) for part in (0, 0.1, 1.0)] for loss, name in COMPARED.items()}), "",
-            "## Without instruction data, by align steps", "",
-            evaluation.table("loss", size["budgets"], {
-                name: [values(loss, steps, 0) for steps in size["budgets"]] for loss, name in COMPARED.items()})]
-    for score, title in (("accuracy_txt", "questions without a picture"), ("pope", "POPE-like, accuracy"),
-                         ("mme", "MME-like, both questions of a picture right")):
-        text += ["", f"## {title.capitalize()}: align steps / part of the instruction data", "",
-                 evaluation.table("loss", [f"{s} / {p:.0%}" for s in (short, long) for p in (0, 0.1, 1.0)], {
-                     name: [values(loss, s, p, score) for s in (short, long) for p in (0, 0.1, 1.0)]
-                     for loss, name in COMPARED.items()})]
-    text += ["", f"## Ablations: {long} align steps, no instruction data, {size['ablations']} seeds", "",
-             evaluation.table("", COMPARED.values(), {
-                 name: [[cell["accuracy_img"] for cell in ablations.get((name, loss), ())] for loss in COMPARED]
-                 for name in ABLATIONS})]
-    (out / "results.md").write_text("\n".join(text) + "\n")
-    evaluation.chart(out / "accuracy_by_data.png", f"ScienceQA-toy IMG after {short} align steps",
-                     "part of the instruction data", "% right", [f"{part:.0%}" for part in parts],
-                     {name: [values(loss, short, part) for part in parts] for loss, name in COMPARED.items()})
-    evaluation.chart(out / "accuracy_by_steps.png", "ScienceQA-toy IMG without instruction data", "align steps",
-                     "% right", size["budgets"],
-                     {name: [values(loss, s, 0) for s in size["budgets"]] for loss, name in COMPARED.items()})
-    ratio = {}
-    for loss in ("patch", "prompt", "both"):
-        ratio[loss] = {f"10% over generative 100%, {s} steps": round(mean(loss, s, 0.1) / mean("none", s, 1.0), 3)
-                       for s in (short, long)}
-        ratio[loss] |= {f"gain at {p:.0%}, {s} steps": round(mean(loss, s, p) - mean("none", s, p), 2)
-                        for s in (short, long) for p in (0, 0.1, 1.0)}
-        ratio[loss]["step factor"] = step_factor(
-            size["budgets"], [mean("none", s, 0) for s in size["budgets"]], short, mean(loss, short, 0))
-    ratio["none"] = {f"10% over generative 100%, {s} steps": round(mean("none", s, 0.1) / mean("none", s, 1.0), 3)
-                     for s in (short, long)}
-    (out / "results.json").write_text(json.dumps(
-        {"protocol": size, "tuned": tuning, "cells": cells, "ratio": ratio,
-         "ablations": [{"name": name, "loss": loss, "scores": scores} for (name, loss), scores in ablations.items()]},
-        indent=1))
-    say("\n".join(text))
-    say(json.dumps({"out": str(out), "ratio": ratio}))
-
-
-def step_factor(budgets, generative, steps: int, accuracy: float) -> str:
-    """How many times `steps` the generative loss needs to reach `accuracy`: log-linear between its budgets."""
-    for (s0, a0), (s1, a1) in zip(zip(budgets, generative), zip(budgets[1:], generative[1:])):
-        if a0 < accuracy <= a1:
-            return f"{s0 * (s1 / s0) ** ((accuracy - a0) / (a1 - a0)) / steps:.1f}"
-    return f"below {budgets[0] / steps:.1f}" if accuracy <= generative[0] else f"above {budgets[-1] / steps:.1f}"
-
-
 # ----------------------------------------------------------------------------------------------------------------
-# 12. The command line
-
-
-def pretrain(folder: Path, seed: int):
-    pretrain_llm(folder / "tiny-llm", seed)
-    pretrain_vit(folder / "tiny-vit", seed)
-    print(json.dumps(judge_towers(folder)))
+# 11. The command line
 
 
 def run_all(given: dict, device):
@@ -1283,11 +1103,7 @@ def main():
     stage = given.get("stage", "all")
     try:
         device = start_ranks()
-        if stage == "pretrain" and world_size() > 1:
-            raise ValueError("--stage pretrain makes two tiny towers and takes one process")
-        elif stage == "pretrain":
-            pretrain(Path(given.get("out") or "assets"), given.get("seed", 0))
-        elif stage == "compare" and world_size() > 1:
+        if stage == "compare" and world_size() > 1:
             raise ValueError("--stage compare trains many tiny models, one after another, in one process")
         elif stage == "compare":
             compare(given, device)

@@ -1,8 +1,9 @@
-"""Step time of our data parallelism against torch's DistributedDataParallel, paired, on two CPU processes.
+"""Our data parallelism against torch's DistributedDataParallel, on two CPU processes: step times, and when we send.
 
     torchrun --nproc_per_node=2 tests/bench_ddp.py
 
-Prints the median of the ratios ours / torch over pairs of steps that follow each other. Not a test: machines vary.
+Prints the median of the ratios ours / torch over pairs of steps that follow each other, and a trace of one backward:
+when each bucket left, and when backward ended. Not a test: machines vary.
 """
 
 import statistics
@@ -20,16 +21,27 @@ from train import DataParallelAdamW
 
 def build():
     torch.manual_seed(0)
-    return nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(512, 512), nn.GELU())))
+    return nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(1024, 1024), nn.GELU())))
+
+
+class Traced(DataParallelAdamW):
+    """Notes when each bucket's all-reduce starts."""
+
+    times = ()
+
+    def send(self, bucket):
+        if bucket.work is None:
+            self.times = (*self.times, time.perf_counter())
+        super().send(bucket)
 
 
 def main(pairs=60):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     ours, theirs = build(), nn.parallel.DistributedDataParallel(build())
-    our_optimizer = DataParallelAdamW(ours.parameters())
+    our_optimizer = Traced(ours.parameters(), bucket_size=2**21)
     their_optimizer = torch.optim.AdamW(theirs.parameters(), weight_decay=0.0, fused=True)
-    x = torch.randn(256, 512)
+    x = torch.randn(256, 1024)
 
     def our_step():
         our_optimizer.last_backward()
@@ -52,9 +64,19 @@ def main(pairs=60):
     for _ in range(5):
         our_step(), their_step()
     ratios = [seconds(our_step) / seconds(their_step) for _ in range(pairs)]
+
+    our_optimizer.times = ()
+    our_optimizer.last_backward()
+    loss = ours(x).square().mean()
+    start = time.perf_counter()
+    loss.backward()
+    end = time.perf_counter()
+    our_optimizer.step(1e-4)
     if dist.get_rank() == 0:
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(f"step time, ours / torch DDP + fused AdamW: median {middle:.2f}, quartiles {low:.2f} to {high:.2f}")
+        sent = ", ".join(f"{1000 * (t - start):.1f}" for t in our_optimizer.times)
+        print(f"all-reduces started {sent} ms after backward began; backward ended at {1000 * (end - start):.1f} ms")
     dist.destroy_process_group()
 
 
