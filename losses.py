@@ -71,8 +71,9 @@ def count_supervised(labels) -> int:
 
 def pool_patches(patches, how: str = "mean"):
     """Unit image vectors (B, C) of projected patches (B, N, C); "max" takes the largest of each coordinate."""
-    patches = precise(patches)
-    return unit(patches.mean(dim=1) if how == "mean" else patches.amax(dim=1))
+    if how == "max":
+        return unit(patches.amax(dim=1))
+    return unit(patches.mean(dim=1, dtype=torch.promote_types(patches.dtype, torch.float32)))  # no fp32 copy of all
 
 
 def caption_vectors(embeds, mask, how: str = "mean"):

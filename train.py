@@ -556,6 +556,16 @@ def flops_per_step(config, vlm) -> float:
     return config.batch * (S * per_token + attention + vision)
 
 
+def contrastive_flops(config, vlm) -> float:
+    """What the contrastive losses add to that. "patch": pooling, and products of all images with all captions, each
+    once forward and twice backward; "prompt": the same products, and a pass of the LLM over the captions alone."""
+    c, B = vlm.llm.config, config.batch
+    terms = losses.TERMS[config.contrastive]
+    text = 2 * sum(p.numel() for p in vlm.llm.model.layers.parameters()) * B * TEXT_TOKENS[config.stage]
+    pooling = 3 * B * (vlm.num_image_tokens + TEXT_TOKENS[config.stage]) * c.hidden_size
+    return len(terms) * 12 * B * B * c.hidden_size + ("patch" in terms) * pooling + ("prompt" in terms) * text
+
+
 def memory_sum(config, vlm, dtype) -> dict:
     """Bytes that a rank needs, by purpose. Activations are an estimate; the rest is counted."""
     c, e = vlm.llm.config, dtype.itemsize
@@ -589,6 +599,9 @@ def print_plan(config, vlm, device, dtype, why, steps):
         say(f"{name:<12}{total:>16,}{learning:>16,}  {origin}")
     say(f"{str(dtype).removeprefix('torch.')}: {why}; norms, softmax, losses and optimizer in float32")
     flops, memory = flops_per_step(config, vlm), memory_sum(config, vlm, dtype)
+    if config.contrastive != "none":
+        say(f"the contrastive loss ({config.contrastive}) adds {contrastive_flops(config, vlm) / flops:.2g} "
+            "of the operations of the rest")
     hours = flops * steps / (8 * 0.4 * PEAK_FLOPS["H100"]) / 3600
     say(f"{steps * config.batch * row_length(config, vlm):,} tokens, "
         f"{flops * steps / 1e18:.3g} EFLOP; on 8 H100 at 40 % of their peak {hours:.2g} h")
