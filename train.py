@@ -580,7 +580,8 @@ def memory_sum(config, vlm, dtype) -> dict:
     activations += size * TEXT_TOKENS[config.stage] * c.vocab_size * 12  # logits: model dtype, fp32, gradient
     activations += 4 * size * parts * vlm.num_image_tokens * c.hidden_size * e  # patches, the cut, their gradients
     ranks = world_size() if config.shard else 1
-    return {"weights": weights * e, "gradients": learning * 4 / ranks,
+    largest = max(2**22, *(p.numel() for p in vlm.parameters() if p.requires_grad))  # elements of a bucket
+    return {"weights": weights * e, "gradients": learning * 4 / ranks + (3 * 4 * largest if ranks > 1 else 0),
             "masters and moments": learning * (8 if e == 4 else 12) / ranks,
             "activations": activations}
 
@@ -682,7 +683,7 @@ def make_samples(config, vlm):
                         config.cache)
 
 
-@lru_cache(2)  # a comparison opens the same files for many runs
+@lru_cache(3)  # a comparison opens the same files for many runs
 def open_samples(annotations, images, llm, *how):
     return data.Conversations(data.load_records(annotations), images, data.load_tokenizer(llm), *how)
 
@@ -736,7 +737,7 @@ def train_step(vlm, scales, optimizer, micro_batches, config, lr) -> dict:
     if tokens == 0:
         raise ValueError("no token of this step carries loss")
     micro_batches = [{key: value.to(device, non_blocking=True) for key, value in m.items()} for m in micro_batches]
-    if len(scales) and any(len(m["pixels"]) != len(m["ids"]) for m in micro_batches):
+    if len(scales) and not all((m["ids"] == vlm.image_token_id).any(1).all() for m in micro_batches):
         raise ValueError("the contrastive loss pairs each caption with one image; a record here has none")
 
     # 2. Image -> ViT -> projector, for all micro-batches. The graph is cut behind the projector: each loss leaves

@@ -372,8 +372,8 @@ def test_micro_batches_change_nothing(clip_folder, llama_folder, options, micro)
 
 
 @pytest.mark.parametrize("options, world, shard", [
-    (ALIGN["patch"], 2, False), (ALIGN["patch"], 4, False), (ALIGN["prompt"], 2, False), (ALIGN["both"], 4, False),
-    (LARGEST, 2, False), (INSTRUCT, 2, False), (INSTRUCT, 2, True), (INSTRUCT, 4, True)])
+    *((options, world, False) for options in (ALIGN["patch"], ALIGN["prompt"], ALIGN["both"], LARGEST)
+      for world in (2, 4)), (INSTRUCT, 2, False), (INSTRUCT, 2, True), (INSTRUCT, 4, True)])
 def test_ranks_change_nothing(clip_folder, llama_folder, tmp_path, options, world, shard):
     """Losses, scale, norm and gradients; with micro-batches of 2, equal captions on different ranks, checkpointing
     on, and in the instruct stage a last rank whose batch has no image at all."""
@@ -384,12 +384,30 @@ def test_ranks_change_nothing(clip_folder, llama_folder, tmp_path, options, worl
     assert_same_steps(whole, [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)])
 
 
-def test_the_contrastive_loss_needs_an_image_with_each_caption(clip_folder, llama_folder):
+def test_the_image_vector_knows_the_prompt_and_not_the_caption(clip_folder, llama_folder):
+    """Other captions of other lengths after the same picture and prompt: the same vector; another prompt: another."""
+    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), data.load_tokenizer(llama_folder)
+    pixels, vectors = torch.randn(3, 32, 32), {}
+    for prompt, caption in (("Describe the picture.", "a red ring"), ("Describe the picture.", "the picture has a large " *
+                            3), ("What size is it?", "a red ring"), ("", "a red ring"), ("", "blue")):
+        pieces = data.plain([("human", data.IMAGE), ("gpt", caption)], tokenizer.eos_token, prompt)
+        ids, roles = data.tokenise(pieces, tokenizer, True)
+        batch = data.collate([{"ids": ids, "roles": roles, "pixels": pixels, "name": "x"}], 16, -200, 0, 32)
+        _, vector = train.caption_pass(vlm, batch, vlm.encode(batch["pixels"]))
+        vectors.setdefault(prompt, []).append(vector)
+    for same in vectors.values():
+        assert all(torch.allclose(same[0], other, atol=1e-5) for other in same)
+    firsts = [same[0] for same in vectors.values()]
+    assert not torch.allclose(firsts[0], firsts[1], atol=0.1) and not torch.allclose(firsts[0], firsts[2], atol=0.1)
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 4)])  # among others; alone, with collate's dummy image
+def test_the_contrastive_loss_needs_an_image_with_each_caption(clip_folder, llama_folder, rows):
+    vlm = VLM.from_towers(clip_folder, llama_folder, "linear")
+    samples = conversation_samples(data.load_tokenizer(llama_folder), "v1", (3,))[rows]
     with pytest.raises(ValueError, match="a record here has none"):
-        vlm = VLM.from_towers(clip_folder, llama_folder, "linear")
-        batch = data.collate(conversation_samples(data.load_tokenizer(llama_folder), "v1", (3,)), 16, -200, 0, 32)
-        train.train_step(vlm, contrastive_scales("patch"), DataParallelAdamW(vlm.projector.parameters()), [batch],
-                         Config(stage="align", contrastive="patch"), 1e-3)
+        train.train_step(vlm, contrastive_scales("patch"), DataParallelAdamW(vlm.projector.parameters()),
+                         [data.collate(samples, 16, -200, 0, 32)], Config(stage="align", contrastive="patch"), 1e-3)
 
 
 def test_the_clamp_of_the_scale_holds_in_the_optimizer():
