@@ -6,7 +6,8 @@
 
 A Llama decoder (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288). Against GPT-2 it has RMSNorm for LayerNorm,
 rotary positions (RoPE) for learned ones, a gated MLP (SwiGLU), no biases, and fewer key-value heads than query
-heads (grouped-query attention, GQA) in the larger models.
+heads (grouped-query attention, GQA) in the larger models. Vicuna, TinyLlama, SmolLM2 and Mistral are Llamas of other
+sizes; Llama 3 stretches RoPE's slow frequencies, Qwen2 has a bias on q, k and v, Qwen3 a norm on q and k instead.
 
 A vision-language model feeds it *embeddings*: image tokens have no id. So everything below works on embeddings,
 and `embed` is the only place where an id becomes a vector.
@@ -14,13 +15,14 @@ and `embed` is the only place where an id becomes a vector.
 Module names are those of the Hugging Face checkpoints. Read next: projector.py.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit import known_fields, load_strictly, read_config, read_weights, resolve, write_weights
+from vit import known_fields, load_strictly, read_config, read_json, read_weights, resolve, write_weights
 
 
 @dataclass
@@ -38,8 +40,18 @@ class LLMConfig:
     rope_theta: float = 10000.0
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False  # True: the head is the embedding table itself
-    bos_token_id: int = 1
-    eos_token_id: int = 2  # generation stops here; Llama 3 lists several
+    bos_token_id: int | None = 1
+    eos_token_id: int | list = 2  # generation stops here; Llama 3 lists several
+    model_type: str = "llama"
+    rope_parameters: dict | None = None  # Llama 3's stretching, see `rope_frequencies`
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.model_type == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.model_type == "qwen3"
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
@@ -49,11 +61,26 @@ class LLMConfig:
     @classmethod
     def from_pretrained(cls, folder_or_id):
         folder = resolve(folder_or_id, wanted=["*.json"])
-        config = read_config(folder, families=("llama",))
+        config = read_config(folder, FAMILIES)
+        if config.get("mlp_bias") or (config.get("attention_bias") and config["model_type"] != "qwen2"):
+            raise ValueError(f"{folder}: attention_bias or mlp_bias is set; no known checkpoint has them")
         rope = config.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
+        if rope.get("rope_type", "default") not in ("default", "llama3"):
             raise ValueError(f"{folder}: RoPE of type {rope['rope_type']!r} is not supported")
-        return cls(**known_fields(cls, config | rope))
+        values = config | {"rope_theta": rope.get("rope_theta", 10000.0),
+                           "rope_parameters": rope if rope.get("rope_type") == "llama3" else None}
+        values["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        if config.get("sliding_window") and config.get("use_sliding_window", True):
+            # Mistral 0.1's window: within it, attention is plain
+            values["max_position_embeddings"] = min(config["max_position_embeddings"], config["sliding_window"])
+        if (folder / "generation_config.json").exists():  # chat models list more ends there than in config.json
+            values |= {key: value for key, value in read_json(folder / "generation_config.json").items()
+                       if key == "eos_token_id"}
+        return cls(**known_fields(cls, values))
+
+
+FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+            "qwen3": "Qwen3ForCausalLM"}
 
 
 class RMSNorm(nn.Module):
@@ -70,13 +97,29 @@ class RMSNorm(nn.Module):
         return self.weight * x32.to(x.dtype)
 
 
-def rope_tables(positions, head_dim: int, theta: float):
+def rope_frequencies(config: LLMConfig, device):
+    """Angles per position, (head_dim / 2,) in fp32: theta^(-2i / head_dim).
+
+    Llama 3.1 and later were trained on `original_max_position_embeddings` first and then stretched: waves longer
+    than that length / low_freq_factor are slowed down by `factor`, waves shorter than length / high_freq_factor are
+    kept, and those between are blended.
+    """
+    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    if config.rope_parameters is None:
+        return frequencies
+    factor, low, high, length = (config.rope_parameters[key] for key in (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+    turns = length * frequencies / (2 * math.pi)  # full turns within the original length
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short waves, 0: long ones
+    return frequencies * (kept + (1 - kept) / factor)
+
+
+def rope_tables(positions, frequencies):
     """cos and sin (B, 1, S, head_dim) of the rotary angles at `positions` (B, S), in fp32.
 
     Half-split layout: dimension i turns together with i + head_dim / 2, the convention of the Hugging Face weights.
     (Meta's own files interleave, pairing 2i with 2i + 1: the same rotation of permuted weights.)
     """
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angles = positions[:, None, :, None].float() * frequencies  # (B, 1, S, head_dim / 2)
     angles = torch.cat([angles, angles], dim=-1)  # (B, 1, S, head_dim)
     return angles.cos(), angles.sin()
@@ -111,16 +154,20 @@ class Attention(nn.Module):
     def __init__(self, config: LLMConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
-        C, Dh = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(C, config.num_attention_heads * Dh, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * Dh, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * Dh, bias=False)
+        C, Dh, bias = config.hidden_size, config.head_dim, config.qkv_bias
+        self.q_proj = nn.Linear(C, config.num_attention_heads * Dh, bias)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * Dh, bias)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * Dh, bias)
         self.o_proj = nn.Linear(config.num_attention_heads * Dh, C, bias=False)
+        if config.qk_norm:  # over each head's own width
+            self.q_norm, self.k_norm = RMSNorm(Dh, config.rms_norm_eps), RMSNorm(Dh, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask, cache):
         B, S, _ = x.shape
         q, k, v = (proj(x).view(B, S, -1, self.config.head_dim).transpose(1, 2)  # (B, H, S, head_dim)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -198,7 +245,7 @@ class LLM(nn.Module):
             positions = torch.arange(start, start + S, device=embeds.device).expand(B, S)  # (B, S)
         else:
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]  # (B, S)
-        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rope_tables(positions, rope_frequencies(self.config, embeds.device))
         mask = attention_mask(mask, start, S, embeds.device)
         x = embeds
         for block in self.model.layers:
@@ -241,7 +288,7 @@ class LLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
-        """A Llama-family folder as Hugging Face writes it. Strict: see vit.load_strictly."""
+        """A folder of one of FAMILIES as Hugging Face writes it. Strict: see vit.load_strictly."""
         folder = resolve(folder_or_id)
         config = LLMConfig.from_pretrained(folder)
         with torch.device("meta"):
@@ -252,9 +299,11 @@ class LLM(nn.Module):
         return load_strictly(llm, tensors, folder, dtype, device)
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, which transformers opens as a LlamaForCausalLM."""
-        write_weights(self, folder, asdict(self.config) | {"model_type": "llama", "hidden_act": "silu",
-                                                           "architectures": ["LlamaForCausalLM"]})
+        """Write config.json and model.safetensors, which transformers opens as what it was loaded from."""
+        c = self.config
+        rope = c.rope_parameters or {"rope_type": "default", "rope_theta": c.rope_theta}
+        write_weights(self, folder, asdict(c) | {"architectures": [FAMILIES[c.model_type]], "hidden_act": "silu",
+                                                 "rope_parameters": rope, "sliding_window": None})
 
 
 def attention_mask(mask, start: int, S: int, device):

@@ -1,22 +1,45 @@
-"""The language tower against transformers' LlamaForCausalLM: logits, gradients, the cache, generation."""
+"""The language tower against transformers' own, family by family: logits, gradients, the cache, generation."""
+
+import shutil
 
 import pytest
 import torch
 import transformers
 from conftest import assert_close, llama_config, shaken
 
-from llm import LLM
+from llm import LLM, LLMConfig
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1},
-                                     {"tie_word_embeddings": True}, {"rope_theta": 500000.0}, {"head_dim": 16}])
-def test_logits_and_gradients_equal_llama(tmp_path, changes):
-    theirs = shaken(transformers.LlamaForCausalLM(llama_config(**changes)))
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+FAMILIES = {  # name: (transformers' class, its config, what differs from llama_config)
+    "llama 2, vicuna": ("LlamaForCausalLM", {}),
+    "no grouped heads": ("LlamaForCausalLM", {"num_key_value_heads": 4}),
+    "one key-value head": ("LlamaForCausalLM", {"num_key_value_heads": 1}),
+    "smollm2": ("LlamaForCausalLM", {"tie_word_embeddings": True, "rope_theta": 100000.0}),
+    "wide heads": ("LlamaForCausalLM", {"head_dim": 16}),
+    "llama 3": ("LlamaForCausalLM", {"rope_parameters": LLAMA3}),
+    "mistral": ("MistralForCausalLM", {"head_dim": 8, "sliding_window": None}),
+    "qwen2": ("Qwen2ForCausalLM", {"tie_word_embeddings": True, "rms_norm_eps": 1e-6}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16, "rms_norm_eps": 1e-6}),
+}
+
+
+def their_llm(family):
+    name, changes = FAMILIES[family]
+    model = getattr(transformers, name)
+    return shaken(model(model.config_class(**(llama_config().to_diff_dict() | {
+        "model_type": model.config_class.model_type, "architectures": [name], "rope_parameters": None} | changes))))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_equal_transformers(tmp_path, family):
+    theirs = their_llm(family)
     theirs.save_pretrained(tmp_path)
     ours = LLM.from_pretrained(tmp_path).requires_grad_()
-    ids, direction = torch.randint(0, 75, (2, 9)), torch.randn(2, 9, 75)
+    ids, direction = torch.randint(0, 75, (2, 40)), torch.randn(2, 40, 75)
     expected, logits = theirs(ids).logits, ours(ids)
-    assert logits.shape == (2, 9, 75)
+    assert logits.shape == (2, 40, 75)
     assert_close(logits, expected)
     (expected * direction).sum().backward()
     (logits * direction).sum().backward()
@@ -24,6 +47,26 @@ def test_logits_and_gradients_equal_llama(tmp_path, changes):
     for name, parameter in ours.named_parameters():
         assert_close(parameter.grad, gradients.pop(name))
     assert not gradients
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_save_and_generation_equal_transformers(tmp_path, family):
+    """Prints the parity table; what we save opens in transformers as the same model; greedy answers are the same."""
+    theirs, ids = their_llm(family), torch.randint(3, 75, (2, 40))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = LLM.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    again = type(theirs).from_pretrained(tmp_path / "ours")
+    assert_close(again(ids).logits, theirs(ids).logits)
+    expected = theirs.generate(ids[:1], max_new_tokens=10, do_sample=False, pad_token_id=0)[0, 40:]
+    assert ours.generate(ours.embed(ids[:1]), max_new_tokens=10)[0].tolist() == expected.tolist()
+    half = LLM.from_pretrained(tmp_path / "theirs", torch.bfloat16)(ids).float()
+    their_half = type(theirs).from_pretrained(tmp_path / "theirs", dtype=torch.bfloat16)(ids).logits.float()
+    full, their_full = ours(ids), theirs(ids).logits
+    print(f"{family:<20} logits, max abs difference: fp32 {(full - their_full).abs().max():.1e}, "
+          f"bf16 {(half - their_half).abs().max():.1e}; largest logit {their_full.abs().max():.1f}")
+    # in bfloat16 no two orders of summation agree: ours may be off by what theirs is off
+    assert (half - full).abs().max() < 2 * (their_half - full).abs().max()
 
 
 def test_hidden_states_equal_llama(llama_folder):
@@ -106,6 +149,24 @@ def test_too_many_positions(llama_folder):
     llm = LLM.from_pretrained(llama_folder)
     with pytest.raises(ValueError, match="300 positions; this LLM has 256"):
         llm(torch.zeros(1, 300, dtype=torch.long))
+
+
+def test_mistrals_window_bounds_the_positions(tmp_path):
+    transformers.MistralConfig(sliding_window=64, max_position_embeddings=256).save_pretrained(tmp_path)
+    assert LLMConfig.from_pretrained(tmp_path).max_position_embeddings == 64
+
+
+def test_generation_config_lists_the_ends(llama_folder, tmp_path):
+    shutil.copytree(llama_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    assert LLMConfig.from_pretrained(tmp_path).eos_token_id == [5, 7]
+
+
+@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}])
+def test_biases_nobody_has_are_refused(tmp_path, changes):
+    llama_config(**changes).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="attention_bias or mlp_bias"):
+        LLMConfig.from_pretrained(tmp_path)
 
 
 def test_scaled_rope_is_refused(tmp_path):
