@@ -234,10 +234,11 @@ class Conversations(torch.utils.data.Dataset):
     """
 
     def __init__(self, records, images, tokenizer, template: str, image_size: int, fit: str, prompts=("", ""),
-                 keep: bool = False):
+                 keep: bool = False, mean=CLIP_MEAN, std=CLIP_STD):
         self.records, self.images, self.tokenizer, self.prompts = records, Path(images), tokenizer, prompts
         self.template = partial(plain, prompt=prompts[0]) if template == "plain" else TEMPLATES[template]
-        self.image_size, self.fit, self.pad_id = image_size, fit, tokenizer.pad_token_id
+        self.preprocess = partial(preprocess, size=image_size, fit=fit, mean=mean, std=std)
+        self.pad_id = tokenizer.pad_token_id
         self.kept = {} if keep else None
 
     def __len__(self):
@@ -262,7 +263,7 @@ class Conversations(torch.utils.data.Dataset):
             ids, roles = tokenise(self.template(turns, self.tokenizer.eos_token), self.tokenizer, "image" in record)
             pixels = None
             if "image" in record:
-                pixels = preprocess(load_image(self.images / record["image"]), self.image_size, self.fit)
+                pixels = self.preprocess(load_image(self.images / record["image"]))
         except (OSError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from None
         summary = "\n".join(filter(None, (turns[1][1], self.prompts[1]))) if len(turns) == 2 else ""

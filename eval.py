@@ -45,16 +45,17 @@ def load_run(folder, device):
 def ask(vlm, tokenizer, questions, max_new_tokens: int = 32, batch: int = 64) -> list:
     """Greedy answers, as stripped text, to [{"id", "prompt", "image" path or None}]; prompts of one batch are padded
     on the left, images padded to squares, all in Vicuna's conversation form."""
-    device, size = vlm.llm.head_weight.device, vlm.vit.config.image_size
+    device, c = vlm.llm.head_weight.device, vlm.vit.config
     answers = []
     for start in tqdm(range(0, len(questions), batch), desc="ask", unit=" batches"):
         samples = []
         for question in questions[start : start + batch]:
             pieces = data.v1([("human", question["prompt"])], tokenizer.eos_token)
             ids, roles = data.tokenise(pieces, tokenizer, question["image"] is not None)
-            pixels = data.preprocess(data.load_image(question["image"]), size, "pad") if question["image"] else None
+            pixels = data.preprocess(data.load_image(question["image"]), c.image_size, "pad", c.image_mean,
+                                     c.image_std) if question["image"] else None
             samples.append({"ids": ids, "roles": roles, "pixels": pixels, "name": f"question {question['id']!r}"})
-        m = data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id, size,
+        m = data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id, c.image_size,
                          vlm.llm.config.max_position_embeddings - max_new_tokens, side="left")
         new = vlm.generate(m["ids"].to(device), m["pixels"].to(device), max_new_tokens, m["mask"].to(device))
         answers += [tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip() for row in new]
@@ -189,11 +190,12 @@ def caption_pairs(vlm, tokenizer, file, images, limit: int = 1000, batch: int = 
     """Batches of (projected patches (B, N, C), caption embeddings (B, T, C), mask (B, T), keys (B,)) of the first
     `limit` records of a LLaVA JSON of captions."""
     records = data.load_records(file)[:limit]
-    size, device = vlm.vit.config.image_size, vlm.llm.head_weight.device
-    samples = data.Conversations(records, images, tokenizer, "plain", size, "crop")
+    c, device = vlm.vit.config, vlm.llm.head_weight.device
+    samples = data.Conversations(records, images, tokenizer, "plain", c.image_size, "crop", mean=c.image_mean,
+                                 std=c.image_std)
     for start in tqdm(range(0, len(records), batch), desc="captions", unit=" batches"):
         m = data.collate([samples[i] for i in range(start, min(start + batch, len(records)))], vlm.num_image_tokens,
-                         vlm.image_token_id, samples.pad_id, size, vlm.llm.config.max_position_embeddings)
+                         vlm.image_token_id, samples.pad_id, c.image_size, vlm.llm.config.max_position_embeddings)
         m = {key: value.to(device) for key, value in m.items()}
         yield vlm.encode(m["pixels"]), vlm.llm.embed(m["caption_ids"]), m["caption_mask"], m["caption_keys"]
 
@@ -271,8 +273,8 @@ def run_pairs(name, ckpt, file, images, device) -> dict:
 @torch.no_grad()
 def word_maps(vlm, tokenizer, image, text) -> list:
     """[(token as text, cosines of the projected patches with its input embedding (side, side))] for each token."""
-    device = vlm.llm.head_weight.device
-    pixels = data.preprocess(image, vlm.vit.config.image_size, "crop")[None].to(device)
+    device, c = vlm.llm.head_weight.device, vlm.vit.config
+    pixels = data.preprocess(image, c.image_size, "crop", c.image_mean, c.image_std)[None].to(device)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     side = math.isqrt(vlm.num_image_tokens)
     cosine = losses.unit(vlm.encode(pixels)[0]) @ losses.unit(vlm.llm.embed(torch.tensor(ids, device=device))).T

@@ -52,7 +52,7 @@ class VLM(nn.Module):
     def encode(self, pixels):
         """Projected patches: (B, 3, H, W) -> (B, N, C). The ViT is frozen in every stage."""
         with torch.no_grad():
-            features = self.vit(pixels.to(self.vit.pre_layrnorm.weight.dtype))  # (B, N, D)
+            features = self.vit(pixels.to(self.vit.dtype))  # (B, N, D)
         return self.projector(features)  # (B, N, C)
 
     def splice(self, ids, patches):

@@ -680,7 +680,7 @@ def make_samples(config, vlm):
     pair = data.PROMPTS[config.prompt] if "prompt" in losses.TERMS[config.contrastive] else ("", "")
     prompts = config.prompt_image or pair[0], config.prompt_text or pair[1]
     return open_samples(config.annotations, config.images, config.llm, config.template, size, config.fit, prompts,
-                        config.cache)
+                        config.cache, vlm.vit.config.image_mean, vlm.vit.config.image_std)
 
 
 @lru_cache(3)  # a comparison opens the same files for many runs

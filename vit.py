@@ -3,15 +3,19 @@
     vit = ViT.from_pretrained("openai/clip-vit-large-patch14-336")   # a folder, or a Hub id
     patches = vit(pixels)                                            # (B, 3, 336, 336) -> (B, 576, 1024)
 
-This is CLIP's ViT (Radford et al. 2021, arXiv 2103.00020, section 2.4). Four things set it apart from a plain
-ViT, and each one breaks pretrained weights if forgotten: a class token, a LayerNorm *before* the first block,
-the quick-GELU x * sigmoid(1.702 x), and a patch convolution without bias.
+One plain ViT for three families, whose differences are a few lines of `ViTConfig`, each of which breaks pretrained
+weights if forgotten:
+
+                                             class token   patch bias   norm before block 1   layer scale   activation
+    CLIP (Radford et al. 2021, 2103.00020)   yes           no           yes                   no            quick-GELU
+    SigLIP, SigLIP 2 (2303.15343)            no            yes          no                    no            tanh-GELU
+    DINOv2 (Oquab et al. 2023, 2304.07193)   yes           yes          no                    yes           GELU
 
 LLaVA reads the output of the last block but one (`feature_layer=-2`), before any final LayerNorm, and drops the
 class token: the last block is trained to fill the class token alone, the one before still describes the patches.
 
-Module names are those of the Hugging Face checkpoints, so that loading needs no table of names. The strict
-weight reader at the end of this file serves llm.py and projector.py too.
+Module names are those of CLIP's and SigLIP's Hugging Face checkpoints, so that loading needs no table of names but
+for DINOv2. The strict weight reader at the end of this file serves llm.py and projector.py too.
 
 Letters, here and in every other file: B batch, N image tokens, T text tokens, S sequence, D ViT width,
 C LLM width, H heads, V vocabulary, W ranks.
@@ -20,6 +24,7 @@ Read next: llm.py (the language tower), then projector.py (the bridge between th
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,43 +45,84 @@ class ViTConfig:
     num_attention_heads: int = 16
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
+    model_type: str = "clip_vision_model"
+    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # what the pixels are normalised with, from
+    image_std: tuple = (0.26862954, 0.26130258, 0.27577711)  # preprocessor_config.json
 
     def __post_init__(self):
-        if self.hidden_act != "quick_gelu":
-            raise ValueError(f"the vision tower's activation is {self.hidden_act!r}; CLIP's is 'quick_gelu'")
-        if self.image_size % self.patch_size or self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"image {self.image_size} / patch {self.patch_size} and width {self.hidden_size} / "
-                             f"heads {self.num_attention_heads} must both divide evenly")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"the vision tower's activation is {self.hidden_act!r}; known: {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"width {self.hidden_size} does not divide into {self.num_attention_heads} heads")
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2  # SigLIP's 384 / 14 leaves a border unseen
+
+    @property
+    def class_token(self) -> bool:
+        return self.model_type != "siglip_vision_model"
+
+    @property
+    def patch_bias(self) -> bool:
+        return self.model_type != "clip_vision_model"
+
+    @property
+    def pre_norm(self) -> bool:
+        return self.model_type == "clip_vision_model"
+
+    @property
+    def layer_scale(self) -> bool:
+        return self.model_type == "dinov2"
 
     @classmethod
     def from_pretrained(cls, folder_or_id):
-        config = read_config(resolve(folder_or_id, wanted=["*.json"]), families=("clip", "clip_vision_model"))
-        return cls(**known_fields(cls, config.get("vision_config", config)))  # a full CLIP wraps its two towers
+        folder = resolve(folder_or_id, wanted=["*.json"])
+        config = read_config(folder, ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2"))
+        config = config.get("vision_config", config)  # a full CLIP or SigLIP wraps its two towers
+        if config.get("use_swiglu_ffn"):
+            raise ValueError(f"{folder}: DINOv2 giant's gated MLP is not supported")
+        if config["model_type"] == "dinov2":
+            config["intermediate_size"] = config["hidden_size"] * config["mlp_ratio"]
+        looks = read_json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").exists() else \
+            LOOKS[config["model_type"]]
+        return cls(**known_fields(cls, config | {name: tuple(looks[name]) for name in ("image_mean", "image_std")}))
+
+
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu,
+               "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
+LOOKS = {  # of a folder without preprocessor_config.json: what its family was trained with
+    "clip_vision_model": {"image_mean": ViTConfig.image_mean, "image_std": ViTConfig.image_std},
+    "siglip_vision_model": {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)},
+    "dinov2": {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)},
+}
 
 
 class Embeddings(nn.Module):
-    """Pixels (B, 3, H, W) -> class token and patches with positions added, (B, 1 + N, D)."""
+    """Pixels (B, 3, H, W) -> patches with positions added, a class token before them where there is one, (B, L, D)."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.num_patches = (config.image_size // config.patch_size) ** 2
-        self.class_embedding = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size, bias=False)
-        self.position_embedding = nn.Embedding(1 + self.num_patches, config.hidden_size)
+        D, self.num_patches = config.hidden_size, config.num_patches
+        if config.class_token:
+            self.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
+        self.patch_embedding = nn.Conv2d(3, D, config.patch_size, config.patch_size, bias=config.patch_bias)
+        self.position_embedding = nn.Embedding(config.class_token + self.num_patches, D)
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, pixels):
         B, _, height, width = pixels.shape
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, N, D)
-        if patches.shape[1] != self.num_patches:
-            raise ValueError(f"an image of {height} x {width} gives {patches.shape[1]} patches; "
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, N, D)
+        if x.shape[1] != self.num_patches:
+            raise ValueError(f"an image of {height} x {width} gives {x.shape[1]} patches; "
                              f"the position table holds {self.num_patches}")
-        class_token = self.class_embedding.expand(B, 1, -1)  # (B, 1, D)
-        return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight  # (B, 1 + N, D)
+        if hasattr(self, "class_embedding"):
+            x = torch.cat([self.class_embedding.expand(B, 1, -1), x], dim=1)  # (B, 1 + N, D)
+        return x + self.position_embedding.weight  # (B, L, D)
 
 
 class Attention(nn.Module):
-    """Every token looks at every token: no mask. (B, L, D) -> (B, L, D), with L = 1 + N."""
+    """Every token looks at every token: no mask. (B, L, D) -> (B, L, D), with L = N or 1 + N."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -99,23 +145,28 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x):
-        x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))  # quick-GELU
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Block(nn.Module):
+    """Pre-norm; DINOv2 scales each branch by a learned vector before it is added."""
+
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        D = config.hidden_size
+        self.layer_norm1 = nn.LayerNorm(D, config.layer_norm_eps)
         self.self_attn = Attention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(D, config.layer_norm_eps)
         self.mlp = MLP(config)
+        self.layer_scale1 = nn.Parameter(torch.ones(D)) if config.layer_scale else 1.0
+        self.layer_scale2 = nn.Parameter(torch.ones(D)) if config.layer_scale else 1.0
 
     def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        x = x + self.layer_scale1 * self.self_attn(self.layer_norm1(x))
+        return x + self.layer_scale2 * self.mlp(self.layer_norm2(x))
 
 
 class ViT(nn.Module):
@@ -131,34 +182,77 @@ class ViT(nn.Module):
         if not -layers - 1 <= feature_layer <= layers:
             raise ValueError(f"feature_layer {feature_layer} does not exist in a tower of {layers} blocks")
         self.config, self.feature_layer = config, feature_layer
-        self.num_tokens = (config.image_size // config.patch_size) ** 2  # N: nobody else computes it
+        self.num_tokens = config.num_patches  # N: nobody else computes it
         self.embeddings = Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # (sic): CLIP's own spelling
+        if config.pre_norm:
+            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # (sic): CLIP's own spelling
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Block(config) for _ in range(layers))})
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # CLIP's pooled output only
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # for the pooled output only
+
+    @property
+    def dtype(self):
+        return self.embeddings.patch_embedding.weight.dtype
 
     def forward(self, pixels):
-        x = self.pre_layrnorm(self.embeddings(pixels))  # (B, 1 + N, D)
+        x = self.embeddings(pixels)  # (B, L, D)
+        if self.config.pre_norm:
+            x = self.pre_layrnorm(x)
         blocks = self.encoder["layers"]
         for block in blocks[: self.feature_layer % (len(blocks) + 1)]:  # -2 of 24 blocks: the first 23
             x = block(x)
-        return x[:, 1:]  # (B, N, D)
+        return x[:, 1:] if self.config.class_token else x  # (B, N, D)
 
     @classmethod
     def from_pretrained(cls, folder_or_id, feature_layer: int = -2, dtype=torch.float32, device="cpu"):
-        """A CLIP folder, or a vision tower alone, as Hugging Face writes them. Strict: see `load_strictly`."""
+        """A folder of CLIP, SigLIP or DINOv2, or of a vision tower alone, as Hugging Face writes them. Strict: see
+        `load_strictly`."""
         folder = resolve(folder_or_id)
+        config = ViTConfig.from_pretrained(folder)
         with torch.device("meta"):
-            vit = cls(ViTConfig.from_pretrained(folder), feature_layer)
-        not_ours = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # CLIP's other half
-        tensors = ((name.removeprefix("vision_model."), tensor) for name, tensor in read_weights(folder)
-                   if not name.startswith(not_ours) and not name.endswith("position_ids"))
+            vit = cls(config, feature_layer)
+        rename = dinov2_name if config.model_type == "dinov2" else lambda name: name.removeprefix("vision_model.")
+        tensors = ((rename(name), tensor.squeeze() if name in ONE_ROW else tensor)
+                   for name, tensor in read_weights(folder) if not NOT_OURS.match(name))
         return load_strictly(vit, tensors, folder, dtype, device)
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, which transformers opens as a CLIPVisionModel."""
-        write_weights(self, folder, asdict(self.config) | {"model_type": "clip_vision_model",
-                                                           "architectures": ["CLIPVisionModel"]})
+        """Write config.json, preprocessor_config.json and model.safetensors, which transformers opens as the same
+        tower. (DINOv2, whose names we do not keep, is not written.)"""
+        name = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}.get(
+            self.config.model_type)
+        if name is None:
+            raise ValueError(f"a tower of type {self.config.model_type} is read, not written")
+        write_weights(self, folder, asdict(self.config) | {"architectures": [name], "vision_use_head": False})
+        write_looks(self.config, folder)
+
+
+def write_looks(config: ViTConfig, folder):
+    """preprocessor_config.json, from which transformers makes the processor that fits the tower."""
+    size = {"height": config.image_size, "width": config.image_size}
+    names = {"clip_vision_model": "CLIPImageProcessor", "siglip_vision_model": "SiglipImageProcessor"}
+    is_clip = config.model_type == "clip_vision_model"
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(
+        {"image_processor_type": names[config.model_type], "size": {"shortest_edge": config.image_size} if is_clip else
+         size, "image_mean": config.image_mean, "image_std": config.image_std, "resample": 3, "do_resize": True,
+         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True}
+        | ({"do_center_crop": True, "crop_size": size} if is_clip else {}), indent=2) + "\n")
+
+
+# What a folder holds beside the tower: CLIP's and SigLIP's text half and pooling head, DINOv2's training mask.
+NOT_OURS = re.compile(r"text_model\.|text_projection\.|visual_projection\.|logit_(scale|bias)|(vision_model\.)?head\."
+                      r"|embeddings\.mask_token|.*position_ids$")
+ONE_ROW = ("embeddings.cls_token", "embeddings.position_embeddings")  # DINOv2 keeps these with a batch axis of one
+
+
+def dinov2_name(name: str) -> str:
+    """Our name of a tensor in a DINOv2 folder."""
+    for theirs, ours in (("cls_token", "class_embedding"), ("position_embeddings", "position_embedding.weight"),
+                         ("patch_embeddings.projection", "patch_embedding"), ("encoder.layer.", "encoder.layers."),
+                         ("attention.attention.", "self_attn."), ("attention.output.dense", "self_attn.out_proj"),
+                         ("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), (".lambda1", ""),
+                         ("norm1", "layer_norm1"), ("norm2", "layer_norm2")):
+        name = name.replace(theirs, ours)
+    return f"post_{name}" if name.startswith("layernorm.") else name
 
 
 # ----------------------------------------------------------------------------------------------------------------

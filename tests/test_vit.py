@@ -1,12 +1,14 @@
-"""The vision tower against transformers' CLIPVisionModel, and the strictness of the weight reader."""
+"""The vision tower against transformers' own, family by family, and the strictness of the weight reader."""
 
 import pytest
 import torch
 import transformers
-from conftest import assert_close
+from conftest import assert_close, shaken
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vit import ViT, ViTConfig
+import data
+from vit import ViT, ViTConfig, dinov2_name
 
 
 @pytest.mark.parametrize("layer", [-1, -2, -4, 0, 2])
@@ -19,19 +21,73 @@ def test_patch_features_equal_clip(clip_folder, layer):
     assert_close(ours, expected)
 
 
-def test_gradients_equal_clip(clip_folder):
-    theirs = transformers.CLIPVisionModel.from_pretrained(clip_folder)
-    ours = ViT.from_pretrained(clip_folder).requires_grad_()
-    pixels, direction = torch.randn(2, 3, 32, 32), torch.randn(2, 16, 32)
-    (theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:] * direction).sum().backward()
-    (ours(pixels) * direction).sum().backward()
-    expected = {name.removeprefix("vision_model."): p.grad for name, p in theirs.named_parameters()}
-    compared = 0
-    for name, parameter in ours.named_parameters():
-        if parameter.grad is not None:
-            assert_close(parameter.grad, expected[name])
-            compared += 1
-    assert compared == 5 + 2 * 16  # embeddings and pre-norm, and the first two of three blocks
+SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
+FAMILIES = {  # name: (transformers' class, its config, whether a class token stands before the patches)
+    "clip": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig(**SMALL, intermediate_size=64), True),
+    "clip with gelu": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig(
+        **SMALL, intermediate_size=64, hidden_act="gelu"), True),
+    "siglip": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig(**SMALL, intermediate_size=64), False),
+    "siglip, 36 / 8": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig(
+        **SMALL | {"image_size": 36}, intermediate_size=64), False),
+    "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config(**SMALL, mlp_ratio=2), True),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_and_gradients_equal_transformers(tmp_path, family):
+    """Prints the parity table. The last block but one, all gradients up to there, and bfloat16."""
+    kind, config, class_token = FAMILIES[family]
+    theirs = shaken(kind(config))
+    theirs.save_pretrained(tmp_path)
+    ours = ViT.from_pretrained(tmp_path).requires_grad_()
+    pixels, direction = torch.randn(2, 3, config.image_size, config.image_size), torch.randn(2, 16, 32)
+
+    def features(model, pixels):
+        return model(pixels, output_hidden_states=True).hidden_states[-2][:, int(class_token) :]
+
+    expected, found = features(theirs, pixels), ours(pixels)
+    assert found.shape == (2, 16, 32) and ours.num_tokens == 16
+    assert_close(found, expected)
+    (expected * direction).sum().backward()
+    (found * direction).sum().backward()
+    gradients, compared = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}, 0
+    rename = dinov2_name if family == "dinov2" else lambda name: name.removeprefix("vision_model.")
+    for name, gradient in gradients.items():
+        mine = ours.get_parameter(rename(name)).grad
+        if not name.endswith(("k_proj.bias", "key.bias")):  # softmax does not see it: both are rounding noise
+            assert_close(mine, gradient.view(mine.shape))
+        compared += 1
+    assert compared == sum(parameter.grad is not None for parameter in ours.parameters()) > 2 * 16
+    half = ViT.from_pretrained(tmp_path, dtype=torch.bfloat16)(pixels.bfloat16()).float()
+    their_half = features(kind.from_pretrained(tmp_path, dtype=torch.bfloat16), pixels.bfloat16()).float()
+    print(f"{family:<16} features, max abs difference: fp32 {(found - expected).abs().max():.1e}, "
+          f"bf16 {(half - their_half).abs().max():.1e}; largest {expected.abs().max():.1f}")
+    assert (half - found).abs().max() < 2 * (their_half - expected).abs().max()
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_what_we_save_opens_in_transformers(tmp_path, family):
+    kind, config, class_token = FAMILIES[family]
+    shaken(kind(config)).save_pretrained(tmp_path / "theirs")
+    ours = ViT.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    pixels = torch.randn(1, 3, 32, 32)
+    theirs = kind.from_pretrained(tmp_path / "ours")
+    assert_close(ours(pixels), theirs(pixels, output_hidden_states=True).hidden_states[-2][:, int(class_token) :])
+    processor = {"clip": transformers.CLIPImageProcessor, "siglip": transformers.SiglipImageProcessor}[
+        family].from_pretrained(tmp_path / "ours")
+    picture = Image.effect_noise((50, 40), 80).convert("RGB")
+    square = picture.crop((0, 0, 40, 40))
+    mine = data.preprocess(square, 32, "crop", ours.config.image_mean, ours.config.image_std)
+    expected = processor(square, return_tensors="pt").pixel_values[0]
+    assert (mine - expected).abs().max() <= 2 / 255 / min(ours.config.image_std)  # resizing rounds to whole grey levels
+
+
+def test_normalisation_comes_with_the_tower(tmp_path):
+    FAMILIES["siglip"][1].save_pretrained(tmp_path)
+    assert ViTConfig.from_pretrained(tmp_path).image_mean == (0.5, 0.5, 0.5)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}')
+    assert ViTConfig.from_pretrained(tmp_path).image_mean == (0.1, 0.2, 0.3)
 
 
 def test_whole_clip_folder_loads(tmp_path):
