@@ -102,6 +102,8 @@ def fault(record) -> str | None:
         return "has turns that do not alternate between human and gpt"
     if not all(turn["value"].strip() for turn in turns):
         return "has an empty turn"
+    if "image" in record and not isinstance(record["image"], str):
+        return "has an image that is not a file name"
     if "image" in record:
         marked = [turn["from"] for turn in turns if IMAGE in turn["value"]]
         if marked != ["human"]:
@@ -142,7 +144,9 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
 
-PROMPTS = {  # of the prompted contrastive loss: (after the image, after the caption). All are our choice.
+# Of the prompted contrastive loss: (after the image, after the caption). All are our choice. The tiny LLM knows the
+# words of "describe" alone.
+PROMPTS = {
     "none": ("", ""),
     "one-word": ("Summarize the image in one word:", "Summarize the sentence in one word:"),
     "compress": ("Compress this image in one word:", "Compress this sentence in one word:"),
@@ -436,7 +440,9 @@ def load_pope(folder, split: str = "") -> list:
     images = next((folder / name for name in ("images", "val2014") if (folder / name).is_dir()), folder)
     for file in sorted(folder.glob(f"*pope_{split or '*'}.json")):
         category = file.stem.rsplit("pope_", 1)[1]
-        for number, line in enumerate(file.read_text().splitlines()):
+        for number, line in enumerate(file.read_text(errors="replace").splitlines()):
+            if not line.strip():
+                continue
             try:
                 entry = json.loads(line)
                 questions.append({"id": f"{category}-{entry['question_id']}", "category": category,
@@ -461,7 +467,8 @@ def load_mme(folder, split: str = "") -> list:
         below = file.parent.parent if file.parent.name == "questions_answers_YN" else file.parent
         images = below / "images" if (below / "images").is_dir() else below
         image = next((f for f in sorted(images.glob(f"{file.stem}.*")) if f.suffix != ".txt"), images / file.stem)
-        lines = [line.split("\t") for line in file.read_text().splitlines() if line.strip()]
+        lines = [line.split("\t") for line in file.read_text(errors="replace").splitlines()
+                 if line.strip()]
         if len(lines) != 2 or any(len(line) != 2 or line[1].strip() not in ("Yes", "No") for line in lines):
             raise ValueError(f"{file}: not two lines of question, tab, Yes or No")
         for number, (text, answer) in enumerate(lines):

@@ -130,7 +130,8 @@ PERCEPTION = {"existence", "count", "position", "color", "posters", "celebrity",
 
 def score_mme(questions, choices) -> dict:
     """Per category 100 x (accuracy + accuracy+), the latter the part of pictures with both questions right; their
-    sums over MME's ten categories of perception and over all others; both accuracies over everything in percent."""
+    sums over MME's ten categories of perception and over all others (of the toy world's four, "color" is one of the
+    ten); both accuracies over everything in percent."""
     right = [choice == question["answer"] for question, choice in zip(questions, choices)]
     pairs = list(zip(right[::2], right[1::2]))
     kind = [question["category"] for question in questions[::2]]
@@ -200,18 +201,16 @@ def caption_pairs(vlm, tokenizer, file, images, limit: int = 1000, batch: int = 
         yield vlm.encode(m["pixels"]), vlm.llm.embed(m["caption_ids"]), m["caption_mask"], m["caption_keys"]
 
 
-def pooled_pairs(pairs) -> tuple:
-    """Image vectors (n, C), caption vectors (n, C) and keys (n,), pooled as the patch loss does."""
-    rows = [(losses.pool_patches(patches), losses.caption_vectors(embeds, mask), keys)
-            for patches, embeds, mask, keys in pairs]
-    return tuple(torch.cat(column) for column in zip(*rows))
+def first_of_each(keys) -> tuple:
+    """(the row where each distinct key stands first, for each row the number of its key)."""
+    _, number = keys.unique(return_inverse=True)
+    return torch.stack([(number == k).nonzero()[0, 0] for k in range(int(number.max()) + 1)]), number
 
 
 def score_retrieval(image, text, keys) -> dict:
     """R@1 and R@5 both ways, in percent. The gallery of captions has each distinct one once; of the pictures found
     for a caption, any that it describes is right."""
-    _, owner = keys.unique(return_inverse=True)  # (n,) which distinct caption describes each picture
-    distinct = torch.stack([(owner == k).nonzero()[0, 0] for k in range(int(owner.max()) + 1)])  # its first row
+    distinct, owner = first_of_each(keys)  # (captions,) rows; (n,) which of these captions describes each picture
     similarity = image @ text[distinct].T  # (n, captions)
     to_text = similarity.topk(min(5, len(distinct)), dim=1).indices == owner[:, None]  # (n, 5)
     to_image = owner[similarity.T.topk(min(5, len(image)), dim=1).indices] == torch.arange(
@@ -221,13 +220,16 @@ def score_retrieval(image, text, keys) -> dict:
 
 
 def score_gap(image, text, keys) -> dict:
-    """Where pictures and captions lie, unit vectors all of them: distance of the two centroids; mean cosine of pairs
-    and of others; alignment (mean squared distance of pairs) and uniformity (log of the mean of exp(-2 d^2) over
-    pairs of one kind) of Wang & Isola 2020, arXiv 2005.10242."""
+    """Where pictures and captions lie, as unit vectors (means of patches and tokens, however the run pooled).
+
+    Distance of the two centroids; mean cosine of pairs and of others; alignment (mean squared distance of pairs) and
+    uniformity (log of the mean of exp(-2 d^2) over pairs of one kind) of Wang & Isola 2020, arXiv 2005.10242.
+    """
     text = losses.unit(text)
     cosine, same = image @ text.T, keys[:, None] == keys[None]
+    distinct = text[first_of_each(keys)[0]]
     spread = {name: torch.log(torch.exp(-2 * torch.pdist(x).square()).mean()) for name, x in
-              (("image", image), ("text", text))}
+              (("image", image), ("text", distinct))}
     scores = {"centroid_distance": (image.mean(0) - text.mean(0)).norm(), "positive_cosine": cosine.diagonal().mean(),
               "negative_cosine": cosine[~same].mean(), "alignment": (image - text).square().sum(1).mean(),
               "uniformity_image": spread["image"], "uniformity_text": spread["text"]}
@@ -240,7 +242,7 @@ def score_tokens(vlm, pairs, most: int = 100) -> dict:
     10 largest cosines, each a patch's largest over the caption's tokens."""
     words = losses.precise(vlm.llm.model.embed_tokens.weight)  # (V, C)
     distances, nearest, tacs, seen = [], [], [], 0
-    for patches, embeds, mask, _ in pairs:
+    for patches, embeds, mask in pairs:
         patches, embeds, mask = patches[: most - seen], embeds[: most - seen], mask[: most - seen]
         flat = losses.precise(patches.flatten(0, 1))  # (BN, C)
         distances.append(torch.cdist(flat, words).amin(1))
@@ -261,10 +263,16 @@ def run_pairs(name, ckpt, file, images, device) -> dict:
     file, images = file or config.get("captions"), images or config.get("caption_images")
     if not file or not images:
         raise ValueError(f"{ckpt}: its config.json names no captions; give --data FILE.json and --images FOLDER")
-    pairs = list(caption_pairs(vlm, tokenizer, file, images))
-    image, text, keys = pooled_pairs(pairs)
+    pooled, first = [], []  # of all pictures one vector; of the first hundred all patches
+    for patches, embeds, mask, keys in caption_pairs(vlm, tokenizer, file, images):
+        pooled.append((losses.pool_patches(patches), losses.caption_vectors(embeds, mask), keys))
+        if sum(len(batch[0]) for batch in first) < 100:
+            first.append((patches, embeds, mask))
+    image, text, keys = (torch.cat(column) for column in zip(*pooled))
+    if len(keys.unique()) < 2:
+        raise ValueError(f"{file}: needs at least two different captions")
     scores = (score_retrieval(image, text, keys) if name == "retrieval"
-              else score_gap(image, text, keys) | score_tokens(vlm, pairs))
+              else score_gap(image, text, keys) | score_tokens(vlm, first))
     result = {"ckpt": str(ckpt), "bench": name, "pairs": len(keys), "distinct_captions": len(keys.unique()), **scores}
     (Path(ckpt) / f"{name}.json").write_text(json.dumps(result, indent=1))
     return result
@@ -276,6 +284,8 @@ def word_maps(vlm, tokenizer, image, text) -> list:
     device, c = vlm.llm.head_weight.device, vlm.vit.config
     pixels = data.preprocess(image, c.image_size, "crop", c.image_mean, c.image_std)[None].to(device)
     ids = tokenizer(text, add_special_tokens=False).input_ids
+    if not ids:
+        raise ValueError(f"--text {text!r} has no token")
     side = math.isqrt(vlm.num_image_tokens)
     cosine = losses.unit(vlm.encode(pixels)[0]) @ losses.unit(vlm.llm.embed(torch.tensor(ids, device=device))).T
     return [(tokenizer.decode([i]).strip(), cosine[:, t].view(side, side).cpu()) for t, i in enumerate(ids)]
@@ -414,9 +424,10 @@ def report(out, size: dict, tuned: dict, cells: list, ablations: dict) -> str:
 
 Percent right on the test split: mean of {seeds} seeds, and the 95 % interval of the mean by Student's t. The world
 and the towers were fixed beforehand by criteria that look at no alignment (the LLM's text-only accuracy, a linear
-probe of the ViT). Every loss had equal steps and data, and one grid to be tuned over on the validation split, with a
-seed of its own: {len(size["lr"])} align rates, {len(size["weight"])} contrastive weights, {len(size["instruct_lr"])}
-instruct rates. Nothing was chosen on test questions.""",
+probe of the ViT). Every loss had equal steps and data, and was tuned at {short} and at {long} align steps on the
+validation split with a seed of its own: {len(size["lr"])} align rates (times {len(size["weight"])} weights, where
+there is a contrastive loss), then {len(size["instruct_lr"])} instruct rates. Other numbers of steps use what was
+found at {short} (fewer) or {long} (more). Nothing was chosen on test questions.""",
             f"## {SCORES['accuracy_img']}: {short} align steps, then a part of the instruction data",
             table("loss", percents, by_part(short, parts)),
             f"## The same after {long} align steps",
@@ -429,7 +440,7 @@ instruct rates. Nothing was chosen on test questions.""",
                        {name: columns[short][name] + columns[long][name] for name in LOSSES.values()})]
     if ablations:
         names = dict.fromkeys(name for name, _ in ablations)
-        text += [f"## Ablations, without instruction data after {long} align steps ({size['ablations']} seeds)",
+        text += [f"## Ablations: {long} align steps, no instruction data, {size['ablations']} seeds, not tuned anew",
                  table("", LOSSES.values(), {name: [ablations.get((name, loss)) for loss in LOSSES] for name in names})]
     ratio = headline(values, size)
     text = "\n\n".join([*text, f"ratio {json.dumps(ratio)}"])
@@ -458,19 +469,23 @@ def headline(values, size) -> dict:
         result[name] = {f"10% over generative 100%, {s} steps": round(
             mean(loss, s, 0.1) / max(mean("none", s, 1.0), 0.01), 3) for s in (short, long)}
         if loss != "none":
-            result[name] |= {f"gain at {part:.0%}, {s} steps": round(mean(loss, s, part) - mean("none", s, part), 1)
-                             for s in (short, long) for part in (0, 0.1, 1.0)}
+            for s in (short, long):
+                for part in (0, 0.1, 1.0):  # paired: a seed has one projector to start from, and one order of the data
+                    gain, half = interval([a - b for a, b in zip(values(loss, s, part), values("none", s, part))])
+                    result[name][f"gain at {part:.0%}, {s} steps"] = f"{gain:.1f}" + (f" ± {half:.1f}" if half else "")
             result[name]["step factor"] = step_factor(budgets, [mean("none", s, 0) for s in budgets], short,
                                                       mean(loss, short, 0))
     return result
 
 
 def step_factor(budgets, generative, steps: int, accuracy: float) -> str:
-    """How many times `steps` the generative loss needs to reach `accuracy`: log-linear between its budgets."""
+    """How many times `steps` the generative loss needs to reach `accuracy` first: log-linear between its budgets."""
+    if accuracy <= generative[0]:
+        return f"at most {budgets[0] / steps:.1f}"
     for (s0, a0), (s1, a1) in zip(zip(budgets, generative), zip(budgets[1:], generative[1:])):
         if a0 < accuracy <= a1:
             return f"{s0 * (s1 / s0) ** ((accuracy - a0) / (a1 - a0)) / steps:.1f}"
-    return f"at most {budgets[0] / steps:.1f}" if accuracy <= generative[0] else f"above {budgets[-1] / steps:.1f}"
+    return f"above {budgets[-1] / steps:.1f}"
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -100,6 +100,8 @@ class VLM(nn.Module):
             if not isinstance(config.get(name), kind):
                 raise ValueError(f"{folder}/config.json: {name} is {config.get(name)!r}; a run directory has "
                                  f"{'a number' if kind is int else 'a name'} there")
+        if config.get("stage") == "instruct" and not (folder / "llm").is_dir():
+            raise FileNotFoundError(f"{folder}/llm: no such folder; this run tuned the LLM and has lost it")
         llm = folder / "llm" if (folder / "llm").is_dir() else config["llm"]
         vlm = cls.from_towers(config["vit"], llm, config["projector"], config["feature_layer"], dtype, device)
         vlm.load_projector(folder, dtype, device)

@@ -3,9 +3,10 @@
     python train.py                                        # no GPU: the tiny preset, both stages, scored, in minutes
     torchrun --nproc_per_node=8 train.py --stage align     # with GPUs: LLaVA-1.5's stage 1, both losses
     torchrun --nproc_per_node=8 train.py --stage instruct  # stage 2: projector and LLM on instructions
+    python train.py --stage compare --quick                # the losses against each other on the toy world
 
 Two stages on LLaVA's recipe (arXiv 2310.03744). Align: image-caption pairs, only the projector learns, with the
-captioning loss and CG-VLM's contrastive loss. Instruct: conversations, the projector and the LLM learn, with the
+captioning loss and a contrastive loss beside it. Instruct: conversations, the projector and the LLM learn, with the
 next-token loss alone. The ViT is frozen throughout.
 
 What people usually take from a framework is written out here, and the models know nothing of it:
@@ -15,6 +16,7 @@ Read next: eval.py, which asks the trained model.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -39,7 +41,7 @@ import losses
 from llm import LLM, LLMConfig
 from losses import rank, world_size
 from projector import PROJECTORS, VLM
-from vit import ViT, ViTConfig, read_json
+from vit import ViT, ViTConfig, read_json, resolve
 
 # ----------------------------------------------------------------------------------------------------------------
 # 1. What to do: one dataclass, the presets, and a command line made from them
@@ -94,7 +96,7 @@ class Config:
     weight_decay: float = option(0.0, "AdamW's, for matrices only")
     clip: float = option(0.0, "largest global gradient norm; 0: no clipping, as in LLaVA's own runs")
     checkpointing: str = option("none", "gradient checkpointing of the LLM's blocks", ("none", "every", "every-other"))
-    shard: bool = option(False, "ZeRO: each rank keeps 1/W of the masters and moments")
+    shard: bool = option(False, "ZeRO: each rank keeps 1/W of gradients, masters and moments")
     group_by_length: bool = option(False, "batches of one modality and similar lengths (LLaVA's stage 2)")
     quick: bool = option(False, "compare: few seeds, short runs, no tuning, in minutes")
     dry_run: bool = option(False, "3 steps at full shape: random weights, random data, nothing read or written")
@@ -106,8 +108,7 @@ class Config:
 LLAVA = {
     "common": dict(vit="openai/clip-vit-large-patch14-336", llm="lmsys/vicuna-7b-v1.5",
                    scienceqa="data/ScienceQA", pope="data/POPE", mme="data/MME_Benchmark_release_version",
-                   captions="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
-                   caption_images="data/LLaVA-Pretrain/images", workers=4, checkpointing="every", save_every=500),
+                   workers=4, checkpointing="every", save_every=500),
     "align": dict(annotations="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", images="data/LLaVA-Pretrain/images",
                   template="plain", fit="crop", contrastive="patch", batch=256, micro_batch=32, lr=1e-3),
     "instruct": dict(annotations="data/LLaVA-Instruct/llava_v1_5_mix665k.json", images="data/LLaVA-Instruct",
@@ -158,10 +159,12 @@ def configure(stage: str, given: dict) -> Config:
     config = Config(**(values | given | {"stage": stage, "preset": preset}))
     if config.contrastive != "none" and stage != "align":
         raise ValueError("--contrastive belongs to the align stage")
+    if "prompt" in losses.TERMS[config.contrastive] and config.template != "plain":
+        raise ValueError("the prompted contrastive loss needs --template plain: an image, the prompt, a caption")
     if (config.prompt_image or config.prompt_text) and "prompt" not in losses.TERMS[config.contrastive]:
         raise ValueError("--prompt_image and --prompt_text belong to --contrastive prompt or both")
-    if config.batch < 1 or config.micro_batch < 1 or config.epochs <= 0:
-        raise ValueError("--batch, --micro_batch and --epochs must be above zero")
+    if config.batch < 1 or config.micro_batch < 1 or config.epochs <= 0 or min(config.steps, config.save_every) < 0:
+        raise ValueError("--batch, --micro_batch and --epochs must be above zero, --steps and --save_every not below")
     is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
     config.resume = config.resume or is_restart
     config.out = config.out or f"runs/{preset}/{stage}"
@@ -293,7 +296,7 @@ class DataParallelAdamW:
                 size += parameter.numel()
             self.buckets.append(Bucket(members, is_matrix))
         for bucket in self.buckets:
-            bucket.master = losses.precise(self.own(bucket.weight))  # (n,) or, sharded, (n / W,); fp32 weights are their own
+            bucket.master = losses.precise(self.own(bucket.weight))  # (n,) or, sharded, (n / W,); fp32: no copy
             bucket.m, bucket.v = torch.zeros_like(bucket.master), torch.zeros_like(bucket.master)
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(partial(self.collect, bucket))
@@ -576,8 +579,9 @@ def memory_sum(config, vlm, dtype) -> dict:
     block = tokens * (16 * c.hidden_size + 4 * c.intermediate_size) * e  # what one block keeps for backward
     kept = tokens * c.hidden_size * e  # its input alone
     whole = {"none": 1.0, "every-other": 0.5, "every": 0.0}[config.checkpointing]
-    activations = c.num_hidden_layers * (whole * block + (1 - whole) * kept) + block
-    activations += size * TEXT_TOKENS[config.stage] * c.vocab_size * 12  # logits: model dtype, fp32, gradient
+    held = parts if "prompt" in losses.TERMS[config.contrastive] else 1  # micro-batches that wait for their backward
+    activations = held * c.num_hidden_layers * (whole * block + (1 - whole) * kept) + block
+    activations += held * size * TEXT_TOKENS[config.stage] * c.vocab_size * 12  # logits: model dtype, fp32, gradient
     activations += 4 * size * parts * vlm.num_image_tokens * c.hidden_size * e  # patches, the cut, their gradients
     ranks = world_size() if config.shard else 1
     largest = max(2**22, *(p.numel() for p in vlm.parameters() if p.requires_grad))  # elements of a bucket
@@ -862,7 +866,8 @@ def load_checkpoint(config, optimizer, device) -> int:
     return state["step"]
 
 
-OUTPUTS = ("config.json", "llm", "projector.safetensors", "results.json", "scienceqa.json", "scienceqa.png")
+OUTPUTS = ("config.json", "llm", "projector.safetensors", "results.json", "retrieval.json", "gap.json", "heatmap.png",
+           *(f"{bench}.{kind}" for bench in evaluation.BENCHES for kind in ("json", "png")))
 
 
 def write_log(config, line: dict, start: int):
@@ -893,8 +898,12 @@ def save_run(config, vlm, results: dict):
             shutil.rmtree(out / entry.name, ignore_errors=True)
         os.replace(entry, out / entry.name)
     partial.rmdir()
+
+
+def remember(folder):
+    """Make `folder` the run that eval.py looks at when none is named."""
     Path("runs").mkdir(exist_ok=True)
-    Path("runs/last").write_text(str(out))
+    Path("runs/last").write_text(str(folder))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -967,17 +976,16 @@ def peak_memory(device) -> int:
 # 10. Comparing the losses on the toy world: the papers' claims in miniature
 
 FULL = dict(seeds=5, budgets=(30, 60, 120, 240, 480), short=60, long=240, epochs=4.0,
-            fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0), lr=(1e-3, 2e-3, 4e-3), weight=(0.3, 1.0),
-            instruct_lr=(2e-4, 4e-4, 8e-4), ablations=3)
+            fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0), lr=(1e-3, 2e-3, 4e-3, 8e-3), weight=(0.3, 1.0),
+            instruct_lr=(2e-4, 4e-4, 8e-4, 1.6e-3), ablations=3)
 QUICK = dict(seeds=2, budgets=(30, 60), short=30, long=60, epochs=1.0, fractions=(0.1, 1.0), lr=(2e-3,), weight=(1.0,),
              instruct_lr=(4e-4,), ablations=0)
 TUNING_SEED = 1000  # no seed of the comparison itself
 ABLATIONS = {  # options of the align stage; the losses they are tried with
-    "as above": ({}, ("none", "patch", "both")),
+    "as above (MLP, CLIP-like encoder, prompt describe)": ({}, ("none", "patch", "prompt", "both")),
     "projector linear": (dict(projector="linear"), ("none", "patch", "both")),
     "encoder that never saw text": (dict(vit="assets/tiny-vit-no-text"), ("none", "patch", "both")),
     "prompt none": (dict(prompt="none"), ("prompt",)),
-    "prompt describe": (dict(prompt="describe"), ("prompt",)),
 }
 
 
@@ -990,13 +998,23 @@ def compare(given: dict, device):
     """
     size = QUICK if given.get("quick") else FULL
     out = Path(given.get("out") or "runs/compare")
-    given = {key: value for key, value in given.items() if key not in ("stage", "quick", "out", "seed")}
-    file, protocol = out / "cells.jsonl", json.loads(json.dumps([size, given]))
+    fixed = {"contrastive", "contrastive_weight", "data_fraction", "dry_run", "epochs", "init", "lr", "save_every",
+             "seed", "steps"} | ({"preset"} if given.get("preset", "tiny") != "tiny" else set())
+    if fixed & given.keys():
+        raise ValueError(f"--stage compare sets --{', --'.join(sorted(fixed & given.keys()))} itself")
+    given = {key: value for key, value in given.items() if key not in ("stage", "quick", "out", "resume", "preset")}
+    find_data(configure("align", given | {"preset": "tiny"}))
+    file, protocol = out / "cells.jsonl", json.loads(json.dumps([size, given, fingerprint(given)]))
     out.mkdir(parents=True, exist_ok=True)
     if (out / "protocol.json").exists() and read_json(out / "protocol.json") != protocol:
-        raise ValueError(f"{out}: holds a comparison with other options; name another --out, or remove it")
+        raise ValueError(f"{out}: holds a comparison with other options, towers or data; name another --out, or "
+                         "remove it")
     (out / "protocol.json").write_text(json.dumps(protocol))
-    done = {cell["name"]: cell for cell in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+    try:
+        lines = file.read_text().splitlines() if file.exists() else []
+        done = {cell["name"]: cell for cell in map(json.loads, lines)}
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file}: a damaged line ({error}); remove it, and its run is done again") from None
     few, many = len(size["lr"]), len(size["lr"]) * len(size["weight"])
     tries = 2 * (few + 3 * many) * (many > 1) + 16 * len(size["instruct_lr"]) * (len(size["instruct_lr"]) > 1)
     planned = tries + 4 * size["seeds"] * (len(size["budgets"]) + len(size["fractions"]) + 2)
@@ -1012,10 +1030,11 @@ def compare(given: dict, device):
                 if not (folder / "config.json").exists():
                     train_stage(configure(stage, options), device)
                 scores = score_run(folder, split, device)
-                shutil.rmtree(folder / "llm", ignore_errors=True)
             done[f"{name} {split}"] = {"name": f"{name} {split}", **scores}
             with open(file, "a") as cells:
                 cells.write(json.dumps(done[f"{name} {split}"]) + "\n")
+            if stage == "instruct":  # nothing starts from it, and its LLM is large
+                shutil.rmtree(folder)
         bar.update()
         bar.set_postfix_str(f"{name} {done[f'{name} {split}']['accuracy_img']}")
         return done[f"{name} {split}"]
@@ -1069,6 +1088,14 @@ def compare(given: dict, device):
     say(text)
 
 
+def fingerprint(given: dict) -> str:
+    """A hash of the towers and the data of a comparison: cells of two worlds must not meet in one table."""
+    align, instruct = (configure(stage, given | {"preset": "tiny"}) for stage in ("align", "instruct"))
+    files = [resolve(tower) / "model.safetensors" for tower in (align.vit, align.llm)]
+    files += [align.annotations, instruct.annotations, Path(align.scienceqa) / "problems.json"]
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
 def score_run(folder, split, device) -> dict:
     """Accuracy in percent on the toy world's ScienceQA and, for its test split, on its yes-or-no questions."""
     vlm, tokenizer, config = evaluation.load_run(folder, device)
@@ -1087,15 +1114,17 @@ def score_run(folder, split, device) -> dict:
 def run_all(given: dict, device):
     """Align, instruct, and the benchmark before, between and after: what each stage adds."""
     root = Path(given.get("out") or f"runs/{configure('align', given).preset}")
-    only_instruct, only_align = ("data_fraction", "init"), ("contrastive", "contrastive_weight")
+    only_instruct = ("data_fraction", "init")
+    only_align = ("contrastive", "contrastive_weight", "pool", "reduce", "prompt", "prompt_image", "prompt_text")
     align = configure("align", {key: value for key, value in given.items() if key not in only_instruct}
                       | {"out": str(root / "align")})
     instruct = configure("instruct", {key: value for key, value in given.items() if key not in only_align}
                          | {"out": str(root / "instruct"), "init": align.out})
     train_stage(align, device)
     train_stage(instruct, device)
-    if rank() > 0:
+    if rank() > 0 or align.dry_run:
         return
+    remember(instruct.out)
     save_unaligned(align, root / "unaligned")
     scores = {name: evaluation.run_bench("scienceqa", root / name, None, None, device)
               for name in ("unaligned", "align", "instruct")}
@@ -1124,7 +1153,10 @@ def main():
         elif stage == "all":
             run_all(given, device)
         else:
-            train_stage(configure(stage, given), device)
+            config = configure(stage, given)
+            train_stage(config, device)
+            if rank() == 0 and not config.dry_run:
+                remember(config.out)
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError) and rank() > 0:
             sys.exit(1)  # every rank misses the same file; rank 0 says so

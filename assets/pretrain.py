@@ -1,6 +1,6 @@
 """Makes the tiny towers of this folder: what CLIP and Vicuna are to the 7b preset, in some minutes on a CPU.
 
-    python assets/pretrain.py                 # writes tiny-llm, tiny-vit and tiny-vit-no-text below assets/, then judges
+    python assets/pretrain.py         # writes tiny-llm, tiny-vit and tiny-vit-no-text below assets/, then judges them
 
 They are fixed by criteria that look at no alignment (see `judge`), before any loss is compared on them.
 """

@@ -191,6 +191,7 @@ def test_bad_records_are_named(tmp_path, bad, message):
 
 def test_good_oddities():
     assert data.fault({"conversations": [{"from": "gpt", "value": "hello"}] + TEXT["conversations"]}) is None
+    assert "not a file name" in data.fault(CAPTION | {"image": ["a.jpg", "b.jpg"]})
     assert data.fault(record("q", "a", "r") | {"model": ""}) is None  # ends on a question: earlier answers count
 
 

@@ -88,7 +88,7 @@ def test_patches_against_words(clip_folder, llama_folder):
     vlm = VLM.from_towers(clip_folder, llama_folder, "linear")
     patches, embeds = torch.randn(2, 16, 32), torch.randn(2, 3, 32)
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    scores = evaluation.score_tokens(vlm, [(patches, embeds, mask, None)])
+    scores = evaluation.score_tokens(vlm, [(patches, embeds, mask)])
     words = vlm.llm.model.embed_tokens.weight.detach()
     nearest = [min((patch - word).norm().item() for word in words) for row in patches for patch in row]
     assert scores["nearest_word_distance"] == pytest.approx(sum(nearest) / len(nearest), abs=1e-3)

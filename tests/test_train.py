@@ -388,8 +388,9 @@ def test_the_image_vector_knows_the_prompt_and_not_the_caption(clip_folder, llam
     """Other captions of other lengths after the same picture and prompt: the same vector; another prompt: another."""
     vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), data.load_tokenizer(llama_folder)
     pixels, vectors = torch.randn(3, 32, 32), {}
-    for prompt, caption in (("Describe the picture.", "a red ring"), ("Describe the picture.", "the picture has a large " *
-                            3), ("What size is it?", "a red ring"), ("", "a red ring"), ("", "blue")):
+    long = "the picture has a large " * 3
+    for prompt, caption in (("Describe the picture.", "a red ring"), ("Describe the picture.", long),
+                            ("What size is it?", "a red ring"), ("", "a red ring"), ("", "blue")):
         pieces = data.plain([("human", data.IMAGE), ("gpt", caption)], tokenizer.eos_token, prompt)
         ids, roles = data.tokenise(pieces, tokenizer, True)
         batch = data.collate([{"ids": ids, "roles": roles, "pixels": pixels, "name": "x"}], 16, -200, 0, 32)
@@ -640,6 +641,9 @@ BAD_INPUT = [
     (["--contrastive", "prompted"], "invalid choice: 'prompted'"),
     (["--template", "v2"], "invalid choice: 'v2'"),
     (["--data_fraction", "0"], "data_fraction is 0"),
+    (["--steps", "-5"], "--steps and --save_every not below"),
+    (["--contrastive", "prompt", "--template", "v1"], "needs --template plain"),
+    (["--prompt_text", "So:"], "belong to --contrastive prompt or both"),
 ]
 
 
@@ -671,8 +675,8 @@ def test_compare_resumes_and_reports(world, tmp_path, monkeypatch):
     """In miniature: every cell is there, a second call trains nothing, and one lost cell is trained again."""
     monkeypatch.chdir(tmp_path)
     toy = world[0] / "toy"
-    size = dict(seeds=2, budgets=(2, 4), short=2, long=4, epochs=0.5, fractions=(0.1, 1.0), lr=(1e-3, 2e-3), weight=(1.0,),
-                instruct_lr=(1e-3,), ablations=1)
+    size = dict(seeds=2, budgets=(2, 4), short=2, long=4, epochs=0.5, fractions=(0.1, 1.0), lr=(1e-3, 2e-3),
+                weight=(1.0,), instruct_lr=(1e-3,), ablations=1)
     monkeypatch.setattr(train, "FULL", size)
     monkeypatch.setattr(train, "ABLATIONS", {"projector linear": (dict(projector="linear"), ("none", "patch"))})
     configure = train.configure  # the presets' annotations, in this test's world
@@ -695,15 +699,21 @@ def test_compare_resumes_and_reports(world, tmp_path, monkeypatch):
     assert len(trained) == len(set(trained)) == 4 * 2 * 2 + len(results["cells"]) + 2
     assert Path("c/accuracy_by_data.png").exists() and "| + both |" in Path("c/results.md").read_text()
     cells = Path("c/cells.jsonl").read_text().splitlines(True)
-    Path("c/cells.jsonl").write_text("".join(cells[:-1]))
-    shutil.rmtree("c/runs/" + json.loads(cells[-1])["name"].split()[0])
+    lost = next(line for line in cells if "instruct1.0" in line and " test" in line)
+    Path("c/cells.jsonl").write_text("".join(line for line in cells if line != lost))
+    assert not list(Path("c/runs").glob("*instruct*")) and not Path("runs/last").exists()
     trained.clear()
-    train.compare(given, torch.device("cpu"))
+    train.compare(given | {"resume": True}, torch.device("cpu"))
     assert len(trained) == 1 and json.loads(Path("c/results.json").read_text()) == results
-    assert Path("c/cells.jsonl").read_text().splitlines(True) == cells
+    assert sorted(Path("c/cells.jsonl").read_text().splitlines(True)) == sorted(cells)
+    with pytest.raises(ValueError, match="sets --lr, --steps itself"):
+        train.compare(given | {"steps": 3, "lr": 1e-3}, torch.device("cpu"))
+    with pytest.raises(ValueError, match="other options, towers or data"):
+        train.compare(given | {"clip": 2.0}, torch.device("cpu"))
 
 
 def test_step_factor():
     factor = train.evaluation.step_factor
     assert factor((10, 100, 1000), [20, 40, 60], 10, 50) == "31.6"  # half-way between 100 and 1000 on a log scale
+    assert factor((30, 60, 120), [38.0, 36.5, 45.0], 60, 37.0) == "at most 0.5"  # reached before it fell
     assert factor((10, 100), [20, 40], 10, 41) == "above 10.0" and factor((10, 100), [20, 40], 20, 10) == "at most 0.5"
