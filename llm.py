@@ -2,7 +2,7 @@
 
     llm = LLM.from_pretrained("lmsys/vicuna-7b-v1.5")      # a folder, or a Hub id
     logits = llm(ids)                                      # (B, S) -> (B, S, V)
-    new = llm.generate(llm.embed(ids), max_new_tokens=32)  # greedy, with a key-value cache -> (B, <= 32)
+    new = llm.generate(llm.embed(ids), max_new_tokens=32)  # with a key-value cache -> (B, <= 32)
 
 A Llama decoder (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288). Against GPT-2 it has RMSNorm for LayerNorm,
 rotary positions (RoPE) for learned ones, a gated MLP (SwiGLU), no biases, and fewer key-value heads than query
@@ -61,7 +61,13 @@ class LLMConfig:
     @classmethod
     def from_pretrained(cls, folder_or_id):
         folder = resolve(folder_or_id, wanted=["*.json"])
-        config = read_config(folder, FAMILIES)
+        return cls.from_dict(read_config(folder, FAMILIES), folder)
+
+    @classmethod
+    def from_dict(cls, config: dict, folder):
+        """From the content of a config.json whose defaults are filled in; `folder` is where it lies."""
+        if config["model_type"] not in FAMILIES:
+            raise ValueError(f"{folder}: the LLM is of type {config['model_type']!r}; known: {', '.join(FAMILIES)}")
         if config.get("mlp_bias") or (config.get("attention_bias") and config["model_type"] != "qwen2"):
             raise ValueError(f"{folder}: attention_bias or mlp_bias is set; no known checkpoint has them")
         rope = config.get("rope_parameters") or {}
@@ -77,6 +83,12 @@ class LLMConfig:
             values |= {key: value for key, value in read_json(folder / "generation_config.json").items()
                        if key == "eos_token_id"}
         return cls(**known_fields(cls, values))
+
+    def to_dict(self) -> dict:
+        """What config.json says of it."""
+        rope = self.rope_parameters or {"rope_type": "default", "rope_theta": self.rope_theta}
+        return asdict(self) | {"architectures": [FAMILIES[self.model_type]], "hidden_act": "silu",
+                               "rope_parameters": rope, "sliding_window": None}
 
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
@@ -263,10 +275,12 @@ class LLM(nn.Module):
         return self.logits(self.hidden(embeds, mask, cache))  # (B, S, V)
 
     @torch.no_grad()
-    def generate(self, embeds, mask=None, max_new_tokens: int = 32):
-        """Greedy continuation of left-padded prompts: embeddings (B, S, C), mask (B, S) -> new ids (B, <= max).
+    def generate(self, embeds, mask=None, max_new_tokens: int = 32, temperature: float = 0.0, top_p: float = 1.0):
+        """Continuation of left-padded prompts: embeddings (B, S, C), mask (B, S) -> new ids (B, <= max).
 
-        A row stops at the config's end token, which is kept, and is filled up with -1 behind it.
+        Greedy at temperature 0; above it, sampled from the smallest set of tokens that holds `top_p` of the
+        probability (Holtzman et al. 2020, arXiv 1904.09751), with torch's own random state. A row stops at one of the
+        config's end tokens, which is kept, and is filled up with -1 behind it.
         """
         B, S, _ = embeds.shape
         if mask is None:
@@ -277,7 +291,7 @@ class LLM(nn.Module):
         new = []
         for _ in range(max_new_tokens):
             hidden = self.hidden(embeds, mask, cache)[:, -1]  # (B, C)
-            token = self.logits(hidden).argmax(-1)  # (B,)
+            token = choose(self.logits(hidden), temperature, top_p)  # (B,)
             new.append(token.masked_fill(done, -1))
             done |= torch.isin(token, eos)
             if done.all():
@@ -300,10 +314,17 @@ class LLM(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which transformers opens as what it was loaded from."""
-        c = self.config
-        rope = c.rope_parameters or {"rope_type": "default", "rope_theta": c.rope_theta}
-        write_weights(self, folder, asdict(c) | {"architectures": [FAMILIES[c.model_type]], "hidden_act": "silu",
-                                                 "rope_parameters": rope, "sliding_window": None})
+        write_weights(dict(self.named_parameters()), folder, self.config.to_dict())
+
+
+def choose(logits, temperature: float, top_p: float):
+    """The next token (B,) of each row of logits (B, V): see `generate`."""
+    if temperature == 0:
+        return logits.argmax(-1)  # (B,)
+    probabilities, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
+    before = probabilities.cumsum(-1) - probabilities  # (B, V) what likelier tokens hold together
+    kept = probabilities.masked_fill(before >= top_p, 0)  # the likeliest always stays
+    return tokens.gather(1, torch.multinomial(kept, 1))[:, 0]  # (B,)
 
 
 def attention_mask(mask, start: int, S: int, device):

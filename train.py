@@ -40,7 +40,7 @@ import eval as evaluation
 import losses
 from llm import LLM, LLMConfig
 from losses import rank, world_size
-from projector import PROJECTORS, VLM
+from projector import VLM
 from vit import ViT, ViTConfig, read_json, resolve
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ class Config:
 
     vit: str = option("", "vision tower: a folder or a Hub id")
     llm: str = option("", "language tower: a folder or a Hub id")
-    projector: str = option("mlp2x_gelu", "the bridge between them", PROJECTORS)
+    projector: str = option("mlp2x_gelu", "the bridge: linear, mlpNx_gelu, pixel_shuffle or resampler")
     feature_layer: int = option(-2, "the ViT's hidden state to project")
 
     annotations: str = option("", "LLaVA JSON of this stage")

@@ -79,7 +79,14 @@ class ViTConfig:
     def from_pretrained(cls, folder_or_id):
         folder = resolve(folder_or_id, wanted=["*.json"])
         config = read_config(folder, ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2"))
-        config = config.get("vision_config", config)  # a full CLIP or SigLIP wraps its two towers
+        return cls.from_dict(config.get("vision_config", config), folder)  # a full CLIP or SigLIP wraps two towers
+
+    @classmethod
+    def from_dict(cls, config: dict, folder):
+        """From the content of a config.json whose defaults are filled in; `folder` is where it lies."""
+        if config["model_type"] not in LOOKS:
+            raise ValueError(f"{folder}: the vision tower is of type {config['model_type']!r}; "
+                             f"known: {', '.join(LOOKS)}")
         if config.get("use_swiglu_ffn"):
             raise ValueError(f"{folder}: DINOv2 giant's gated MLP is not supported")
         if config["model_type"] == "dinov2":
@@ -87,6 +94,10 @@ class ViTConfig:
         looks = read_json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").exists() else \
             LOOKS[config["model_type"]]
         return cls(**known_fields(cls, config | {name: tuple(looks[name]) for name in ("image_mean", "image_std")}))
+
+    def to_dict(self) -> dict:
+        """What config.json says of it."""
+        return asdict(self) | {"vision_use_head": False}  # SigLIP's pooling head, which we do not keep
 
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu,
@@ -222,7 +233,7 @@ class ViT(nn.Module):
             self.config.model_type)
         if name is None:
             raise ValueError(f"a tower of type {self.config.model_type} is read, not written")
-        write_weights(self, folder, asdict(self.config) | {"architectures": [name], "vision_use_head": False})
+        write_weights(dict(self.named_parameters()), folder, self.config.to_dict() | {"architectures": [name]})
         write_looks(self.config, folder)
 
 
@@ -363,12 +374,12 @@ def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32, devic
     return module.eval()
 
 
-def write_weights(module: nn.Module, folder, config: dict | None = None, file: str = "model.safetensors"):
-    """Write the parameters of `module` into `folder` as safetensors, and `config`, if given, as config.json."""
+def write_weights(tensors: dict, folder, config: dict | None = None, file: str = "model.safetensors"):
+    """Write {name: tensor} into `folder` as safetensors, and `config`, if given, as config.json."""
     from safetensors.torch import save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in module.named_parameters()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(weights, folder / file, {"format": "pt"})
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -7,7 +7,7 @@ import torch
 import transformers
 from conftest import assert_close, llama_config, shaken
 
-from llm import LLM, LLMConfig
+from llm import LLM, LLMConfig, choose
 
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -143,6 +143,26 @@ def test_each_row_stops_at_its_own_end(llama_folder):
         length = int(ends[0]) + 1 if len(ends) else 10
         assert row[:length].tolist() == whole[:length].tolist()
         assert (row[length:] == -1).all()
+
+
+def test_sampling_follows_temperature_and_nucleus():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(20000, 4)
+    for temperature, top_p, support in ((1.0, 1.0, 4), (0.5, 1.0, 4), (1.0, 0.7, 2), (1.0, 1e-6, 1), (2.0, 0.6, 2)):
+        counts = choose(logits, temperature, top_p).bincount(minlength=4) / 20000
+        expected = (logits[0] / temperature).softmax(-1)
+        expected[support:] = 0
+        assert torch.allclose(counts, expected / expected.sum(), atol=0.02), (temperature, top_p)
+    assert (choose(logits, 0.0, 1.0) == 0).all()
+
+
+def test_sampled_generation_is_repeatable_and_differs_by_row(llama_folder):
+    llm = LLM.from_pretrained(llama_folder)
+    embeds = llm.embed(torch.randint(3, 75, (1, 4)).expand(3, 4))
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        draws.append(llm.generate(embeds, max_new_tokens=8, temperature=1.5, top_p=0.95))
+    assert torch.equal(*draws) and not torch.equal(draws[0][0], draws[0][1])
 
 
 def test_too_many_positions(llama_folder):

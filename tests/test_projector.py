@@ -1,10 +1,15 @@
-"""Splicing images into sequences, and the run directory."""
+"""Projectors, splicing images into sequences, the run directory, and transformers' LLaVA format in both ways."""
+
+import json
 
 import pytest
 import torch
+import transformers
+from conftest import assert_close, llama_config, shaken
 from torch import nn
 
-from projector import IMAGE_TOKEN_ID, VLM, build_projector
+import data
+from projector import IMAGE_TOKEN_ID, VLM, build_projector, num_tokens
 
 
 @pytest.fixture
@@ -19,12 +24,51 @@ def row(before, images, after, length=60):
 
 
 def test_projectors():
-    assert [tuple(p.shape) for p in build_projector("linear", 8, 12).parameters()] == [(12, 8), (12,)]
-    mlp = build_projector("mlp2x_gelu", 8, 12)
+    assert [tuple(p.shape) for p in build_projector("linear", 16, 8, 12).parameters()] == [(12, 8), (12,)]
+    mlp = build_projector("mlp2x_gelu", 16, 8, 12)
     assert list(mlp.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]  # LLaVA's names
     assert isinstance(mlp[1], nn.GELU) and mlp[1].approximate == "none"
-    with pytest.raises(ValueError, match="resampler"):
-        build_projector("resampler", 8, 12)
+    assert list(build_projector("mlp3x_gelu", 16, 8, 12).state_dict())[-1] == "4.bias"
+    for kind in ("linear", "mlp1x_gelu", "mlp3x_gelu", "pixel_shuffle", "resampler"):
+        out = build_projector(kind, 16, 8, 12)(torch.randn(2, 16, 8))
+        assert out.shape == (2, num_tokens(kind, 16), 12)
+    with pytest.raises(ValueError, match="'mlpx_gelu' is none of linear"):
+        build_projector("mlpx_gelu", 16, 8, 12)
+    with pytest.raises(ValueError, match="3 in a row cannot be halved"):
+        build_projector("pixel_shuffle", 9, 8, 12)
+
+
+def test_pixel_shuffle_joins_neighbours():
+    x, projector = torch.randn(1, 16, 8), build_projector("pixel_shuffle", 16, 8, 12)
+    grid = x.view(4, 4, 8)
+    corner = torch.cat([grid[2, 0], grid[2, 1], grid[3, 0], grid[3, 1]])  # the lower left square
+    assert torch.allclose(projector(x)[0, 2], projector.mlp(corner), atol=1e-6)
+
+
+def test_resampler_is_attention_over_a_set():
+    x, projector = torch.randn(2, 16, 8), build_projector("resampler", 16, 8, 12)
+    assert torch.allclose(projector(x), projector(x[:, torch.randperm(16)]), atol=1e-6)
+    reference = nn.MultiheadAttention(12, 4, batch_first=True)
+    with torch.no_grad():
+        reference.in_proj_weight[:12] = torch.eye(12)
+        reference.in_proj_weight[12:24] = torch.eye(12)
+        reference.in_proj_weight[24:] = torch.eye(12)
+        reference.out_proj.weight.copy_(projector.out.weight)
+        reference.out_proj.bias.copy_(projector.out.bias)
+    normed = projector.norm(x)
+    expected, _ = reference(projector.queries.expand(2, -1, -1), projector.key(normed), projector.value(normed))
+    assert torch.allclose(projector(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["pixel_shuffle", "resampler"])
+def test_fewer_tokens_than_patches(clip_folder, llama_folder, tmp_path, kind):
+    """The model says how many placeholders an image takes, and a run directory brings the projector back."""
+    vlm = VLM.from_towers(clip_folder, llama_folder, kind).eval()
+    assert vlm.num_image_tokens == 4 and vlm.vit.num_tokens == 16
+    ids, pixels = torch.tensor([[1] + [IMAGE_TOKEN_ID] * 4 + [5, 6]]), torch.randn(1, 3, 32, 32)
+    logits = vlm(ids, pixels)
+    vlm.save(tmp_path / "run", {}, with_llm=False)
+    assert torch.equal(VLM.from_pretrained(tmp_path / "run")(ids, pixels), logits)
 
 
 def test_splice_equals_a_plain_loop(vlm):
@@ -94,3 +138,99 @@ def test_bad_run_directories(vlm, tmp_path, clip_folder, llama_folder):
     (tmp_path / "projector.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="projector.safetensors"):
         VLM.from_pretrained(tmp_path)
+
+
+# ---- transformers' LLaVA format ------------------------------------------------------------------------------------
+
+
+def their_llava(folder, vision="clip", **text):
+    """A tiny random LlavaForConditionalGeneration, saved to `folder`; the image is token 89."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32,
+                 patch_size=8)
+    is_clip = vision == "clip"
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**sizes) if is_clip else transformers.SiglipVisionConfig(
+            **sizes, vision_use_head=False),
+        text_config=llama_config(vocab_size=90, **text), image_token_index=89, image_seq_length=16,
+        vision_feature_select_strategy="default" if is_clip else "full")
+    model = shaken(transformers.LlavaForConditionalGeneration(config))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_a_llava_folder_loads_with_equal_logits(tmp_path, vision):
+    """Text only, one image, and a batch of both lengths."""
+    theirs = their_llava(tmp_path, vision)
+    ours = VLM.from_pretrained(tmp_path)
+    assert ours.image_token_id == 89 and ours.num_image_tokens == 16
+    image = [89] * 16
+    for rows, images in (([[1, 4, 5]], 0), ([[1, *image, 4, 5]], 1), ([[1, *image, 4, 5], [1, 7, *image, 8]], 2)):
+        ids, pixels = torch.tensor(rows), torch.randn(max(1, images), 3, 32, 32)
+        expected = theirs(input_ids=ids, pixel_values=pixels if images else None).logits
+        assert_close(ours(ids, pixels), expected)
+
+
+def test_newer_and_older_names_of_the_llava_format():
+    from projector import our_name, their_name
+    for older, newer, ours in (
+            ("language_model.model.norm.weight", "model.language_model.norm.weight", "llm.model.norm.weight"),
+            ("language_model.lm_head.weight", "lm_head.weight", "llm.lm_head.weight"),
+            ("vision_tower.vision_model.x", "model.vision_tower.x", "vit.x"),
+            ("multi_modal_projector.linear_2.bias", "model.multi_modal_projector.linear_2.bias", "projector.2.bias")):
+        assert our_name(older) == our_name(newer) == ours and their_name(ours) == older
+
+
+@pytest.mark.parametrize("family", ["llama", "tied", "qwen2"])
+def test_what_we_export_opens_in_transformers(clip_folder, llama_folder, tmp_path, family):
+    """Equal logits and the same greedy answer; the processor makes the very ids that our data path makes."""
+    llm, vocabulary = llama_folder, len(data.load_tokenizer(llama_folder))
+    if family != "llama":
+        kind, config = ((transformers.LlamaForCausalLM, llama_config(vocab_size=vocabulary, tie_word_embeddings=True))
+                        if family == "tied" else (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(
+                            vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                            num_attention_heads=4, num_key_value_heads=2, eos_token_id=2)))
+        llm = tmp_path / "llm"
+        shaken(kind(config)).save_pretrained(llm)
+        data.write_toy_tokenizer(llm)
+    vlm = VLM.from_towers(clip_folder, llm, "mlp2x_gelu").eval()
+    vlm.export(tmp_path / "out")
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    image, pixels = tokenizer.convert_tokens_to_ids("<image>"), torch.randn(1, 3, 32, 32)
+    assert image == theirs.config.image_token_index == vocabulary
+    ids = torch.tensor([[1] + [IMAGE_TOKEN_ID] * 16 + [5, 6, 7]])
+    their_ids = ids.masked_fill(ids == IMAGE_TOKEN_ID, image)
+    assert_close(vlm(ids, pixels), theirs(input_ids=their_ids, pixel_values=pixels).logits[..., :vocabulary])
+    text = torch.tensor([[1, 5, 6, 7]])
+    assert_close(vlm(text, pixels), theirs(input_ids=text).logits[..., :vocabulary])
+    answer = theirs.generate(input_ids=their_ids, pixel_values=pixels, max_new_tokens=8, do_sample=False)[0, 20:]
+    assert vlm.generate(ids, pixels, 8)[0].tolist() == answer.tolist()
+    again = VLM.from_pretrained(tmp_path / "out")
+    assert_close(again(their_ids, pixels)[..., :vocabulary], vlm(ids, pixels))
+    processor = json.loads((tmp_path / "out/processor_config.json").read_text())
+    processor = transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor.from_pretrained(tmp_path / "out"), tokenizer, patch_size=processor["patch_size"],
+        vision_feature_select_strategy=processor["vision_feature_select_strategy"],
+        num_additional_image_tokens=processor["num_additional_image_tokens"])
+    from PIL import Image
+    batch = processor(images=Image.new("RGB", (40, 40)), text="<image>\nWhat color is the shape?", return_tensors="pt")
+    mine, roles = data.tokenise([("<image>\nWhat color is the shape?", data.CONTEXT)], data.load_tokenizer(llm), True)
+    mine = data.collate([{"ids": mine, "roles": roles, "pixels": pixels[0], "name": ""}], 16, image, 0, 32)
+    assert batch.input_ids.tolist() == mine["ids"].tolist() and batch.pixel_values.shape == (1, 3, 32, 32)
+
+
+def test_only_what_transformers_knows_is_exported(clip_folder, llama_folder, tmp_path):
+    with pytest.raises(ValueError, match="no projector 'linear'"):
+        VLM.from_towers(clip_folder, llama_folder, "linear").export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_llava_folders_of_other_kinds_are_refused(tmp_path):
+    their_llava(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (({"projector_hidden_act": "relu"}, "only a GELU projector"),
+                            ({"vision_feature_select_strategy": "full"}, "does not drop just the class token")):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            VLM.from_pretrained(tmp_path)
