@@ -177,7 +177,42 @@ def v1(turns, eos) -> list:
     return pieces
 
 
-TEMPLATES = {"plain": plain, "v1": v1}
+def chat(turns, tokenizer) -> list:
+    """The LLM's own chat template, which comes with its tokenizer: rendered again after every turn, so that each turn's
+    text is what its turn added. An answer ends with the tokenizer's end token; what follows is context again."""
+    if tokenizer.chat_template is None:
+        raise ValueError("this tokenizer has no chat template")
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    messages, said, pieces, left_over = [], "", [], ""
+    for role, text in turns:
+        messages.append({"role": "user" if role == "human" else "assistant", "content": text})
+        now = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=role == "human")
+        if not now.startswith(said):
+            raise ValueError("the tokenizer's chat template rewrites earlier turns: no boundary for labels")
+        new, said = now[len(said) :], now
+        if role == "human":
+            is_double = len(messages) == 1 and bos and new.startswith(bos) and tokenizer("").input_ids[:1] == [
+                tokenizer.bos_token_id]  # BOS is in the text, and would come from the tokenizer again
+            pieces.append((left_over + (new.removeprefix(bos) if is_double else new), CONTEXT))
+            continue
+        before, answer, after = new.partition(text.strip())
+        end, found, left_over = after.partition(eos)
+        if not answer or not found or end.strip():
+            raise ValueError("the tokenizer's chat template does not end an answer with its end token")
+        if before.strip():  # such as an empty <think></think>: given, not learned
+            pieces.append((before, CONTEXT))
+            before = ""
+        pieces += [(before + answer, ANSWER), (eos, END)]
+    return pieces
+
+
+TEMPLATES = ("plain", "v1", "chat")
+
+
+def make_template(name: str, tokenizer, prompt: str = ""):
+    """A function from turns to pieces."""
+    return {"plain": partial(plain, eos=tokenizer.eos_token, prompt=prompt),
+            "v1": partial(v1, eos=tokenizer.eos_token), "chat": partial(chat, tokenizer=tokenizer)}[name]
 
 
 def tokenise(pieces, tokenizer, has_image: bool):
@@ -240,7 +275,7 @@ class Conversations(torch.utils.data.Dataset):
     def __init__(self, records, images, tokenizer, template: str, image_size: int, fit: str, prompts=("", ""),
                  keep: bool = False, mean=CLIP_MEAN, std=CLIP_STD):
         self.records, self.images, self.tokenizer, self.prompts = records, Path(images), tokenizer, prompts
-        self.template = partial(plain, prompt=prompts[0]) if template == "plain" else TEMPLATES[template]
+        self.template = make_template(template, tokenizer, prompts[0])
         self.preprocess = partial(preprocess, size=image_size, fit=fit, mean=mean, std=std)
         self.pad_id = tokenizer.pad_token_id
         self.kept = {} if keep else None
@@ -264,7 +299,7 @@ class Conversations(torch.utils.data.Dataset):
         name = f"record {record.get('id', i)!r}"
         try:
             turns = clean_turns(record)
-            ids, roles = tokenise(self.template(turns, self.tokenizer.eos_token), self.tokenizer, "image" in record)
+            ids, roles = tokenise(self.template(turns), self.tokenizer, "image" in record)
             pixels = None
             if "image" in record:
                 pixels = self.preprocess(load_image(self.images / record["image"]))

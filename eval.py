@@ -28,36 +28,42 @@ from tqdm import tqdm
 import data
 import losses
 from projector import VLM
-from vit import read_json
+from vit import read_json, resolve
 
 # ----------------------------------------------------------------------------------------------------------------
 # Asking
 
 
 def load_run(folder, device):
-    """The model of a run directory, its tokenizer, and the run's config."""
+    """The model of a run directory, its tokenizer, and the run's config, whose "template" is that of questions: the one
+    the run was tuned with; before that the LLM's own where its tokenizer has one, else Vicuna's."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     vlm = VLM.from_pretrained(folder, dtype, device)
-    return vlm, data.load_tokenizer(vlm.sources["llm"]), read_json(Path(folder) / "config.json")
+    tokenizer, config = data.load_tokenizer(vlm.sources["llm"]), read_json(resolve(folder) / "config.json")
+    if config.get("template", "plain") == "plain":
+        config["template"] = "chat" if tokenizer.chat_template else "v1"
+    return vlm, tokenizer, config
 
 
 @torch.no_grad()
-def ask(vlm, tokenizer, questions, max_new_tokens: int = 32, batch: int = 64) -> list:
-    """Greedy answers, as stripped text, to [{"id", "prompt", "image" path or None}]; prompts of one batch are padded
-    on the left, images padded to squares, all in Vicuna's conversation form."""
+def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batch: int = 64, **sampling) -> list:
+    """Answers, as stripped text, to [{"id", "prompt", "image" path or None}]: greedy, or sampled with `temperature` and
+    `top_p`. Prompts of one batch are padded on the left, images padded to squares."""
+    to_pieces = data.make_template(template, tokenizer)
     device, c = vlm.llm.head_weight.device, vlm.vit.config
     answers = []
     for start in tqdm(range(0, len(questions), batch), desc="ask", unit=" batches"):
         samples = []
         for question in questions[start : start + batch]:
-            pieces = data.v1([("human", question["prompt"])], tokenizer.eos_token)
+            pieces = to_pieces([("human", question["prompt"])])
             ids, roles = data.tokenise(pieces, tokenizer, question["image"] is not None)
             pixels = data.preprocess(data.load_image(question["image"]), c.image_size, "pad", c.image_mean,
                                      c.image_std) if question["image"] else None
             samples.append({"ids": ids, "roles": roles, "pixels": pixels, "name": f"question {question['id']!r}"})
         m = data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id, c.image_size,
                          vlm.llm.config.max_position_embeddings - max_new_tokens, side="left")
-        new = vlm.generate(m["ids"].to(device), m["pixels"].to(device), max_new_tokens, m["mask"].to(device))
+        new = vlm.generate(m["ids"].to(device), m["pixels"].to(device), max_new_tokens, m["mask"].to(device),
+                           **sampling)
         answers += [tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip() for row in new]
     return answers
 
@@ -173,11 +179,11 @@ BENCHES = {
 }
 
 
-def answer_bench(vlm, tokenizer, name, folder, split=None) -> tuple:
+def answer_bench(vlm, tokenizer, template, name, folder, split=None) -> tuple:
     """(scores, questions, answers, what the benchmark's rule reads from them) of one benchmark."""
     load, usual_split, parse, score = BENCHES[name]
     questions = load(folder, usual_split if split is None else split)
-    answers = ask(vlm, tokenizer, questions)
+    answers = ask(vlm, tokenizer, questions, template)
     choices = [parse(text, question) for text, question in zip(answers, questions)]
     return score(questions, choices), questions, answers, choices
 
@@ -498,7 +504,7 @@ def run_bench(name, ckpt, folder, split, device) -> dict:
     folder = folder or config.get(name)
     if not folder:
         raise ValueError(f"{ckpt}: its config.json names no {name} folder; give one with --data")
-    scores, questions, answers, choices = answer_bench(vlm, tokenizer, name, folder, split)
+    scores, questions, answers, choices = answer_bench(vlm, tokenizer, config["template"], name, folder, split)
     contact_sheet(questions, answers, choices, Path(ckpt) / f"{name}.png")
     result = {"ckpt": str(ckpt), "bench": name, "split": BENCHES[name][1] if split is None else split, **scores}
     predictions = [{"id": q["id"], "prompt": q["prompt"], "text": text, "answer": q["answer"], "choice": choice}
@@ -528,6 +534,8 @@ def main():
     parser.add_argument("--split", help="its split (default: test) or category (default: all)")
     parser.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="most tokens of the answer to --ask")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the answer to --ask; 0: greedy")
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that hold this much")
     args = parser.parse_args()
     if (args.bench is None) == (args.ask is None):
         parser.error("name one of --bench and --ask")
@@ -545,10 +553,11 @@ def main():
         elif args.bench in ("retrieval", "gap"):
             print(json.dumps(run_pairs(args.bench, ckpt, args.data, args.images, device)))
         elif args.ask:
-            vlm, tokenizer, _ = load_run(ckpt, device)
+            vlm, tokenizer, config = load_run(ckpt, device)
             image, text = args.ask
             question = {"id": image, "prompt": f"{data.IMAGE}\n{text}", "image": image}
-            answer, = ask(vlm, tokenizer, [question], args.max_new_tokens)
+            answer, = ask(vlm, tokenizer, [question], config["template"], args.max_new_tokens,
+                          temperature=args.temperature, top_p=args.top_p)
             print(json.dumps({"ckpt": str(ckpt), "image": image, "question": text, "answer": answer}))
         else:
             scores = run_bench(args.bench, ckpt, args.data, args.split, device)

@@ -54,7 +54,8 @@ def option(default, help, choices=None):
 @dataclass
 class Config:
     stage: str = option("all", "what to run", ("align", "instruct", "all", "compare"))
-    preset: str = option("", "set of defaults; empty: 7b where CUDA is present, else tiny", ("", "tiny", "7b", "13b"))
+    preset: str = option("", "set of defaults; empty: 7b where CUDA is present, else tiny",
+                         ("", "tiny", "small", "7b", "13b"))
     out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
     init: str = option("", "instruct: the align run to start from; empty: runs/PRESET/align")
     seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
@@ -72,7 +73,7 @@ class Config:
     pope: str = option("", "POPE folder, likewise")
     mme: str = option("", "MME folder, likewise")
     data_fraction: float = option(1.0, "use this part of the records; smaller parts are nested in larger ones")
-    template: str = option("v1", "how a record becomes text", tuple(data.TEMPLATES))
+    template: str = option("v1", "how a record becomes text; chat: the LLM's own", data.TEMPLATES)
     fit: str = option("pad", "how an image becomes square", ("crop", "pad"))
     max_length: int = option(2048, "tokens in a row, image included; the rest is cut off")
     workers: int = option(0, "loader processes on each rank")
@@ -124,12 +125,21 @@ PRESETS = {
                       prompt="describe", epochs=12.0, batch=64, micro_batch=64, lr=2e-3),
         "instruct": dict(annotations="data/toy/instruct.json", epochs=4.0, batch=32, micro_batch=32, lr=4e-4),
     },
+    "small": {  # for one consumer GPU; its rates are our guess, not tuned
+        "common": LLAVA["common"] | dict(vit="google/siglip-base-patch16-224",
+                                         llm="HuggingFaceTB/SmolLM2-135M-Instruct", checkpointing="none"),
+        "align": LLAVA["align"],
+        "instruct": LLAVA["instruct"] | dict(template="chat", lr=1e-4, shard=False),
+    },
     "7b": LLAVA,
     "13b": LLAVA | {"common": LLAVA["common"] | dict(llm="lmsys/vicuna-13b-v1.5")},
 }
 CLIP_L, TINY_VIT = ViTConfig(), ViTConfig(data.TOY_IMAGE_SIZE, 8, 96, 384, 4, 2)
 TINY_LLM = LLMConfig(data.TOY_VOCABULARY, 128, 256, 3, 2, 2, 64, max_position_embeddings=1024)
-SHAPES = {"tiny": (TINY_VIT, TINY_LLM), "7b": (CLIP_L, LLMConfig()),
+SIGLIP_B = ViTConfig(224, 16, 768, 3072, 12, 12, 1e-6, "gelu_pytorch_tanh", "siglip_vision_model")
+SMOLLM2 = LLMConfig(49152, 576, 1536, 30, 9, 3, 64, rope_theta=100000.0, max_position_embeddings=8192,
+                    tie_word_embeddings=True)
+SHAPES = {"tiny": (TINY_VIT, TINY_LLM), "small": (SIGLIP_B, SMOLLM2), "7b": (CLIP_L, LLMConfig()),
           "13b": (CLIP_L, LLMConfig(32000, 5120, 13824, 40, 40, 40))}
 
 
@@ -1099,11 +1109,12 @@ def fingerprint(given: dict) -> str:
 def score_run(folder, split, device) -> dict:
     """Accuracy in percent on the toy world's ScienceQA and, for its test split, on its yes-or-no questions."""
     vlm, tokenizer, config = evaluation.load_run(folder, device)
-    scores = evaluation.answer_bench(vlm, tokenizer, "scienceqa", config["scienceqa"], split)[0]
+    template = config["template"]
+    scores = evaluation.answer_bench(vlm, tokenizer, template, "scienceqa", config["scienceqa"], split)[0]
     line = {key: scores[key] for key in ("accuracy_img", "accuracy_txt")}
     if split == "test":
-        line["pope"] = evaluation.answer_bench(vlm, tokenizer, "pope", config["pope"])[0]["accuracy"]
-        line["mme"] = evaluation.answer_bench(vlm, tokenizer, "mme", config["mme"])[0]["accuracy_plus"]
+        line["pope"] = evaluation.answer_bench(vlm, tokenizer, template, "pope", config["pope"])[0]["accuracy"]
+        line["mme"] = evaluation.answer_bench(vlm, tokenizer, template, "mme", config["mme"])[0]["accuracy_plus"]
     return line
 
 

@@ -124,7 +124,7 @@ def judge(folder) -> dict:
         questions.append({"id": number, "image": None, "num_choices": len(problem["choices"]),
                           "prompt": f"{data.toy_words(scene, rng)}\n{data.scienceqa_prompt(problem)}",
                           "answer": data.LETTERS[problem["answer"]]})
-    answers = evaluation.ask(vlm, data.load_tokenizer(folder / "tiny-llm"), questions)
+    answers = evaluation.ask(vlm, data.load_tokenizer(folder / "tiny-llm"), questions, "v1")
     choice = evaluation.percent([evaluation.parse_choice(text, q["num_choices"]) == q["answer"]
                                  for q, text in zip(questions, answers)])
 

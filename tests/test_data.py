@@ -131,7 +131,7 @@ def llama2(legacy):
 
 @pytest.mark.parametrize("template, sample, legacy, ids, loss", VECTORS)
 def test_llava_vectors(template, sample, legacy, ids, loss):
-    pieces = data.TEMPLATES[template](data.clean_turns(sample), "</s>")
+    pieces = getattr(data, template)(data.clean_turns(sample), "</s>")
     ours, roles = data.tokenise(pieces, llama2(legacy), "image" in sample)
     assert len(ours) == ids if isinstance(ids, int) else ours == ids
     assert [i for i, role in enumerate(roles) if role != CONTEXT] == list(loss)
@@ -325,6 +325,82 @@ def test_bad_yes_no_files(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         (data.load_pope if "pope" in name else data.load_mme)(tmp_path)
+
+
+# ---- the LLM's own chat template ------------------------------------------------------------------------------------
+
+CHATML = ("{% for m in messages %}{% if loop.first %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}<|im_start|>"
+          "{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAMA3 = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+          "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+          "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+           "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
+THINKING = CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+                          "{{ m.content }}")
+
+
+def byte_level(template, bos, eos, specials):
+    """A byte-level BPE like GPT-2's, Llama 3's and Qwen's, trained on a few words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(["What color is the shape? It is a red circle, user assistant"] * 3, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=template)
+
+
+def chat_tokenizer(family):
+    if family == "mistral":
+        tokenizer = llama2(False)
+        tokenizer.chat_template = MISTRAL
+        return tokenizer
+    if family == "llama3":
+        specials = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+        return byte_level(LLAMA3, *specials[:2], specials)
+    return byte_level(CHATML if family == "chatml" else THINKING, None, "<|im_end|>", ["<|im_start|>", "<|im_end|>"])
+
+
+CHAT_TURNS = [("human", "<image>\nWhat color is the shape?"), ("gpt", "It is red."), ("human", "Is it a circle?"),
+              ("gpt", "A ring, I see.")]
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama3", "mistral", "thinking"])
+def test_chat_labels_are_the_answers_and_their_ends(family):
+    """For each kind of tokenizer: the ids are those of the rendered chat, the supervised ones decode to the answers."""
+    tokenizer = chat_tokenizer(family)
+    ids, roles = data.tokenise(data.chat(CHAT_TURNS, tokenizer), tokenizer, True)
+    supervised = [i for i, role in zip(ids, roles) if role != data.CONTEXT]
+    eos = tokenizer.eos_token
+    assert tokenizer.decode(supervised).replace(" ", "") == f"It is red.{eos}A ring, I see.{eos}".replace(" ", "")
+    assert roles.count(data.END) == 2 and ids.count(data.IMAGE_MARKER) == 1
+    text = [("human", "What color is the shape?"), *CHAT_TURNS[1:]]  # without image: one string to compare with
+    whole = tokenizer.apply_chat_template(
+        [{"role": {"human": "user", "gpt": "assistant"}[role], "content": t} for role, t in text], tokenize=False)
+    found, roles = data.tokenise(data.chat(text, tokenizer), tokenizer, False)
+    if family != "mistral":  # SentencePiece's spaces depend on where a text begins
+        last = len(found) - 1
+        assert roles[last] == data.END
+        assert found == tokenizer(whole, add_special_tokens=False).input_ids[: last + 1]
+    assert found.count(tokenizer.bos_token_id) == (tokenizer.bos_token is not None)
+
+
+def test_chat_templates_that_fit_no_labels_are_refused():
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        data.chat(CHAT_TURNS, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    with pytest.raises(ValueError, match="does not end an answer"):
+        data.chat(CHAT_TURNS, tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        data.chat(CHAT_TURNS, tokenizer)
 
 
 # ---- the toy world -------------------------------------------------------------------------------------------------

@@ -210,7 +210,8 @@ def test_what_we_export_opens_in_transformers(clip_folder, llama_folder, tmp_pat
     assert_close(again(their_ids, pixels)[..., :vocabulary], vlm(ids, pixels))
     processor = json.loads((tmp_path / "out/processor_config.json").read_text())
     processor = transformers.LlavaProcessor(
-        transformers.CLIPImageProcessor.from_pretrained(tmp_path / "out"), tokenizer, patch_size=processor["patch_size"],
+        transformers.CLIPImageProcessor.from_pretrained(tmp_path / "out"), tokenizer,
+        patch_size=processor["patch_size"],
         vision_feature_select_strategy=processor["vision_feature_select_strategy"],
         num_additional_image_tokens=processor["num_additional_image_tokens"])
     from PIL import Image

@@ -301,7 +301,7 @@ def conversation_samples(tokenizer, template, text_only=()):
         answer = answer if template == "v1" else data.CAPTION.format(**scene)
         has_image = number not in text_only
         turns = [("human", f"{data.IMAGE}\n{question}" if has_image else question), ("gpt", answer)]
-        ids, roles = data.tokenise(data.TEMPLATES[template](turns, tokenizer.eos_token), tokenizer, has_image)
+        ids, roles = data.tokenise(data.make_template(template, tokenizer)(turns), tokenizer, has_image)
         pixels = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(number)) if has_image else None
         summary = tokenizer(answer + "\n" + data.DESCRIBE[number % 2]).input_ids  # of two lengths
         samples.append({"ids": ids, "roles": roles, "pixels": pixels, "summary_ids": summary, "name": str(number)})
