@@ -18,6 +18,15 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "real: needs real weights and packages beyond requirements.txt; run with -m real")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "real" not in config.option.markexpr:
+        items[:] = [item for item in items if "real" not in item.keywords]
+
+
 @pytest.fixture(autouse=True)
 def repeatable():
     torch.set_num_threads(2)
