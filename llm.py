@@ -95,8 +95,13 @@ FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2
             "qwen3": "Qwen3ForCausalLM"}
 
 
+def precise(x):
+    """x in fp32, or in fp64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the division in fp32 whatever x is."""
+    """x / rms(x) * weight, the division in fp32 where x has less."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -104,7 +109,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        x32 = x.float()
+        x32 = precise(x)
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
 
@@ -139,7 +144,7 @@ def rope_tables(positions, frequencies):
 
 def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + half]) of x (B, H, S, head_dim) by its angle; computed in fp32."""
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = precise(x).chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 

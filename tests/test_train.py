@@ -321,14 +321,14 @@ class Recorder(DataParallelAdamW):
 
 
 def three_steps(clip_folder, llama_folder, options, micro, shard=False, text_only=(), rank=0, world=1):
-    """(log lines of three steps on one batch, gradients of the first) of this rank."""
+    """(log lines of three steps on one batch, gradients of the first) of this rank, in fp64."""
     config = Config(**options, contrastive_weight=0.7)
     stage = config.stage
     torch.manual_seed(0)
-    vlm = VLM.from_towers(clip_folder, llama_folder, "mlp2x_gelu")
+    vlm = VLM.from_towers(clip_folder, llama_folder, "mlp2x_gelu", dtype=torch.float64)
     vlm.llm.requires_grad_(stage == "instruct")
     train.checkpoint_blocks(vlm.llm.model.layers, "every")
-    scales, tokenizer = contrastive_scales(config.contrastive), data.load_tokenizer(llama_folder)
+    scales, tokenizer = contrastive_scales(config.contrastive).double(), data.load_tokenizer(llama_folder)
     samples = conversation_samples(tokenizer, "plain" if stage == "align" else "v1", text_only)
     optimizer = Recorder([p for p in [*vlm.parameters(), *scales.parameters()] if p.requires_grad], shard=shard)
     share = 8 // world
@@ -350,11 +350,11 @@ def assert_same_steps(one, others):
     """Log lines and gradients of one process against those of the ranks, given in order."""
     for other in others:
         for ours, theirs in zip(other[0], one[0], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-8)
+            assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)
     for number, whole in enumerate(one[1]):
         parts = [other[1][number] for other in others]
         found = torch.cat(parts) if len(parts[0]) < len(whole) else parts[0]  # slices, or the whole on each
-        assert (found[: len(whole)] - whole).abs().max() <= 1e-6 * whole.abs().max()
+        assert (found[: len(whole)] - whole).norm() <= 1e-10 * whole.norm()
 
 
 INSTRUCT = {"stage": "instruct"}
