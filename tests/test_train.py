@@ -107,7 +107,7 @@ def odd_run(rank, world, folder, shard, micro, steps=10):
     torch.save((model.state_dict(), norms), f"{folder}/{rank}.pt")
     if world > 1:
         dist.barrier()  # nobody leaves while another still listens: gloo may abort then
-        dist.destroy_process_group()
+        train.leave_ranks()
 
 
 def torch_run(steps=10):
@@ -343,7 +343,7 @@ def steps_of_rank(rank, world, folder, *args):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.save(three_steps(*args, rank, world), f"{folder}/{rank}.pt")
     dist.barrier()  # nobody leaves while another still listens: gloo may abort then
-    dist.destroy_process_group()
+    train.leave_ranks()
 
 
 def assert_same_steps(one, others):
