@@ -61,7 +61,7 @@ def rounds(settings: dict, count: int) -> dict:
     return results
 
 
-def show(title, settings, base, keys, count=5):
+def show(title, settings, base, keys, count):
     results = rounds(settings, count)
     print(title)
     for name in settings:
@@ -79,4 +79,4 @@ if __name__ == "__main__":
              {which: ("instruct", which, "none", "medium", 2) for which in ("none", "every-other", "every")}, "none",
              ("ms", "extra"), 3)
         show("contrastive loss, tiny preset, align: step time, peak memory of the process",
-             {which: ("align", "none", which, "tiny", 30) for which in losses.TERMS}, "none", ("ms", "peak"))
+             {which: ("align", "none", which, "tiny", 30) for which in losses.TERMS}, "none", ("ms", "peak"), 3)
