@@ -995,15 +995,18 @@ def peak_memory(device) -> int:
 # 10. Comparing the losses on the toy world: the papers' claims in miniature
 
 FULL = dict(seeds=5, budgets=(30, 60, 120, 240), short=60, long=240, epochs=4.0,
-            fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0), lr=(1e-3, 2e-3, 4e-3, 8e-3), weight=(0.3, 1.0),
-            instruct_lr=(2e-4, 4e-4, 8e-4, 1.6e-3), ablations=2)
+            fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0), lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), weight=(0.3, 1.0),
+            instruct_lr=(2e-4, 4e-4, 8e-4, 1.6e-3), ablations=5)
 QUICK = dict(seeds=2, budgets=(30, 60), short=30, long=60, epochs=1.0, fractions=(0.1, 1.0), lr=(2e-3,), weight=(1.0,),
              instruct_lr=(4e-4,), ablations=0)
 TUNING_SEED = 1000  # no seed of the comparison itself
 ABLATIONS = {  # options of the align stage; the losses they are tried with
     "as above (MLP, CLIP-like encoder, prompt describe)": ({}, ("none", "patch", "prompt", "both")),
     "projector linear": (dict(projector="linear"), ("none", "patch", "both")),
+    "projector pixel_shuffle (9 tokens an image)": (dict(projector="pixel_shuffle"), ("none", "patch", "both")),
+    "projector resampler (9 tokens an image)": (dict(projector="resampler"), ("none", "patch", "both")),
     "encoder that never saw text": (dict(vit="assets/tiny-vit-no-text"), ("none", "patch", "both")),
+    "larger LLM (1.1 M weights, not 0.5)": (dict(llm="assets/tiny-llm-wide"), ("none", "patch", "prompt", "both")),
     "prompt none": (dict(prompt="none"), ("prompt",)),
 }
 
@@ -1110,7 +1113,8 @@ def compare(given: dict, device):
 def fingerprint(given: dict) -> str:
     """A hash of the towers and the data of a comparison: cells of two worlds must not meet in one table."""
     align, instruct = (configure(stage, given | {"preset": "tiny"}) for stage in ("align", "instruct"))
-    files = [resolve(tower) / "model.safetensors" for tower in (align.vit, align.llm)]
+    others = [options[name] for options, _ in ABLATIONS.values() for name in ("vit", "llm") if name in options]
+    files = [resolve(tower) / "model.safetensors" for tower in (align.vit, align.llm, *others)]
     files += [align.annotations, instruct.annotations, Path(align.scienceqa) / "problems.json"]
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 

@@ -1,6 +1,7 @@
 """Makes the tiny towers of this folder: what CLIP and Vicuna are to the 7b preset, in some minutes on a CPU.
 
-    python assets/pretrain.py         # writes tiny-llm, tiny-vit and tiny-vit-no-text below assets/, then judges them
+    python assets/pretrain.py                       # writes LLMS and VITS below assets/, then judges them
+    python assets/pretrain.py --only tiny-llm-wide  # makes one of them; `--only judge` none
 
 They are fixed by criteria that look at no alignment (see `judge`), before any loss is compared on them.
 """
@@ -10,6 +11,7 @@ import json
 import math
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +27,11 @@ from llm import LLM
 from projector import VLM
 from train import TINY_LLM, TINY_VIT, Config, DataParallelAdamW, learning_rate
 from vit import ViT
+
+LLMS = {"tiny-llm": TINY_LLM,  # that of the preset; the other is for the ablation of its size
+        "tiny-llm-wide": replace(TINY_LLM, hidden_size=192, intermediate_size=384, num_attention_heads=3,
+                                 num_key_value_heads=3)}
+VITS = ("tiny-vit", "tiny-vit-no-text")
 
 
 def toy_pixels(scenes, rng) -> torch.Tensor:
@@ -74,7 +81,7 @@ def pretrain_llm(folder, seed: int, lessons=((600, 96, 0.0), (1200, 64, 0.5))) -
     rng, scenes = random.Random(seed), data.toy_scenes()["train"]
     data.write_toy_tokenizer(folder)
     tokenizer = data.load_tokenizer(folder)
-    llm = LLM(TINY_LLM)
+    llm = LLM(LLMS[folder.name])
     for name, parameter in llm.named_parameters():  # PyTorch's own, smaller, start does not learn to look back
         if "embed_tokens" in name:
             nn.init.normal_(parameter, std=0.5)
@@ -99,7 +106,7 @@ def pretrain_llm(folder, seed: int, lessons=((600, 96, 0.0), (1200, 64, 0.5))) -
         samples = [sample(number, lesson == 0) for number in range(8000)]
         order = [i for epoch in range(math.ceil(steps * batch / len(samples)))
                  for i in data.epoch_order(len(samples), seed, epoch)]
-        for step in (bar := tqdm(range(steps), desc=f"pretrain llm {lesson + 1}/2")):
+        for step in (bar := tqdm(range(steps), desc=f"pretrain {folder.name} {lesson + 1}/2")):
             m = data.collate([samples[i] for i in order[step * batch :][:batch]], 0, data.IMAGE_MARKER,
                              tokenizer.pad_token_id, data.TOY_IMAGE_SIZE)
             embeds = llm.embed(m["ids"])  # (B, S, C)
@@ -113,23 +120,34 @@ def pretrain_llm(folder, seed: int, lessons=((600, 96, 0.0), (1200, 64, 0.5))) -
 
 
 def judge(folder) -> dict:
-    """How good the towers are, by criteria that look at no alignment: multiple choice about scenes of the validation
-    split *told in words*, and linear probes of the patch features on its pictures; all in percent."""
-    rng, scenes = random.Random(1), data.toy_scenes()
-    vlm = VLM.from_towers(folder / "tiny-vit", folder / "tiny-llm", "linear").eval()
-    questions = []
-    for number in range(400):
-        scene = rng.choice(scenes["val"])
-        problem = data.toy_problem(scene, rng.choice(list(data.QUESTIONS)), rng, rng.choice(data.HINTS), None)
-        questions.append({"id": number, "image": None, "num_choices": len(problem["choices"]),
-                          "prompt": f"{data.toy_words(scene, rng)}\n{data.scienceqa_prompt(problem)}",
-                          "answer": data.LETTERS[problem["answer"]]})
-    answers = evaluation.ask(vlm, data.load_tokenizer(folder / "tiny-llm"), questions, "v1")
-    choice = evaluation.percent([evaluation.parse_choice(text, q["num_choices"]) == q["answer"]
-                                 for q, text in zip(questions, answers)])
+    """How good the towers are, in percent, by criteria that look at no alignment: questions about scenes of the
+    validation split *told in words*, and linear probes of the patch features on its pictures."""
+    scores = {}
+    for name in LLMS:
+        vlm = VLM.from_towers(folder / "tiny-vit", folder / name, "linear").eval()
+        for form, right in (("choice", lambda text, q: evaluation.parse_choice(text, q["num_choices"]) == q["answer"]),
+                            ("yes_no", lambda text, q: evaluation.parse_pope(text) == q["answer"].lower())):
+            questions = text_questions(form, random.Random(1))
+            answers = evaluation.ask(vlm, data.load_tokenizer(folder / name), questions, "v1")
+            scores[f"{name} {form}"] = evaluation.percent([right(a, q) for a, q in zip(answers, questions)])
+    return scores | {f"{name} probe": linear_probe(ViT.from_pretrained(folder / name), random.Random(1))
+                     for name in VITS}
 
-    return {"text_multiple_choice": choice} | {
-        name: linear_probe(ViT.from_pretrained(folder / name), rng) for name in ("tiny-vit", "tiny-vit-no-text")}
+
+def text_questions(form: str, rng, count: int = 400) -> list:
+    """Questions as `evaluation.ask` takes them, without a picture: a scene in words, then multiple choice or yes-no."""
+    scenes, questions = data.toy_scenes()["val"], []
+    for number in range(count):
+        scene, kind = rng.choice(scenes), rng.choice(list(data.QUESTIONS))
+        question = {"id": number, "image": None}
+        if form == "choice":
+            problem = data.toy_problem(scene, kind, rng, rng.choice(data.HINTS), None)
+            question |= {"num_choices": len(problem["choices"]), "answer": data.LETTERS[problem["answer"]]}
+            asked = data.scienceqa_prompt(problem)
+        else:
+            asked, question["answer"] = data.toy_yes_no(scene, kind, rng.random() < 0.5, rng)
+        questions.append(question | {"prompt": f"{data.toy_words(scene, rng)}\n{asked}"})
+    return questions
 
 
 @torch.no_grad()
@@ -155,12 +173,17 @@ def linear_probe(vit, rng) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=Path(__file__).parent, type=Path, help="folder of the towers")
+    parser.add_argument("--only", choices=[*LLMS, *VITS, "judge"], help="make one tower, or just judge those there are")
     parser.add_argument("--seed", type=int, default=2)
     args = parser.parse_args()
-    pretrain_llm(args.out / "tiny-llm", args.seed)
-    pretrain_vit(args.out / "tiny-vit", args.seed)
-    pretrain_vit(args.out / "tiny-vit-no-text", args.seed, sees_text=False)
-    print(json.dumps(judge(args.out)))
+    for name in LLMS:
+        if args.only in (None, name):
+            pretrain_llm(args.out / name, args.seed)
+    for name in VITS:
+        if args.only in (None, name):
+            pretrain_vit(args.out / name, args.seed, sees_text=name == "tiny-vit")
+    if args.only in (None, "judge"):
+        print(json.dumps(judge(args.out)))
 
 
 if __name__ == "__main__":

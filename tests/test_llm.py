@@ -1,11 +1,15 @@
 """The language tower against transformers' own, family by family: logits, gradients, the cache, generation."""
 
+import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
-from conftest import assert_close, llama_config, shaken
+from conftest import ROOT, assert_close, llama_config, shaken
+from safetensors.torch import save_file
 
 from llm import LLM, LLMConfig, choose
 
@@ -163,6 +167,43 @@ def test_sampled_generation_is_repeatable_and_differs_by_row(llama_folder):
         torch.manual_seed(7)
         draws.append(llm.generate(embeds, max_new_tokens=8, temperature=1.5, top_p=0.95))
     assert torch.equal(*draws) and not torch.equal(draws[0][0], draws[0][1])
+
+
+PEAK = """
+import os, resource, sys, torch
+from llm import LLM
+LLM.from_pretrained(sys.argv[1])  # what the imports take
+before = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20  # resident, MiB
+llm = LLM.from_pretrained(sys.argv[2], getattr(torch, sys.argv[3]))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(sum(p.nbytes for p in llm.parameters()) / 2**20, peak - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_loading_takes_the_model_and_one_shard(llama_folder, tmp_path, suffix, dtype):
+    """Peak host memory, of a model in five shards of 16 bits each: the smaller half of what checkpoints come in."""
+    config = llama_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        names = {name: p.shape for name, p in LLM(LLMConfig.from_pretrained(tmp_path)).named_parameters()}
+    place = {name: name.split(".")[2] if ".layers." in name else "rest" for name in names}
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    for shard in set(place.values()):
+        tensors = {name: torch.full(names[name], 0.5, dtype=torch.bfloat16) for name in names if place[name] == shard}
+        if suffix == "bin":
+            torch.save(tensors, tmp_path / f"{shard}.bin")
+        else:
+            save_file(tensors, tmp_path / f"{shard}.safetensors", {"format": "pt"})
+    (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps(
+        {"weight_map": {name: f"{shard}.{suffix}" for name, shard in place.items()}}))
+    largest = max(file.stat().st_size for file in tmp_path.glob(f"*.{suffix}")) / 2**20
+    out = subprocess.run([sys.executable, "-c", PEAK, llama_folder, tmp_path, dtype], cwd=ROOT, check=True,
+                         capture_output=True, text=True).stdout
+    model, taken = map(float, out.split())
+    print(f"{suffix}, {dtype}: model {model:.0f} MiB, largest shard {largest:.0f}, peak beyond what the imports keep {taken:.0f}")
+    assert taken < model + largest + 16
 
 
 def test_too_many_positions(llama_folder):

@@ -373,7 +373,8 @@ def test_micro_batches_change_nothing(clip_folder, llama_folder, options, micro)
 
 @pytest.mark.parametrize("options, world, shard", [
     *((options, world, False) for options in (ALIGN["patch"], ALIGN["prompt"], ALIGN["both"], LARGEST)
-      for world in (2, 4)), (INSTRUCT, 2, False), (INSTRUCT, 2, True), (INSTRUCT, 4, True)])
+      for world in (2, 4)), (INSTRUCT, 2, False), (INSTRUCT, 2, True), (INSTRUCT, 4, True)],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else str(value))
 def test_ranks_change_nothing(clip_folder, llama_folder, tmp_path, options, world, shard):
     """Losses, scale, norm and gradients; with micro-batches of 2, equal captions on different ranks, checkpointing
     on, and in the instruct stage a last rank whose batch has no image at all."""
