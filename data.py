@@ -18,6 +18,7 @@ Read next: train.py, where the batches go.
 
 import argparse
 import json
+import os
 import random
 import sys
 from functools import partial
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from vit import read_json, resolve
+from vit import BICUBIC, CLIP_MEAN, CLIP_STD, TOKENIZER, read_json, resolve
 
 IMAGE = "<image>"  # the marker in conversations
 IMAGE_MARKER = -200  # the same, among ids: one for an image until collate knows how many tokens it takes
@@ -36,9 +37,6 @@ CONTEXT, ANSWER, END = "context", "answer", "end"  # what a piece of text is: gi
 
 # ----------------------------------------------------------------------------------------------------------------
 # Images
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def load_image(path) -> Image.Image:
@@ -55,7 +53,8 @@ def load_image(path) -> Image.Image:
         raise ValueError(f"{path}: not a readable image: {error}") from None
 
 
-def preprocess(image: Image.Image, size: int, fit: str, mean=CLIP_MEAN, std=CLIP_STD) -> torch.Tensor:
+def preprocess(image: Image.Image, size: int, fit: str, mean=CLIP_MEAN, std=CLIP_STD,
+               resample: int = BICUBIC) -> torch.Tensor:
     """RGB picture -> normalised pixels (3, size, size), as CLIP's image processor makes them.
 
     `fit`: "crop" scales the short side to `size` and cuts out the centre (LLaVA's stage 1); "pad" first makes the
@@ -71,7 +70,7 @@ def preprocess(image: Image.Image, size: int, fit: str, mean=CLIP_MEAN, std=CLIP
         raise ValueError(f"fit {fit!r} is neither 'crop' nor 'pad'")
     width, height = image.size
     short = min(width, height)
-    image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
+    image = image.resize((int(size * width / short), int(size * height / short)), resample)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     image = image.crop((left, top, left + size, top + size))
     pixels = np.asarray(image, dtype=np.float32) / 255  # (size, size, 3)
@@ -178,31 +177,50 @@ def v1(turns, eos) -> list:
 
 
 def chat(turns, tokenizer) -> list:
-    """The LLM's own chat template, which comes with its tokenizer: rendered again after every turn, so that each turn's
-    text is what its turn added. An answer ends with the tokenizer's end token; what follows is context again."""
+    """The LLM's own chat template, which comes with its tokenizer, without thinking where it knows such a mode.
+
+    Rendered again after every turn: a turn's text is what it added. Only the last answer may be told in another way
+    once the next question has come (Qwen3 drops its empty thoughts), so it is looked for there again. An answer ends
+    with the tokenizer's end token; what follows is context.
+    """
     if tokenizer.chat_template is None:
         raise ValueError("this tokenizer has no chat template")
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    messages, said, pieces, left_over = [], "", [], ""
-    for role, text in turns:
-        messages.append({"role": "user" if role == "human" else "assistant", "content": text})
-        now = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=role == "human")
-        if not now.startswith(said):
+    is_double = bos and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]  # if BOS is in the text, too
+
+    def render(**options):
+        return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
+
+    def beyond(before, now):
+        if not now.startswith(before):
             raise ValueError("the tokenizer's chat template rewrites earlier turns: no boundary for labels")
-        new, said = now[len(said) :], now
-        if role == "human":
-            is_double = len(messages) == 1 and bos and new.startswith(bos) and tokenizer("").input_ids[:1] == [
-                tokenizer.bos_token_id]  # BOS is in the text, and would come from the tokenizer again
-            pieces.append((left_over + (new.removeprefix(bos) if is_double else new), CONTEXT))
-            continue
-        before, answer, after = new.partition(text.strip())
-        end, found, left_over = after.partition(eos)
-        if not answer or not found or end.strip():
+        return now[len(before) :]
+
+    def around(answer, text):
+        said, found, after = text.partition(eos)
+        if not found or not said.rstrip().endswith(answer):
             raise ValueError("the tokenizer's chat template does not end an answer with its end token")
-        if before.strip():  # such as an empty <think></think>: given, not learned
-            pieces.append((before, CONTEXT))
-            before = ""
-        pieces += [(before + answer, ANSWER), (eos, END)]
+        return said.rstrip().removesuffix(answer), after
+
+    messages, pieces, told, opening, answer = [], [], "", "", None  # told: the chat up to the last question
+    for role, text in turns:
+        if role == "human":
+            messages.append({"role": "user", "content": text})
+            now = render()
+            new = beyond(told, now) if answer is None else around(answer, beyond(told, now))[1]
+            if text.strip() not in new:
+                raise ValueError("the tokenizer's chat template drops the question")
+            told, opening = now, beyond(now, render(add_generation_prompt=True))
+            new = new.removeprefix(bos) if is_double and len(messages) == 1 else new
+            pieces.append((new + opening, CONTEXT))
+        else:
+            answer = text.strip()
+            messages.append({"role": "assistant", "content": answer})
+            lead = beyond(opening, around(answer, beyond(told, render()))[0])
+            if lead.strip():  # such as thoughts that were not opened: given, not learned
+                pieces.append((lead, CONTEXT))
+                lead = ""
+            pieces += [(lead + answer, ANSWER), (eos, END)]
     return pieces
 
 
@@ -220,7 +238,8 @@ def tokenise(pieces, tokenizer, has_image: bool):
 
     A tokenizer may treat a word differently inside a sentence and at its start, so a piece cannot be tokenised on
     its own. Each chunk (the text between two image markers or end tokens) is tokenised again as it grows by a piece:
-    what is new at its end belongs to that piece. If an earlier token changes, the boundary was inside a token, which
+    what is new at its end belongs to that piece. If an earlier token changes, the boundary was inside a token. Between
+    an answer and its end that is harmless: both carry loss (Llama 3 and Qwen have one token for ".\\n"). Elsewhere it
     is an error rather than a wrong label.
     """
     ids = list(tokenizer("").input_ids)  # BOS where the tokenizer has one
@@ -235,10 +254,13 @@ def tokenise(pieces, tokenizer, has_image: bool):
                 chunk, known = "", []
             chunk += part
             now = tokenizer(chunk, add_special_tokens=False).input_ids
-            if now[: len(known)] != known:
+            changed = len(known) - len(os.path.commonprefix([known, now]))
+            inside = roles[len(roles) - changed :]  # the roles of what changed
+            if changed and CONTEXT in (role, *inside):
                 raise ValueError(f"the tokenizer joins {part[:20]!r} to the text before it: no boundary for labels")
-            ids += now[len(known) :]
-            roles += [role] * (len(now) - len(known))
+            start = len(ids) - changed
+            ids[start:] = now[len(known) - changed :]
+            roles[start:] = (inside + [role] * len(now))[: len(ids) - start]
             known = now
         if role == END:  # nothing joins across an end token: go on from it alone, or long chats cost their square
             chunk, known = text, tokenizer(text, add_special_tokens=False).input_ids
@@ -248,7 +270,7 @@ def tokenise(pieces, tokenizer, has_image: bool):
 def load_tokenizer(folder_or_id):
     """The LLM's tokenizer, of transformers. Padding gets the unknown token's id, as LLaVA has it, or the end's."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
-    folder = resolve(folder_or_id)
+    folder = resolve(folder_or_id, ("*.json", *TOKENIZER))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds, most of them about packages
@@ -259,6 +281,15 @@ def load_tokenizer(folder_or_id):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def check_vocabulary(tokenizer, size: int):
+    """Refuse a tokenizer of more tokens than the LLM has embeddings: it is another LLM's. (Tokens added to it later are
+    not counted: LLaVA's tokenizer serves Vicuna, which has no row for its <image> and <pad>.)"""
+    largest = max(tokenizer.vocab_size - 1, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    if largest >= size:
+        raise ValueError(f"{tokenizer.name_or_path}: this tokenizer has ids up to {largest}, the LLM has {size} "
+                         "embeddings")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -273,10 +304,10 @@ class Conversations(torch.utils.data.Dataset):
     """
 
     def __init__(self, records, images, tokenizer, template: str, image_size: int, fit: str, prompts=("", ""),
-                 keep: bool = False, mean=CLIP_MEAN, std=CLIP_STD):
+                 keep: bool = False, looks=(CLIP_MEAN, CLIP_STD, BICUBIC)):
         self.records, self.images, self.tokenizer, self.prompts = records, Path(images), tokenizer, prompts
         self.template = make_template(template, tokenizer, prompts[0])
-        self.preprocess = partial(preprocess, size=image_size, fit=fit, mean=mean, std=std)
+        self.image_size, self.fit, self.looks = image_size, fit, looks
         self.pad_id = tokenizer.pad_token_id
         self.kept = {} if keep else None
 
@@ -302,7 +333,7 @@ class Conversations(torch.utils.data.Dataset):
             ids, roles = tokenise(self.template(turns), self.tokenizer, "image" in record)
             pixels = None
             if "image" in record:
-                pixels = self.preprocess(load_image(self.images / record["image"]))
+                pixels = preprocess(load_image(self.images / record["image"]), self.image_size, self.fit, *self.looks)
         except (OSError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from None
         summary = "\n".join(filter(None, (turns[1][1], self.prompts[1]))) if len(turns) == 2 else ""
@@ -342,7 +373,8 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
     summary_ids, summary_mask (B, T')  caption and text prompt, for the prompted contrastive loss, padded on the right
 
     Training pads on the right, where causal attention needs no mask; generation pads on the left (`side`), so that
-    the last position is the prompt's last token in every row. Rows are cut at `max_length`, but never in an image.
+    the last position is the prompt's last token in every row. Rows are cut at `max_length`, but never in an image;
+    prompts, whose end matters most, are not cut at all.
     """
     rows = []
     for sample in samples:
@@ -352,7 +384,10 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
         labels = torch.where(torch.tensor([role != CONTEXT for role in sample["roles"]]), ids, IGNORE)
         ids = torch.where(ids == IMAGE_MARKER, image_token_id, ids)
         row = {"ids": ids, "labels": labels, "answer": answer}
-        row = {key: value.repeat_interleave(times)[:max_length] for key, value in row.items()}
+        row = {key: value.repeat_interleave(times) for key, value in row.items()}
+        if side == "left" and len(row["ids"]) > max_length:
+            raise ValueError(f"{sample['name']}: {len(row['ids'])} tokens; there is room for {max_length}")
+        row = {key: value[:max_length] for key, value in row.items()}
         if (row["ids"] == image_token_id).sum() != num_image_tokens * (sample["pixels"] is not None):
             raise ValueError(f"{sample['name']}: the image does not fit into {max_length} tokens")
         summary = torch.tensor(sample.get("summary_ids", []), dtype=torch.long)

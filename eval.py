@@ -36,12 +36,16 @@ from vit import read_json, resolve
 
 def load_run(folder, device):
     """The model of a run directory, its tokenizer, and the run's config, whose "template" is that of questions: the one
-    the run was tuned with; before that the LLM's own where its tokenizer has one, else Vicuna's."""
+    the run was tuned with; before that the LLM's own where its tokenizer has one; else, and for LLaVA, Vicuna's."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     vlm = VLM.from_pretrained(folder, dtype, device)
     tokenizer, config = data.load_tokenizer(vlm.sources["llm"]), read_json(resolve(folder) / "config.json")
+    data.check_vocabulary(tokenizer, vlm.llm.config.vocab_size)
     if config.get("template", "plain") == "plain":
-        config["template"] = "chat" if tokenizer.chat_template else "v1"
+        is_llava = config.get("model_type") == "llava"  # its chat template takes pictures of its own, not our marker
+        config["template"] = "chat" if tokenizer.chat_template and not is_llava else "v1"
+    ends = vlm.llm.config.eos_token_id  # and what a run learns to end with is its tokenizer's
+    vlm.llm.config.eos_token_id = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     return vlm, tokenizer, config
 
 
@@ -57,8 +61,8 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
         for question in questions[start : start + batch]:
             pieces = to_pieces([("human", question["prompt"])])
             ids, roles = data.tokenise(pieces, tokenizer, question["image"] is not None)
-            pixels = data.preprocess(data.load_image(question["image"]), c.image_size, "pad", c.image_mean,
-                                     c.image_std) if question["image"] else None
+            pixels = data.preprocess(data.load_image(question["image"]), c.image_size, "pad",
+                                     *c.looks) if question["image"] else None
             samples.append({"ids": ids, "roles": roles, "pixels": pixels, "name": f"question {question['id']!r}"})
         m = data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id, c.image_size,
                          vlm.llm.config.max_position_embeddings - max_new_tokens, side="left")
@@ -198,8 +202,7 @@ def caption_pairs(vlm, tokenizer, file, images, limit: int = 1000, batch: int = 
     `limit` records of a LLaVA JSON of captions."""
     records = data.load_records(file)[:limit]
     c, device = vlm.vit.config, vlm.llm.head_weight.device
-    samples = data.Conversations(records, images, tokenizer, "plain", c.image_size, "crop", mean=c.image_mean,
-                                 std=c.image_std)
+    samples = data.Conversations(records, images, tokenizer, "plain", c.image_size, "crop", looks=c.looks)
     for start in tqdm(range(0, len(records), batch), desc="captions", unit=" batches"):
         m = data.collate([samples[i] for i in range(start, min(start + batch, len(records)))], vlm.num_image_tokens,
                          vlm.image_token_id, samples.pad_id, c.image_size, vlm.llm.config.max_position_embeddings)
@@ -288,7 +291,7 @@ def run_pairs(name, ckpt, file, images, device) -> dict:
 def word_maps(vlm, tokenizer, image, text) -> list:
     """[(token as text, cosines of the projected patches with its input embedding (side, side))] for each token."""
     device, c = vlm.llm.head_weight.device, vlm.vit.config
-    pixels = data.preprocess(image, c.image_size, "crop", c.image_mean, c.image_std)[None].to(device)
+    pixels = data.preprocess(image, c.image_size, "crop", *c.looks)[None].to(device)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids:
         raise ValueError(f"--text {text!r} has no token")
@@ -543,9 +546,11 @@ def main():
         parser.error("heatmap needs --image FILE and --text WORDS")
     if args.ckpt and len(args.ckpt) > 1 and args.bench != "heatmap":
         parser.error("only heatmap takes several runs")
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
+        parser.error("--temperature must not be below 0, --top_p in (0, 1], --max_new_tokens at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        runs = [Path(run) for run in args.ckpt] if args.ckpt else [last_run()]
+        runs = [resolve(run) for run in args.ckpt] if args.ckpt else [last_run()]
         ckpt = runs[0]
         if args.bench == "heatmap":
             result = heat_map(runs, args.image, args.text, Path(args.out or ckpt / "heatmap.png"), device)

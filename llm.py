@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit import known_fields, load_strictly, read_config, read_json, read_weights, resolve, write_weights
+from vit import build, load_strictly, read_config, read_json, read_weights, resolve, write_weights
 
 
 @dataclass
@@ -70,6 +70,8 @@ class LLMConfig:
             raise ValueError(f"{folder}: the LLM is of type {config['model_type']!r}; known: {', '.join(FAMILIES)}")
         if config.get("mlp_bias") or (config.get("attention_bias") and config["model_type"] != "qwen2"):
             raise ValueError(f"{folder}: attention_bias or mlp_bias is set; no known checkpoint has them")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"{folder}: the LLM's activation is {config['hidden_act']!r}; SwiGLU has silu")
         rope = config.get("rope_parameters") or {}
         if rope.get("rope_type", "default") not in ("default", "llama3"):
             raise ValueError(f"{folder}: RoPE of type {rope['rope_type']!r} is not supported")
@@ -80,9 +82,11 @@ class LLMConfig:
             # Mistral 0.1's window: within it, attention is plain
             values["max_position_embeddings"] = min(config["max_position_embeddings"], config["sliding_window"])
         if (folder / "generation_config.json").exists():  # chat models list more ends there than in config.json
-            values |= {key: value for key, value in read_json(folder / "generation_config.json").items()
-                       if key == "eos_token_id"}
-        return cls(**known_fields(cls, values))
+            ends = read_json(folder / "generation_config.json").get("eos_token_id")
+            values["eos_token_id"] = values.get("eos_token_id") if ends is None else ends
+        if values.get("eos_token_id") is None:
+            raise ValueError(f"{folder}: neither config.json nor generation_config.json has an eos_token_id")
+        return build(cls, values, folder)
 
     def to_dict(self) -> dict:
         """What config.json says of it."""

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm import LLM, LLMConfig
-from vit import (ViT, ViTConfig, load_strictly, read_config, read_json, read_shard, read_weights, resolve, write_looks,
-                 write_weights)
+from vit import (TOKENIZER, ViT, ViTConfig, load_strictly, read_config, read_json, read_shard, read_weights, resolve,
+                 write_looks, write_weights)
 
 IMAGE_TOKEN_ID = -200  # LLaVA's placeholder: no row of the embedding table, so no vocabulary has to grow
 
@@ -183,7 +183,8 @@ class VLM(nn.Module):
         write_weights(dict(self.projector.named_parameters()), folder, config | ours, "projector.safetensors")
         if with_llm:
             self.llm.save_pretrained(folder / "llm")
-            for file in resolve(self.sources["llm"]).glob("*token*"):  # the tokenizer goes where its LLM goes
+            source = resolve(self.sources["llm"], TOKENIZER)  # the tokenizer goes where its LLM goes
+            for file in [file for pattern in TOKENIZER for file in source.glob(pattern)]:
                 shutil.copy(file, Path(folder) / "llm")
 
     @classmethod
@@ -202,7 +203,7 @@ class VLM(nn.Module):
         vlm.image_token_id = config.get("image_token_index") or config["image_token_id"]
         tensors = ((our_name(name), tensor) for name, tensor in read_weights(folder)
                    if not (vlm.llm.config.tie_word_embeddings and name.endswith("lm_head.weight"))
-                   and not name.endswith(("position_ids", "inv_freq")))
+                   and not name.endswith(("position_ids", "inv_freq")) and ".head." not in name)
         return load_strictly(vlm, tensors, folder, dtype, device)
 
     def export(self, folder):
@@ -214,8 +215,10 @@ class VLM(nn.Module):
         from transformers import AutoTokenizer
         if self.projector_kind != "mlp2x_gelu":
             raise ValueError(f"transformers' LLaVA has no projector {self.projector_kind!r}, only mlp2x_gelu")
+        if self.vit.config.model_type == "dinov2":
+            raise ValueError("a DINOv2 tower is read, not written")
         folder, llm, vit = Path(folder), self.llm.config, self.vit.config
-        tokenizer = AutoTokenizer.from_pretrained(resolve(self.sources["llm"]))
+        tokenizer = AutoTokenizer.from_pretrained(resolve(self.sources["llm"], TOKENIZER))
         tokenizer.add_tokens("<image>", special_tokens=True)
         image_token_id = tokenizer.convert_tokens_to_ids("<image>")
         vocab_size = max(llm.vocab_size, image_token_id + 1)

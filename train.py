@@ -76,7 +76,7 @@ class Config:
     data_fraction: float = option(1.0, "use this part of the records; smaller parts are nested in larger ones")
     template: str = option("v1", "how a record becomes text; chat: the LLM's own", data.TEMPLATES)
     fit: str = option("pad", "how an image becomes square", ("crop", "pad"))
-    max_length: int = option(2048, "tokens in a row, image included; the rest is cut off")
+    max_length: int = option(2048, "tokens in a row, image included, or the LLM's positions; the rest is cut off")
     workers: int = option(0, "loader processes on each rank")
 
     cache: bool = option(False, "keep every sample in memory once it was read: for small data")
@@ -702,8 +702,10 @@ def make_samples(config, vlm):
         return data.RandomSamples(3 * config.batch, TEXT_TOKENS[config.stage], vlm.llm.config.vocab_size, size)
     pair = data.PROMPTS[config.prompt] if "prompt" in losses.TERMS[config.contrastive] else ("", "")
     prompts = config.prompt_image or pair[0], config.prompt_text or pair[1]
-    return open_samples(config.annotations, config.images, config.llm, config.template, size, config.fit, prompts,
-                        config.cache, vlm.vit.config.image_mean, vlm.vit.config.image_std)
+    samples = open_samples(config.annotations, config.images, config.llm, config.template, size, config.fit, prompts,
+                           config.cache, vlm.vit.config.looks)
+    data.check_vocabulary(samples.tokenizer, vlm.llm.config.vocab_size)
+    return samples
 
 
 @lru_cache(3)  # a comparison opens the same files for many runs
@@ -734,7 +736,8 @@ def find_data(config):
 def make_loader(config, samples, vlm, start, steps, device):
     """A DataLoader over this rank's micro-batches, from step `start` on."""
     to_batch = partial(data.collate, num_image_tokens=vlm.num_image_tokens, image_token_id=vlm.image_token_id,
-                       pad_id=samples.pad_id, image_size=vlm.vit.config.image_size, max_length=config.max_length)
+                       pad_id=samples.pad_id, image_size=vlm.vit.config.image_size,
+                       max_length=min(config.max_length, vlm.llm.config.max_position_embeddings))
     mine = micro_batches_of_rank(config, samples.lengths(), steps)[start * split_batch(config)[1] :]
     return torch.utils.data.DataLoader(
         samples, batch_sampler=mine, collate_fn=to_batch, num_workers=config.workers,

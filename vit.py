@@ -33,6 +33,10 @@ import torch.nn.functional as F
 from torch import nn
 
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+BICUBIC = 3  # Pillow's number of it, and so transformers'
+
+
 @dataclass
 class ViTConfig:
     """Sizes of the tower, under the names of Hugging Face's config.json. The defaults are CLIP ViT-L/14-336."""
@@ -46,10 +50,14 @@ class ViTConfig:
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
     model_type: str = "clip_vision_model"
-    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # what the pixels are normalised with, from
-    image_std: tuple = (0.26862954, 0.26130258, 0.27577711)  # preprocessor_config.json
+    image_mean: tuple = CLIP_MEAN  # what the pixels are normalised with, and how a picture is resized:
+    image_std: tuple = CLIP_STD  # these three come from preprocessor_config.json
+    resample: int = BICUBIC
 
     def __post_init__(self):
+        self.image_mean, self.image_std = tuple(self.image_mean), tuple(self.image_std)
+        if not isinstance(self.image_size, int) or not isinstance(self.patch_size, int):
+            raise ValueError(f"images of {self.image_size} in patches of {self.patch_size}: only squares are supported")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"the vision tower's activation is {self.hidden_act!r}; known: {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
@@ -58,6 +66,11 @@ class ViTConfig:
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2  # SigLIP's 384 / 14 leaves a border unseen
+
+    @property
+    def looks(self) -> tuple:
+        """The last arguments of data.preprocess."""
+        return self.image_mean, self.image_std, self.resample
 
     @property
     def class_token(self) -> bool:
@@ -91,9 +104,10 @@ class ViTConfig:
             raise ValueError(f"{folder}: DINOv2 giant's gated MLP is not supported")
         if config["model_type"] == "dinov2":
             config["intermediate_size"] = config["hidden_size"] * config["mlp_ratio"]
-        looks = read_json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").exists() else \
-            LOOKS[config["model_type"]]
-        return cls(**known_fields(cls, config | {name: tuple(looks[name]) for name in ("image_mean", "image_std")}))
+        file = folder / "preprocessor_config.json"
+        written = {key: value for key, value in (read_json(file) if file.exists() else {}).items()
+                   if key in ("image_mean", "image_std", "resample")}
+        return build(cls, config | LOOKS[config["model_type"]] | written, folder)
 
     def to_dict(self) -> dict:
         """What config.json says of it."""
@@ -102,8 +116,8 @@ class ViTConfig:
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu,
                "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
-LOOKS = {  # of a folder without preprocessor_config.json: what its family was trained with
-    "clip_vision_model": {"image_mean": ViTConfig.image_mean, "image_std": ViTConfig.image_std},
+LOOKS = {  # where there is no preprocessor_config.json: what the family was trained with
+    "clip_vision_model": {"image_mean": CLIP_MEAN, "image_std": CLIP_STD},
     "siglip_vision_model": {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)},
     "dinov2": {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)},
 }
@@ -238,15 +252,14 @@ class ViT(nn.Module):
 
 
 def write_looks(config: ViTConfig, folder):
-    """preprocessor_config.json, from which transformers makes the processor that fits the tower."""
-    size = {"height": config.image_size, "width": config.image_size}
-    names = {"clip_vision_model": "CLIPImageProcessor", "siglip_vision_model": "SiglipImageProcessor"}
-    is_clip = config.model_type == "clip_vision_model"
+    """preprocessor_config.json, from which transformers makes a processor that resizes and crops as data.preprocess
+    does with "crop": CLIP's, for every family. (SigLIP's own squeezes pictures into squares.)"""
+    size = config.image_size
     (Path(folder) / "preprocessor_config.json").write_text(json.dumps(
-        {"image_processor_type": names[config.model_type], "size": {"shortest_edge": config.image_size} if is_clip else
-         size, "image_mean": config.image_mean, "image_std": config.image_std, "resample": 3, "do_resize": True,
-         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True}
-        | ({"do_center_crop": True, "crop_size": size} if is_clip else {}), indent=2) + "\n")
+        {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size},
+         "resample": config.resample, "do_center_crop": True, "crop_size": {"height": size, "width": size},
+         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": config.image_mean,
+         "image_std": config.image_std, "do_convert_rgb": True}, indent=2) + "\n")
 
 
 # What a folder holds beside the tower: CLIP's and SigLIP's text half and pooling head, DINOv2's training mask.
@@ -270,17 +283,25 @@ def dinov2_name(name: str) -> str:
 # Weights on disk. One reader for both towers and the projector; nothing is unpickled but plain tensors.
 
 
-def resolve(folder_or_id, wanted=("*.json", "*.safetensors", "*.bin", "*.model")) -> Path:
-    """A local folder (as given, or below this project), else a Hub id's snapshot. HF_HUB_OFFLINE=1 is honoured."""
+WEIGHTS = ("*.json", "model*.safetensors")
+TOKENIZER = ("*token*", "*.jinja", "vocab*", "merges*")  # the files of a tokenizer, whatever its kind
+
+
+def resolve(folder_or_id, wanted=WEIGHTS) -> Path:
+    """A local folder (as given, or below this project), else a Hub id's snapshot, of which the files `wanted` are
+    fetched; .bin weights only where there are no others. HF_HUB_OFFLINE=1 is honoured."""
     for folder in (Path(folder_or_id), Path(__file__).parent / folder_or_id):
         if folder.is_dir():
             return folder
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(str(folder_or_id), allow_patterns=list(wanted)))
+        folder = Path(snapshot_download(str(folder_or_id), allow_patterns=list(wanted)))
+        if wanted == WEIGHTS and not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(str(folder_or_id), allow_patterns=["*.json", "pytorch_model*.bin"]))
+        return folder
     except Exception as error:  # whatever the network says, the reader needs the name that was not found
         raise FileNotFoundError(f"{folder_or_id}: no such folder, and the Hub does not give it "
-                                f"({type(error).__name__})") from error
+                                f"({type(error).__name__}: {str(error).strip().splitlines()[0]})") from error
 
 
 def read_json(path: Path):
@@ -299,7 +320,8 @@ def read_config(folder: Path, families) -> dict:
     A `model_type` outside `families` is an error: weights of a neighbour often fit by shape and compute nonsense.
     """
     from transformers import AutoConfig  # imported late: it takes seconds, and only loading needs it
-    family = read_json(folder / "config.json").get("model_type")
+    config = read_json(folder / "config.json")
+    family = config.get("model_type") if isinstance(config, dict) else None
     if family not in families:
         raise ValueError(f"{folder}: model_type is {family!r}; known here: {', '.join(families)}")
     try:
@@ -308,9 +330,13 @@ def read_config(folder: Path, families) -> dict:
         raise ValueError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
 
 
-def known_fields(config_class, values: dict) -> dict:
-    """Those of `values` that the dataclass has a field for; a config.json holds many more."""
-    return {key: values[key] for key in config_class.__dataclass_fields__ if values.get(key) is not None}
+def build(config_class, values: dict, folder):
+    """The dataclass from those of `values` that it has a field for; a config.json holds many more."""
+    try:
+        return config_class(**{key: values[key] for key in config_class.__dataclass_fields__
+                               if values.get(key) is not None})
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def read_weights(folder: Path):
@@ -321,7 +347,10 @@ def read_weights(folder: Path):
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
         if index.exists():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
+            places = read_json(index)
+            if not isinstance(places, dict) or not isinstance(places.get("weight_map"), dict):
+                raise ValueError(f"{index}: has no weight_map, which says where each tensor is")
+            shards = sorted(set(places["weight_map"].values()))
         elif (folder / f"{stem}.{suffix}").exists():
             shards = [f"{stem}.{suffix}"]
         else:

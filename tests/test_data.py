@@ -238,6 +238,17 @@ def test_rows_are_cut_but_never_in_an_image():
         data.collate([row], 3, -200, 0, 8, max_length=3)
 
 
+def test_prompts_are_not_cut(tokenizer):
+    with pytest.raises(ValueError, match="record 's': 4 tokens; there is room for 3"):
+        data.collate([sample([1, 5, 6, 7], [CONTEXT] * 4)], 3, -200, 0, 8, max_length=3, side="left")
+
+
+def test_another_llms_tokenizer_is_refused(tokenizer):
+    data.check_vocabulary(tokenizer, data.TOY_VOCABULARY)
+    with pytest.raises(ValueError, match="ids up to 81, the LLM has 80 embeddings"):
+        data.check_vocabulary(tokenizer, 80)
+
+
 def test_equal_captions_have_equal_keys():
     rows = [sample([1, 5, 6], [CONTEXT, ANSWER, ANSWER]), sample([1, 1, 5, 6, 2], [CONTEXT] * 2 + [ANSWER] * 2 + [END]),
             sample([1, 6, 5], [CONTEXT, ANSWER, ANSWER])]
@@ -337,18 +348,26 @@ LLAMA3 = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}
           "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
 MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
            "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
-THINKING = CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
-                          "{{ m.content }}")
+THINKING = (CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n"
+                           "{% endif %}{{ m.content }}")  # as Qwen3: earlier answers lose their thoughts
+            .replace("assistant\n{% endif %}", "assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+                     "<think>\n\n</think>\n\n{% endif %}{% endif %}"))
+# How Llama 3 and Qwen cut text before their BPE sees it: a stop takes the newlines behind it along.
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+         r"\s+(?!\S)|\s+")
 
 
 def byte_level(template, bos, eos, specials):
-    """A byte-level BPE like GPT-2's, Llama 3's and Qwen's, trained on a few words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """A byte-level BPE like Llama 3's and Qwen's, trained on a few words."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(["What color is the shape? It is a red circle, user assistant"] * 3, trainer)
+    tokenizer.train_from_iterator(["What color is the shape? It is a red circle.\n user assistant\n\n"] * 3, trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
@@ -382,6 +401,8 @@ def test_chat_labels_are_the_answers_and_their_ends(family):
     text = [("human", "What color is the shape?"), *CHAT_TURNS[1:]]  # without image: one string to compare with
     whole = tokenizer.apply_chat_template(
         [{"role": {"human": "user", "gpt": "assistant"}[role], "content": t} for role, t in text], tokenize=False)
+    if family == "thinking":  # in one sequence, each answer is learned behind empty thoughts, as it will be asked for
+        whole = whole.replace("assistant\nIt", "assistant\n<think>\n\n</think>\n\nIt")
     found, roles = data.tokenise(data.chat(text, tokenizer), tokenizer, False)
     if family != "mistral":  # SentencePiece's spaces depend on where a text begins
         last = len(found) - 1
@@ -390,10 +411,39 @@ def test_chat_labels_are_the_answers_and_their_ends(family):
     assert found.count(tokenizer.bos_token_id) == (tokenizer.bos_token is not None)
 
 
+@pytest.mark.parametrize("family", ["chatml", "llama3", "thinking"])
+@pytest.mark.parametrize("caption", ["A red circle", "A red circle.", "A red circle.\n", "It is!"])
+def test_plain_labels_where_a_stop_and_a_newline_are_one_token(family, caption):
+    tokenizer = chat_tokenizer(family)
+    ids, roles = data.tokenise(data.plain([("human", data.IMAGE), ("gpt", caption)], None), tokenizer, True)
+    start = roles.index(data.ANSWER)
+    assert ids[start - 1] == data.IMAGE_MARKER and set(roles[start:]) <= {data.ANSWER, data.END}
+    assert ids[start:] == tokenizer(caption + "\n", add_special_tokens=False).input_ids
+    assert (roles[-1] == data.END) == (caption != "A red circle.")  # a token for both
+
+
+@pytest.mark.parametrize("answer", ["\nA red circle.", "k", "think", " A\n\nred \n"])
+def test_chat_answers_lose_the_space_around_them(answer):
+    for family in ("chatml", "llama3", "thinking"):
+        tokenizer = chat_tokenizer(family)
+        ids, roles = data.tokenise(data.chat([("human", "What?"), ("gpt", answer)], tokenizer), tokenizer, False)
+        said = tokenizer.decode([i for i, role in zip(ids, roles) if role != data.CONTEXT])
+        assert said == answer.strip() + tokenizer.eos_token
+
+
+def test_a_question_ends_with_what_training_put_before_the_answer():
+    tokenizer = chat_tokenizer("thinking")
+    asked, = data.chat(CHAT_TURNS[:1], tokenizer)
+    assert asked == data.chat(CHAT_TURNS, tokenizer)[0] and asked[0].endswith("assistant\n<think>\n\n</think>\n\n")
+
+
 def test_chat_templates_that_fit_no_labels_are_refused():
     tokenizer = chat_tokenizer("chatml")
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     with pytest.raises(ValueError, match="rewrites earlier turns"):
+        data.chat(CHAT_TURNS, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{% for x in m.content %}{{ x.text }}{% endfor %}{% endfor %}"
+    with pytest.raises(ValueError, match="drops the question"):
         data.chat(CHAT_TURNS, tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     with pytest.raises(ValueError, match="does not end an answer"):

@@ -1,5 +1,6 @@
 """The benchmarks' rules as tables, the denominators, and the diagnostics against plain loops."""
 
+import json
 import math
 
 import pytest
@@ -52,6 +53,23 @@ def test_mme_adds_accuracy_and_pairs():
     scores = evaluation.score_mme(questions, ["yes", "no", "yes", None, "no", "no", "no", "yes"])
     assert scores["categories"] == {"color": 125.0, "code": 25.0}  # 3 of 4 and 1 of 2 pairs; 1 of 4 and none
     assert (scores["perception"], scores["others"], scores["accuracy"], scores["accuracy_plus"]) == (125, 25, 50, 25)
+
+
+def test_a_llava_folder_is_asked_in_vicunas_form(clip_folder, llama_folder, tmp_path):
+    """Not in its own chat template, which takes pictures where our marker would be lost. Its answers end where its
+    tokenizer says, too."""
+    VLM.from_towers(clip_folder, llama_folder, "mlp2x_gelu").export(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content[0].text }}{% endfor %}")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 7
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").unlink()
+    vlm, tokenizer, config = evaluation.load_run(tmp_path, torch.device("cpu"))
+    assert tokenizer.chat_template and config["template"] == "v1"
+    assert vlm.llm.config.eos_token_id == [7, tokenizer.eos_token_id]
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    question = {"id": 1, "prompt": "<image>\nWhat color is the shape?", "image": tmp_path / "x.png"}
+    assert len(evaluation.ask(vlm, tokenizer, [question], config["template"], 4)) == 1
 
 
 def test_no_run_yet(tmp_path, monkeypatch):

@@ -183,7 +183,7 @@ print(sum(p.nbytes for p in llm.parameters()) / 2**20, peak - before)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_loading_takes_the_model_and_one_shard(llama_folder, tmp_path, suffix, dtype):
-    """Peak host memory, of a model in five shards of 16 bits each: the smaller half of what checkpoints come in."""
+    """Peak host memory, of a model in five shards of 16 bits a weight, as large checkpoints are published."""
     config = llama_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
@@ -202,8 +202,8 @@ def test_loading_takes_the_model_and_one_shard(llama_folder, tmp_path, suffix, d
     out = subprocess.run([sys.executable, "-c", PEAK, llama_folder, tmp_path, dtype], cwd=ROOT, check=True,
                          capture_output=True, text=True).stdout
     model, taken = map(float, out.split())
-    print(f"{suffix}, {dtype}: model {model:.0f} MiB, largest shard {largest:.0f}, peak beyond what the imports keep {taken:.0f}")
-    assert taken < model + largest + 16
+    print(f"{suffix}, {dtype}: model {model:.0f} MiB, largest shard {largest:.0f}, peak beyond the imports {taken:.0f}")
+    assert taken < model + largest + 40  # what an allocator keeps for later; all shards at once would be 90 more
 
 
 def test_too_many_positions(llama_folder):
@@ -221,13 +221,23 @@ def test_generation_config_lists_the_ends(llama_folder, tmp_path):
     shutil.copytree(llama_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     assert LLMConfig.from_pretrained(tmp_path).eos_token_id == [5, 7]
-
-
-@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}])
-def test_biases_nobody_has_are_refused(tmp_path, changes):
-    llama_config(**changes).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="attention_bias or mlp_bias"):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert LLMConfig.from_pretrained(tmp_path).eos_token_id == 2
+    config = json.loads((llama_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    with pytest.raises(ValueError, match="neither config.json nor generation_config.json has an eos_token_id"):
         LLMConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"attention_bias": True}, "attention_bias or mlp_bias"), ({"mlp_bias": True}, "attention_bias or mlp_bias"),
+    ({"hidden_act": "gelu"}, "activation is 'gelu'"), ({"num_key_value_heads": 3}, "folder: 4 query heads cannot")])
+def test_what_we_do_not_compute_is_refused(llama_folder, tmp_path, changes, message):
+    (tmp_path / "folder").mkdir()
+    config = json.loads((llama_folder / "config.json").read_text())
+    (tmp_path / "folder/config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message):
+        LLMConfig.from_pretrained(tmp_path / "folder")
 
 
 def test_scaled_rope_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 """Projectors, splicing images into sequences, the run directory, and transformers' LLaVA format in both ways."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,11 +122,18 @@ def test_run_directory_round_trip(vlm, tmp_path, with_llm):
     if with_llm:
         with torch.no_grad():
             vlm.llm.model.norm.weight.mul_(1.5)
+    (folder := tmp_path / "tokenizer").mkdir()  # an LLM's folder as transformers writes it, its template in a file
+    for file in Path(vlm.sources["llm"]).iterdir():
+        shutil.copy(file, folder)
+    (folder / "chat_template.jinja").write_text("a template")
+    vlm.sources["llm"], tmp_path = str(folder), tmp_path / "run"
     vlm.save(tmp_path, {"stage": "align"}, with_llm)
     again = VLM.from_pretrained(tmp_path)
     ids, pixels = torch.tensor([row(2, 1, 3)]), torch.randn(1, 3, 32, 32)
     assert torch.equal(again(ids, pixels), vlm(ids, pixels))
     assert (tmp_path / "llm" / "tokenizer.json").exists() == with_llm
+    assert (data.load_tokenizer(again.sources["llm"]).chat_template) == "a template"
+    assert not with_llm or again.sources["llm"] == str(tmp_path / "llm")
 
 
 def test_bad_run_directories(vlm, tmp_path, clip_folder, llama_folder):
@@ -150,7 +159,7 @@ def their_llava(folder, vision="clip", **text):
     is_clip = vision == "clip"
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**sizes) if is_clip else transformers.SiglipVisionConfig(
-            **sizes, vision_use_head=False),
+            **sizes),  # with its pooling head, which nobody reads
         text_config=llama_config(vocab_size=90, **text), image_token_index=89, image_seq_length=16,
         vision_feature_select_strategy="default" if is_clip else "full")
     model = shaken(transformers.LlavaForConditionalGeneration(config))
@@ -224,6 +233,10 @@ def test_what_we_export_opens_in_transformers(clip_folder, llama_folder, tmp_pat
 def test_only_what_transformers_knows_is_exported(clip_folder, llama_folder, tmp_path):
     with pytest.raises(ValueError, match="no projector 'linear'"):
         VLM.from_towers(clip_folder, llama_folder, "linear").export(tmp_path / "out")
+    transformers.Dinov2Model(transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                                       image_size=32, patch_size=8)).save_pretrained(tmp_path / "dino")
+    with pytest.raises(ValueError, match="DINOv2 tower is read, not written"):
+        VLM.from_towers(tmp_path / "dino", llama_folder, "mlp2x_gelu").export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

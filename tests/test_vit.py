@@ -1,5 +1,8 @@
 """The vision tower against transformers' own, family by family, and the strictness of the weight reader."""
 
+import shutil
+from fnmatch import fnmatch
+
 import pytest
 import torch
 import transformers
@@ -8,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
-from vit import ViT, ViTConfig, dinov2_name
+from vit import TOKENIZER, ViT, ViTConfig, dinov2_name, resolve
 
 
 @pytest.mark.parametrize("layer", [-1, -2, -4, 0, 2])
@@ -74,20 +77,18 @@ def test_what_we_save_opens_in_transformers(tmp_path, family):
     pixels = torch.randn(1, 3, 32, 32)
     theirs = kind.from_pretrained(tmp_path / "ours")
     assert_close(ours(pixels), theirs(pixels, output_hidden_states=True).hidden_states[-2][:, int(class_token) :])
-    processor = {"clip": transformers.CLIPImageProcessor, "siglip": transformers.SiglipImageProcessor}[
-        family].from_pretrained(tmp_path / "ours")
+    processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "ours")
     picture = Image.effect_noise((50, 40), 80).convert("RGB")
-    square = picture.crop((0, 0, 40, 40))
-    mine = data.preprocess(square, 32, "crop", ours.config.image_mean, ours.config.image_std)
-    expected = processor(square, return_tensors="pt").pixel_values[0]
+    mine = data.preprocess(picture, 32, "crop", *ours.config.looks)
+    expected = processor(picture, return_tensors="pt").pixel_values[0]
     assert (mine - expected).abs().max() <= 2 / 255 / min(ours.config.image_std)  # resizing rounds to whole grey levels
 
 
 def test_normalisation_comes_with_the_tower(tmp_path):
     FAMILIES["siglip"][1].save_pretrained(tmp_path)
-    assert ViTConfig.from_pretrained(tmp_path).image_mean == (0.5, 0.5, 0.5)
-    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}')
-    assert ViTConfig.from_pretrained(tmp_path).image_mean == (0.1, 0.2, 0.3)
+    assert ViTConfig.from_pretrained(tmp_path).looks == ((0.5,) * 3, (0.5,) * 3, Image.Resampling.BICUBIC)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "resample": 2, "size": 3}')
+    assert ViTConfig.from_pretrained(tmp_path).looks == ((0.1, 0.2, 0.3), (0.5,) * 3, Image.Resampling.BILINEAR)
 
 
 def test_whole_clip_folder_loads(tmp_path):
@@ -136,6 +137,38 @@ def test_bad_folders(tmp_path, llama_folder):
         ViT.from_pretrained(llama_folder)
     with pytest.raises(ValueError, match="feature_layer 9"):
         ViT(ViTConfig(32, 8, 32, 64, 3, 4), feature_layer=9)
+
+
+@pytest.mark.parametrize("file, text, message", [
+    ("config.json", "[1]", "model_type is None"),
+    ("config.json", '{"model_type": "clip_vision_model", "image_size": [48, 48]}', "folder: images of .48, 48"),
+    ("config.json", '{"model_type": "clip_vision_model", "hidden_act": "relu"}', "folder: .* activation is 'relu'"),
+    ("model.safetensors.index.json", "{}", "index.json: has no weight_map")])
+def test_bad_files_are_named(clip_folder, tmp_path, file, text, message):
+    shutil.copytree(clip_folder, tmp_path / "folder")
+    (tmp_path / "folder" / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        ViT.from_pretrained(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("files", [["model.safetensors"], ["pytorch_model-1.bin"]])
+def test_only_what_is_needed_comes_from_the_hub(tmp_path, monkeypatch, files):
+    """Configs and tokenizers without weights; weights once, whatever forms of them there are."""
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(allow_patterns)
+        for file in [file for file in files for pattern in allow_patterns if fnmatch(file, pattern)]:
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    resolve("some/name", ["*.json", *TOKENIZER])
+    weights = ("model-00001-of-2.safetensors", "model.safetensors", "consolidated.safetensors", "pytorch_model.bin")
+    assert not any(fnmatch(file, pattern) for file in weights for pattern in asked[0])
+    resolve("some/name")
+    assert [any(fnmatch(file, pattern) for pattern in asked[1]) for file in weights] == [True, True, False, False]
+    assert len(asked) == (2 if "safetensors" in files[0] else 3) and (tmp_path / files[0]).exists()
 
 
 def test_wrong_image_size(clip_folder):
