@@ -161,6 +161,10 @@ def test_supervised_ids_decode_to_the_answers(toy, tokenizer):
 def test_a_boundary_inside_a_token_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="joins"):
         data.tokenise([("re", CONTEXT), ("d", ANSWER)], tokenizer, False)
+    one_token = chat_tokenizer("chatml")  # for ".\n"
+    for before, behind in ((CONTEXT, ANSWER), (ANSWER, CONTEXT)):
+        with pytest.raises(ValueError, match="joins"):
+            data.tokenise([("circle.", before), ("\n", behind)], one_token, False)
 
 
 def test_image_marker_moves_to_the_front():
