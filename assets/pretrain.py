@@ -103,7 +103,7 @@ def pretrain_llm(folder, seed: int, lessons=((600, 96, 0.0), (1200, 64, 0.5))) -
     optimizer = DataParallelAdamW(llm.parameters(), clip=1.0, betas=(0.9, 0.98))
     config = Config(lr=3e-3, warmup_ratio=0.1)
     for lesson, (steps, batch, noise) in enumerate(lessons):
-        samples = [sample(number, lesson == 0) for number in range(8000)]
+        samples = [sample(number, lesson == 0) for number in range(min(8000, steps * batch))]
         order = [i for epoch in range(math.ceil(steps * batch / len(samples)))
                  for i in data.epoch_order(len(samples), seed, epoch)]
         for step in (bar := tqdm(range(steps), desc=f"pretrain {folder.name} {lesson + 1}/2")):
