@@ -295,6 +295,8 @@ def word_maps(vlm, tokenizer, image, text) -> list:
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids:
         raise ValueError(f"--text {text!r} has no token")
+    if vlm.projector_kind == "resampler":
+        raise ValueError("the tokens of a resampler have no place on the picture")
     side = math.isqrt(vlm.num_image_tokens)
     cosine = losses.unit(vlm.encode(pixels)[0]) @ losses.unit(vlm.llm.embed(torch.tensor(ids, device=device))).T
     return [(tokenizer.decode([i]).strip(), cosine[:, t].view(side, side).cpu()) for t, i in enumerate(ids)]

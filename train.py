@@ -1,7 +1,7 @@
 """Training, from the command line to the last checkpoint, in the order in which things happen.
 
     python train.py                                        # no GPU: the tiny preset, both stages, scored, in minutes
-    torchrun --nproc_per_node=8 train.py --stage align     # with GPUs: LLaVA-1.5's stage 1, both losses
+    torchrun --nproc_per_node=8 train.py --stage align     # with GPUs: LLaVA-1.5's stage 1, with the patch loss
     torchrun --nproc_per_node=8 train.py --stage instruct  # stage 2: projector and LLM on instructions
     python train.py --stage compare --quick                # the losses against each other on the toy world
 
@@ -85,7 +85,8 @@ class Config:
     contrastive_weight: float = option(1.0, "total = generative + weight * contrastive")
     pool: str = option("mean", "patch loss: an image's vector from its patches", ("mean", "max"))
     reduce: str = option("mean", "patch loss: a caption's similarity from those of its tokens", ("mean", "max"))
-    prompt: str = option("none", "prompt loss: the pair of prompts", tuple(data.PROMPTS))
+    prompt: str = option("", "words after image and caption; empty: those of describe for the prompt loss, else none",
+                         ("", *data.PROMPTS))
     prompt_image: str = option("", "prompt loss: words after the image, instead of the pair's")
     prompt_text: str = option("", "prompt loss: words after the caption, instead of the pair's")
 
@@ -106,7 +107,8 @@ class Config:
     resume: bool = option(False, "continue this run from its last checkpoint")
 
 
-# The tiny numbers come from the validation split of the toy world; 7b and 13b are LLaVA-1.5's recipe.
+# The tiny numbers come from the validation split of the toy world; 7b and 13b are LLaVA-1.5's recipe, with
+# the patch loss in its first stage.
 LLAVA = {
     "common": dict(vit="openai/clip-vit-large-patch14-336", llm="lmsys/vicuna-7b-v1.5",
                    scienceqa="data/ScienceQA", pope="data/POPE", mme="data/MME_Benchmark_release_version",
@@ -123,7 +125,7 @@ PRESETS = {
                        captions="data/toy/captions.json", caption_images="data/toy/images",
                        clip=1.0, save_every=100, cache=True),
         "align": dict(annotations="data/toy/align.json", template="plain", fit="crop", contrastive="patch",
-                      prompt="describe", epochs=12.0, batch=64, micro_batch=64, lr=2e-3),
+                      epochs=12.0, batch=64, micro_batch=64, lr=2e-3),
         "instruct": dict(annotations="data/toy/instruct.json", epochs=4.0, batch=32, micro_batch=32, lr=4e-4),
     },
     "small": {  # for one consumer GPU; its rates are our guess, not tuned
@@ -170,8 +172,9 @@ def configure(stage: str, given: dict) -> Config:
     config = Config(**(values | given | {"stage": stage, "preset": preset}))
     if config.contrastive != "none" and stage != "align":
         raise ValueError("--contrastive belongs to the align stage")
-    if "prompt" in losses.TERMS[config.contrastive] and config.template != "plain":
-        raise ValueError("the prompted contrastive loss needs --template plain: an image, the prompt, a caption")
+    config.prompt = config.prompt or ("describe" if "prompt" in losses.TERMS[config.contrastive] else "none")
+    if config.prompt != "none" and config.template != "plain":
+        raise ValueError("a prompt needs --template plain: an image, the prompt, a caption")
     if (config.prompt_image or config.prompt_text) and "prompt" not in losses.TERMS[config.contrastive]:
         raise ValueError("--prompt_image and --prompt_text belong to --contrastive prompt or both")
     if config.batch < 1 or config.micro_batch < 1 or config.epochs <= 0 or min(config.steps, config.save_every) < 0:
@@ -196,7 +199,7 @@ def start_ranks() -> torch.device:
             raise ValueError(f"{local_ranks} ranks on this machine, {torch.cuda.device_count()} GPUs")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    else:
+    elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, os.cpu_count() // local_ranks))
     if "RANK" in os.environ and not dist.is_initialized():
         is_cuda = device.type == "cuda"
@@ -700,11 +703,13 @@ def make_samples(config, vlm):
     size = vlm.vit.config.image_size
     if config.dry_run:
         return data.RandomSamples(3 * config.batch, TEXT_TOKENS[config.stage], vlm.llm.config.vocab_size, size)
-    pair = data.PROMPTS[config.prompt] if "prompt" in losses.TERMS[config.contrastive] else ("", "")
+    pair = data.PROMPTS[config.prompt]
     prompts = config.prompt_image or pair[0], config.prompt_text or pair[1]
     samples = open_samples(config.annotations, config.images, config.llm, config.template, size, config.fit, prompts,
                            config.cache, vlm.vit.config.looks)
     data.check_vocabulary(samples.tokenizer, vlm.llm.config.vocab_size)
+    if samples.tokenizer.unk_token_id in samples.tokenizer(" ".join(prompts), add_special_tokens=False).input_ids:
+        say(f"the LLM does not know every word of the prompts {prompts}")
     return samples
 
 
@@ -893,12 +898,16 @@ OUTPUTS = ("config.json", "llm", "projector.safetensors", "results.json", "retri
 
 
 def write_log(config, line: dict, start: int):
-    """Append one step to OUT/log.jsonl. The first line of a fresh run clears what an earlier one left in OUT; that of
-    a resumed run drops the steps that come again."""
+    """Append one step to OUT/log.jsonl. The first line of a fresh run moves a finished one in OUT aside and clears what
+    an unfinished one left; that of a resumed run drops the steps that come again."""
     if rank() > 0:
         return
     out, file = Path(config.out), Path(config.out) / "log.jsonl"
     if line["step"] == start:
+        if start == 0 and (out / "config.json").exists():
+            say(f"{out} holds a finished run: it is now {out}.old")
+            shutil.rmtree(f"{out}.old", ignore_errors=True)
+            out.rename(f"{out}.old")
         out.mkdir(parents=True, exist_ok=True)
         kept = file.read_text().splitlines(True)[:start] if start else []  # line k is step k
         file.write_text("".join(kept))
@@ -1004,13 +1013,14 @@ QUICK = dict(seeds=2, budgets=(30, 60), short=30, long=60, epochs=1.0, fractions
              instruct_lr=(4e-4,), ablations=0)
 TUNING_SEED = 1000  # no seed of the comparison itself
 ABLATIONS = {  # options of the align stage; the losses they are tried with
-    "as above (MLP, CLIP-like encoder, prompt describe)": ({}, ("none", "patch", "prompt", "both")),
+    "as above (MLP, CLIP-like encoder; prompt describe with its loss)": ({}, ("none", "patch", "prompt", "both")),
     "projector linear": (dict(projector="linear"), ("none", "patch", "both")),
     "projector pixel_shuffle (9 tokens an image)": (dict(projector="pixel_shuffle"), ("none", "patch", "both")),
     "projector resampler (9 tokens an image)": (dict(projector="resampler"), ("none", "patch", "both")),
     "encoder that never saw text": (dict(vit="assets/tiny-vit-no-text"), ("none", "patch", "both")),
     "larger LLM (1.1 M weights, not 0.5)": (dict(llm="assets/tiny-llm-wide"), ("none", "patch", "prompt", "both")),
     "prompt none": (dict(prompt="none"), ("prompt",)),
+    "prompt describe in the captioning pass alone": (dict(prompt="describe"), ("none", "patch")),
 }
 
 
@@ -1018,8 +1028,8 @@ def compare(given: dict, device):
     """Every loss x part of the instruction data x seed, resumable; results.json, results.md and two charts in OUT.
 
     What keeps it fair: the world and the towers were fixed by criteria that look at no alignment (text-only accuracy,
-    linear probe). Each loss gets equal data, steps and the same small grid of learning rates (and, where there is a
-    contrastive loss, weights), tuned with a seed of its own on the validation split. Test questions choose nothing.
+    linear probe). Each loss gets equal data, steps and the same small grid of learning rates (times, where there is
+    a contrastive loss, weights), tuned with a seed of its own on the validation split. Test questions choose nothing.
     """
     size = QUICK if given.get("quick") else FULL
     out = Path(given.get("out") or "runs/compare")
@@ -1188,6 +1198,8 @@ def main():
         if isinstance(error, FileNotFoundError) and rank() > 0:
             sys.exit(1)  # every rank misses the same file; rank 0 says so
         sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")  # a loader process wraps its error in a traceback
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; --resume goes on from the last checkpoint, if --save_every has made one")
     finally:
         leave_ranks()
 

@@ -55,6 +55,13 @@ def test_presets_name_existing_fields():
                 assert isinstance(getattr(config, field.name), field.type), field.name
 
 
+def test_the_prompt_comes_with_its_loss_or_when_asked_for():
+    prompts = [train.configure("align", {"preset": "tiny"} | given).prompt for given in (
+        {}, {"contrastive": "prompt"}, {"contrastive": "both", "prompt": "none"}, {"prompt": "one-word"})]
+    assert prompts == ["none", "describe", "none", "one-word"]
+    assert train.configure("instruct", {"preset": "tiny"}).prompt == "none"
+
+
 # ---- the learning rate ---------------------------------------------------------------------------------------------
 
 
@@ -539,6 +546,9 @@ def test_align_instruct_eval_as_scripts(world):
         where = captions if bench in ("retrieval", "gap") else ["--data", folder / "toy" / bench]
         result = json.loads(script(world, "--bench", bench, *where, name="eval.py").stdout.splitlines()[-1])
         assert key in result and (folder / f"runs/tiny/instruct/{bench}.json").exists()
+    before = (align / "projector.safetensors").read_bytes()
+    assert "is now runs/tiny/align.old" in script(world, *stage_options(world, "align"), "--steps", "1").stdout
+    assert (folder / "runs/tiny/align.old/projector.safetensors").read_bytes() == before  # nothing was lost
     image = next((folder / "toy/images").iterdir())
     drawn = script(world, "--bench", "heatmap", "--image", image, "--text", "a red circle", "--ckpt", "runs/tiny/align",
                    "runs/tiny/instruct", "--out", "map.png", name="eval.py")
