@@ -172,10 +172,11 @@ def configure(stage: str, given: dict) -> Config:
     config = Config(**(values | given | {"stage": stage, "preset": preset}))
     if config.contrastive != "none" and stage != "align":
         raise ValueError("--contrastive belongs to the align stage")
-    config.prompt = config.prompt or ("describe" if "prompt" in losses.TERMS[config.contrastive] else "none")
-    if config.prompt != "none" and config.template != "plain":
-        raise ValueError("a prompt needs --template plain: an image, the prompt, a caption")
-    if (config.prompt_image or config.prompt_text) and "prompt" not in losses.TERMS[config.contrastive]:
+    is_prompted = "prompt" in losses.TERMS[config.contrastive]
+    config.prompt = config.prompt or ("describe" if is_prompted else "none")
+    if (is_prompted or config.prompt != "none") and config.template != "plain":
+        raise ValueError("a prompt, and its loss, need --template plain: an image, the prompt, a caption")
+    if (config.prompt_image or config.prompt_text) and not is_prompted:
         raise ValueError("--prompt_image and --prompt_text belong to --contrastive prompt or both")
     if config.batch < 1 or config.micro_batch < 1 or config.epochs <= 0 or min(config.steps, config.save_every) < 0:
         raise ValueError("--batch, --micro_batch and --epochs must be above zero, --steps and --save_every not below")

@@ -283,7 +283,7 @@ def dinov2_name(name: str) -> str:
 # Weights on disk. One reader for both towers and the projector; nothing is unpickled but plain tensors.
 
 
-WEIGHTS = ("*.json", "model*.safetensors")
+WEIGHTS = ("*.json", "*.jinja", "*.safetensors")  # also of a run directory, where they lie deeper
 TOKENIZER = ("*token*", "*.jinja", "vocab*", "merges*")  # the files of a tokenizer, whatever its kind
 
 
@@ -295,7 +295,8 @@ def resolve(folder_or_id, wanted=WEIGHTS) -> Path:
             return folder
     from huggingface_hub import snapshot_download
     try:
-        folder = Path(snapshot_download(str(folder_or_id), allow_patterns=list(wanted)))
+        folder = Path(snapshot_download(str(folder_or_id), allow_patterns=list(wanted),
+                                        ignore_patterns=["consolidated*"]))  # the same weights in Mistral's own form
         if wanted == WEIGHTS and not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(str(folder_or_id), allow_patterns=["*.json", "pytorch_model*.bin"]))
         return folder

@@ -653,7 +653,9 @@ BAD_INPUT = [
     (["--template", "v2"], "invalid choice: 'v2'"),
     (["--data_fraction", "0"], "data_fraction is 0"),
     (["--steps", "-5"], "--steps and --save_every not below"),
-    (["--contrastive", "prompt", "--template", "v1"], "needs --template plain"),
+    (["--contrastive", "prompt", "--template", "v1"], "need --template plain"),
+    (["--contrastive", "prompt", "--prompt", "none", "--template", "v1"], "need --template plain"),
+    (["--contrastive", "none", "--prompt", "describe", "--template", "v1"], "need --template plain"),
     (["--prompt_text", "So:"], "belong to --contrastive prompt or both"),
 ]
 

@@ -156,18 +156,22 @@ def test_only_what_is_needed_comes_from_the_hub(tmp_path, monkeypatch, files):
     """Configs and tokenizers without weights; weights once, whatever forms of them there are."""
     asked = []
 
-    def download(name, allow_patterns):
-        asked.append(allow_patterns)
-        for file in [file for file in files for pattern in allow_patterns if fnmatch(file, pattern)]:
+    def fits(file, allowed, ignored):
+        return any(fnmatch(file, p) for p in allowed) and not any(fnmatch(file, p) for p in ignored)
+
+    def download(name, allow_patterns, ignore_patterns=()):
+        asked.append((allow_patterns, ignore_patterns))
+        for file in [file for file in files if fits(file, *asked[-1])]:
             (tmp_path / file).touch()
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     resolve("some/name", ["*.json", *TOKENIZER])
     weights = ("model-00001-of-2.safetensors", "model.safetensors", "consolidated.safetensors", "pytorch_model.bin")
-    assert not any(fnmatch(file, pattern) for file in weights for pattern in asked[0])
+    assert not any(fits(file, *asked[0]) for file in weights)
     resolve("some/name")
-    assert [any(fnmatch(file, pattern) for pattern in asked[1]) for file in weights] == [True, True, False, False]
+    assert [fits(file, *asked[1]) for file in weights] == [True, True, False, False]
+    assert all(fits(file, *asked[1]) for file in ("projector.safetensors", "llm/model.safetensors", "llm/config.json"))
     assert len(asked) == (2 if "safetensors" in files[0] else 3) and (tmp_path / files[0]).exists()
 
 
