@@ -4,30 +4,48 @@
     logits = llm(ids)                                      # (B, S) -> (B, S, V)
     new = llm.generate(llm.embed(ids), max_new_tokens=32)  # with a key-value cache -> (B, <= 32)
 
-A Llama decoder (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288). Against GPT-2 it has RMSNorm for LayerNorm,
-rotary positions (RoPE) for learned ones, a gated MLP (SwiGLU), no biases, and fewer key-value heads than query
-heads (grouped-query attention, GQA) in the larger models. Vicuna, TinyLlama, SmolLM2 and Mistral are Llamas of other
-sizes; Llama 3 stretches RoPE's slow frequencies, Qwen2 has a bias on q, k and v, Qwen3 a norm on q and k instead.
+A Llama decoder (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288). Against GPT-2 it has RMSNorm for
+LayerNorm, rotary positions (RoPE) for learned ones, a gated MLP (SwiGLU), no biases, and in the larger models
+fewer key-value heads than query heads (grouped-query attention, GQA). Vicuna, TinyLlama, SmolLM2 and Mistral
+are Llamas of other sizes; what Qwen changes is in the table FAMILIES, what Llama 3 changes in
+`rope_frequencies`.
 
-A vision-language model feeds it *embeddings*: image tokens have no id. So everything below works on embeddings,
-and `embed` is the only place where an id becomes a vector.
+A vision-language model feeds it *embeddings*: image tokens have no id. So everything below works on
+embeddings, and `embed` is the only place where an id becomes a vector.
 
 Module names are those of the Hugging Face checkpoints. Read next: projector.py.
 """
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit import build, load_strictly, read_config, read_json, read_weights, resolve, write_weights
+from vit import (config_from_dict, load_strictly, read_config, read_json, read_weights, resolve,
+                 resolve_model, write_weights)
+
+
+class Family(NamedTuple):
+    architecture: str  # the class of transformers that opens what `save_pretrained` writes
+    qkv_bias: bool  # q, k and v have a bias
+    qk_norm: bool  # q and k pass an RMSNorm over each head's own width
+
+
+FAMILIES = {  # by config.json's model_type; the columns are the fields above
+    "llama": Family("LlamaForCausalLM", False, False),
+    "mistral": Family("MistralForCausalLM", False, False),
+    "qwen2": Family("Qwen2ForCausalLM", True, False),
+    "qwen3": Family("Qwen3ForCausalLM", False, True),
+}
 
 
 @dataclass
 class LLMConfig:
-    """Sizes of the tower, under the names of Hugging Face's config.json. The defaults are Vicuna-7B v1.5."""
+    """Sizes of the tower under the names of Hugging Face's config.json. The defaults are Vicuna-7B v1.5."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -37,75 +55,30 @@ class LLMConfig:
     num_key_value_heads: int = 32
     head_dim: int = 128
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    rope_theta: float = 10000.0  # base of the rotary frequencies
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False  # True: the head is the embedding table itself
     bos_token_id: int | None = 1
     eos_token_id: int | list = 2  # generation stops here; Llama 3 lists several
     model_type: str = "llama"
-    rope_parameters: dict | None = None  # Llama 3's stretching, see `rope_frequencies`
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.model_type == "qwen2"
-
-    @property
-    def qk_norm(self) -> bool:
-        return self.model_type == "qwen3"
+    rope_parameters: dict | None = None  # for Llama 3 alone, see `rope_frequencies`
 
     def __post_init__(self):
-        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise ValueError(f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
-                             f"key-value heads of width {self.head_dim}")
+        if self.model_type not in FAMILIES:
+            raise ValueError(f"the LLM's model_type is {self.model_type!r}; known: {', '.join(FAMILIES)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_attention_heads} query heads cannot share "
+                             f"{self.num_key_value_heads} key-value heads evenly")
+        if self.head_dim % 2:
+            raise ValueError(f"RoPE turns pairs of dimensions; a head of {self.head_dim} has an odd one")
 
-    @classmethod
-    def from_pretrained(cls, folder_or_id):
-        folder = resolve(folder_or_id, wanted=["*.json"])
-        return cls.from_dict(read_config(folder, FAMILIES), folder)
-
-    @classmethod
-    def from_dict(cls, config: dict, folder):
-        """From the content of a config.json whose defaults are filled in; `folder` is where it lies."""
-        if config["model_type"] not in FAMILIES:
-            raise ValueError(f"{folder}: the LLM is of type {config['model_type']!r}; known: {', '.join(FAMILIES)}")
-        if config.get("mlp_bias") or (config.get("attention_bias") and config["model_type"] != "qwen2"):
-            raise ValueError(f"{folder}: attention_bias or mlp_bias is set; no known checkpoint has them")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"{folder}: the LLM's activation is {config['hidden_act']!r}; SwiGLU has silu")
-        rope = config.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") not in ("default", "llama3"):
-            raise ValueError(f"{folder}: RoPE of type {rope['rope_type']!r} is not supported")
-        values = config | {"rope_theta": rope.get("rope_theta", 10000.0),
-                           "rope_parameters": rope if rope.get("rope_type") == "llama3" else None}
-        values["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        if config.get("sliding_window") and config.get("use_sliding_window", True):
-            # Mistral 0.1's window: within it, attention is plain
-            values["max_position_embeddings"] = min(config["max_position_embeddings"], config["sliding_window"])
-        if (folder / "generation_config.json").exists():  # chat models list more ends there than in config.json
-            ends = read_json(folder / "generation_config.json").get("eos_token_id")
-            values["eos_token_id"] = values.get("eos_token_id") if ends is None else ends
-        if values.get("eos_token_id") is None:
-            raise ValueError(f"{folder}: neither config.json nor generation_config.json has an eos_token_id")
-        return build(cls, values, folder)
-
-    def to_dict(self) -> dict:
-        """What config.json says of it."""
-        rope = self.rope_parameters or {"rope_type": "default", "rope_theta": self.rope_theta}
-        return asdict(self) | {"architectures": [FAMILIES[self.model_type]], "hidden_act": "silu",
-                               "rope_parameters": rope, "sliding_window": None}
-
-
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-            "qwen3": "Qwen3ForCausalLM"}
-
-
-def precise(x):
-    """x in fp32, or in fp64 if it is that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the division in fp32 where x has less."""
+    """x / rms(x) * weight. PyTorch's own kernel computes in fp32 where x has less."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -113,60 +86,67 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        x32 = precise(x)
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+# RoPE (Su et al. 2021, arXiv 2104.09864): queries and keys are turned by angles that grow with their
+# position, so that their product depends on the distance alone. Pairs of dimensions turn at different speeds.
 
 
 def rope_frequencies(config: LLMConfig, device):
-    """Angles per position, (head_dim / 2,) in fp32: theta^(-2i / head_dim).
+    """Angle per position of each pair of dimensions, (head_dim / 2,) in fp32: theta^(-2i / head_dim).
 
-    Llama 3.1 and later were trained on `original_max_position_embeddings` first and then stretched: waves longer
-    than that length / low_freq_factor are slowed down by `factor`, waves shorter than length / high_freq_factor are
-    kept, and those between are blended.
-    """
-    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    Llama 3.1 and later were trained on `original_max_position_embeddings` first and then stretched: waves
+    longer than that length / low_freq_factor are slowed down by `factor`, waves shorter than length /
+    high_freq_factor are kept, and those between are blended. """
+    even = torch.arange(0, config.head_dim, 2, device=device).float()  # (head_dim / 2,)
+    frequencies = config.rope_theta ** -(even / config.head_dim)
     if config.rope_parameters is None:
         return frequencies
-    factor, low, high, length = (config.rope_parameters[key] for key in (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+    rope = config.rope_parameters
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    length = rope["original_max_position_embeddings"]
     turns = length * frequencies / (2 * math.pi)  # full turns within the original length
     kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short waves, 0: long ones
-    return frequencies * (kept + (1 - kept) / factor)
+    return frequencies * (kept + (1 - kept) / rope["factor"])
 
 
-def rope_tables(positions, frequencies):
-    """cos and sin (B, 1, S, head_dim) of the rotary angles at `positions` (B, S), in fp32.
-
-    Half-split layout: dimension i turns together with i + head_dim / 2, the convention of the Hugging Face weights.
-    (Meta's own files interleave, pairing 2i with 2i + 1: the same rotation of permuted weights.)
-    """
+def rope_tables(positions, frequencies, dtype):
+    """cos and sin (B or 1, 1, S, head_dim / 2) of the angles at `positions` (B or 1, S), computed in fp32."""
     angles = positions[:, None, :, None].float() * frequencies  # (B, 1, S, head_dim / 2)
-    angles = torch.cat([angles, angles], dim=-1)  # (B, 1, S, head_dim)
-    return angles.cos(), angles.sin()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + half]) of x (B, H, S, head_dim) by its angle; computed in fp32."""
-    first, second = precise(x).chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    """Turn each pair (x[i], x[i + half]) of x (B, H, S, head_dim) by its angle.
+
+    This half-split layout is that of the Hugging Face weights. (Meta's own files pair 2i with 2i + 1: the
+    same rotation of permuted weights.) """
+    first, second = x.chunk(2, dim=-1)  # each (B, H, S, head_dim / 2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)  # (B, H, S, head_dim)
 
 
 class KVCache:
-    """Keys and values of every layer for up to `max_len` positions; made for one `generate`, never in training."""
+    """Keys and values of every layer for up to `max_len` positions; made for one `generate`, never in
+    training."""
 
     def __init__(self, config: LLMConfig, batch: int, max_len: int, dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_len, config.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0  # positions filled so far, the same in every layer between two calls of the model
+        self.length = 0  # positions filled so far; all layers of one pass write at the same place
 
     def append(self, layer: int, k, v):
-        """Store k, v (B, H, S, head_dim) behind what is there; return all of the layer's keys and values so far."""
+        """Store k, v (B, H, S, head_dim) behind what is there; return all of the layer's keys and values so
+        far."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def advance(self, S: int):
+        """All layers have appended S positions."""
+        self.length += S
 
 
 class Attention(nn.Module):
@@ -174,25 +154,25 @@ class Attention(nn.Module):
 
     def __init__(self, config: LLMConfig, layer: int):
         super().__init__()
-        self.config, self.layer = config, layer
-        C, Dh, bias = config.hidden_size, config.head_dim, config.qkv_bias
-        self.q_proj = nn.Linear(C, config.num_attention_heads * Dh, bias)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * Dh, bias)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * Dh, bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * Dh, C, bias=False)
-        if config.qk_norm:  # over each head's own width
-            self.q_norm, self.k_norm = RMSNorm(Dh, config.rms_norm_eps), RMSNorm(Dh, config.rms_norm_eps)
+        self.head_dim, self.layer, family = config.head_dim, layer, config.family
+        C, query_width = config.hidden_size, config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(C, query_width, family.qkv_bias)
+        self.k_proj = nn.Linear(C, key_width, family.qkv_bias)
+        self.v_proj = nn.Linear(C, key_width, family.qkv_bias)
+        self.o_proj = nn.Linear(query_width, C, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if family.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if family.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, mask, cache):
+    def forward(self, x, cos, sin, visible, cache):
         B, S, _ = x.shape
-        q, k, v = (proj(x).view(B, S, -1, self.config.head_dim).transpose(1, 2)  # (B, H, S, head_dim)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q = self.q_norm(self.q_proj(x).view(B, S, -1, self.head_dim)).transpose(1, 2)  # (B, H, S, head_dim)
+        k = self.k_norm(self.k_proj(x).view(B, S, -1, self.head_dim)).transpose(1, 2)  # (B, key heads, S, ..)
+        v = self.v_proj(x).view(B, S, -1, self.head_dim).transpose(1, 2)  # (B, key heads, S, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+            k, v = cache.append(self.layer, k, v)  # from here on S keys are start + S keys
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None,
                                            enable_gqa=k.shape[1] != q.shape[1])  # (B, H, S, head_dim)
         return self.o_proj(x.transpose(1, 2).reshape(B, S, -1))  # (B, S, C)
 
@@ -211,6 +191,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm: attention, then the MLP, each added to what came in. (B, S, C) -> (B, S, C)."""
+
     def __init__(self, config: LLMConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -218,8 +200,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, cos, sin, visible=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, visible, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -234,7 +216,8 @@ class Decoder(nn.Module):
 
 
 class LLM(nn.Module):
-    """`llm(ids (B, S)) -> logits (B, S, V)`. `hidden` stops before the head, for losses that need few logits."""
+    """`llm(ids (B, S)) -> logits (B, S, V)`. `hidden` stops before the head, for losses that need few
+    logits."""
 
     def __init__(self, config: LLMConfig):
         super().__init__()
@@ -254,25 +237,25 @@ class LLM(nn.Module):
     def hidden(self, embeds, mask=None, cache=None):
         """Last hidden states (B, S, C), after the final norm, of embeddings (B, S, C).
 
-        `mask` (B, positions so far) is False at left padding; leave it out where nothing is padded on the left.
-        Right padding needs no mask: attention is causal, so nothing real ever sees it. Positions count real tokens
-        only. `cache` holds the earlier positions, and grows by S.
-        """
+        `mask` (B, positions so far) is False at left padding; leave it out where nothing is padded on the
+        left. Right padding needs no mask: attention is causal, so nothing real ever sees it. Positions count
+        real tokens only. `cache` holds the earlier positions, and grows by S. ValueError beyond the LLM's
+        positions. """
         B, S, _ = embeds.shape
         start = cache.length if cache is not None else 0
         if start + S > self.config.max_position_embeddings:
             raise ValueError(f"{start + S} positions; this LLM has {self.config.max_position_embeddings}")
         if mask is None:
-            positions = torch.arange(start, start + S, device=embeds.device).expand(B, S)  # (B, S)
+            positions = torch.arange(start, start + S, device=embeds.device)[None]  # (1, S)
         else:
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]  # (B, S)
-        cos, sin = rope_tables(positions, rope_frequencies(self.config, embeds.device))
-        mask = attention_mask(mask, start, S, embeds.device)
+        cos, sin = rope_tables(positions, rope_frequencies(self.config, embeds.device), embeds.dtype)
+        visible = visible_positions(mask, start, S, embeds.device)
         x = embeds
         for block in self.model.layers:
-            x = block(x, cos, sin, mask, cache)
+            x = block(x, cos, sin, visible, cache)
         if cache is not None:
-            cache.length += S
+            cache.advance(S)
         return self.model.norm(x)  # (B, S, C)
 
     def logits(self, hidden):
@@ -284,46 +267,50 @@ class LLM(nn.Module):
         return self.logits(self.hidden(embeds, mask, cache))  # (B, S, V)
 
     @torch.no_grad()
-    def generate(self, embeds, mask=None, max_new_tokens: int = 32, temperature: float = 0.0, top_p: float = 1.0):
+    def generate(self, embeds, mask=None, max_new_tokens: int = 32, temperature: float = 0.0,
+                 top_p: float = 1.0, end_tokens=()):
         """Continuation of left-padded prompts: embeddings (B, S, C), mask (B, S) -> new ids (B, <= max).
 
         Greedy at temperature 0; above it, sampled from the smallest set of tokens that holds `top_p` of the
-        probability (Holtzman et al. 2020, arXiv 1904.09751), with torch's own random state. A row stops at one of the
-        config's end tokens, which is kept, and is filled up with -1 behind it.
-        """
+        probability (Holtzman et al. 2020, arXiv 1904.09751), with torch's own random state. A row stops at
+        one of the config's end tokens or of `end_tokens`, which is kept, and is filled up with NO_TOKEN
+        behind it. """
         B, S, _ = embeds.shape
         if mask is None:
             mask = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
-        eos = torch.tensor(self.config.eos_token_id, device=embeds.device)
+        config_ends = self.config.eos_token_id
+        ends = [*(config_ends if isinstance(config_ends, list) else [config_ends]), *end_tokens]
+        ends = torch.tensor(ends, device=embeds.device)
         cache = KVCache(self.config, B, S + max_new_tokens, embeds.dtype, embeds.device)
         done = torch.zeros(B, dtype=torch.bool, device=embeds.device)
         new = []
         for _ in range(max_new_tokens):
             hidden = self.hidden(embeds, mask, cache)[:, -1]  # (B, C)
             token = choose(self.logits(hidden), temperature, top_p)  # (B,)
-            new.append(token.masked_fill(done, -1))
-            done |= torch.isin(token, eos)
+            new.append(token.masked_fill(done, NO_TOKEN))
+            done |= torch.isin(token, ends)
             if done.all():
                 break
-            embeds = self.embed(token)[:, None]  # (B, 1, C)
+            embeds = self.embed(token)[:, None]  # (B, 1, C): the cache knows the rest
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)  # (B, positions so far)
         return torch.stack(new, dim=1)  # (B, <= max_new_tokens)
 
     @classmethod
     def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
-        """A folder of one of FAMILIES as Hugging Face writes it. Strict: see vit.load_strictly."""
-        folder = resolve(folder_or_id)
-        config = LLMConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            llm = cls(config)
-        tensors = ((name, tensor) for name, tensor in read_weights(folder)
-                   if not name.endswith("rotary_emb.inv_freq")  # old files store what rope_tables computes
-                   and not (config.tie_word_embeddings and name == "lm_head.weight"))  # a copy of the embedding
-        return load_strictly(llm, tensors, folder, dtype, device)
+        """The frozen LLM of a folder of one of FAMILIES as Hugging Face writes it. Strict: see
+        vit.load_strictly."""
+        folder = resolve_model(folder_or_id)
+        with torch.device("meta"):  # shapes only; the weights come from the files
+            llm = cls(load_llm_config(folder))
+        tensors = llm_tensors(folder, llm.config.tie_word_embeddings)
+        return load_strictly(llm, tensors, folder, dtype, device).requires_grad_(False).eval()
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which transformers opens as what it was loaded from."""
-        write_weights(dict(self.named_parameters()), folder, self.config.to_dict())
+        write_weights(dict(self.named_parameters()), folder, llm_config_to_dict(self.config))
+
+
+NO_TOKEN = -1  # what stands behind the end of a finished row
 
 
 def choose(logits, temperature: float, top_p: float):
@@ -336,17 +323,65 @@ def choose(logits, temperature: float, top_p: float):
     return tokens.gather(1, torch.multinomial(kept, 1))[:, 0]  # (B,)
 
 
-def attention_mask(mask, start: int, S: int, device):
-    """What each of S new queries may see, (B or 1, 1, S, start + S) boolean; None means plain causal attention.
+def visible_positions(mask, start: int, S: int, device):
+    """What each of S new queries may see, (B or 1, 1, S, start + S) boolean; None means plain causal
+    attention.
 
-    One explicit mask or `is_causal`, never both: where the two meet, a padded row can lose all its keys and turn
-    to NaN. For the same reason every position may see itself, padding included.
-    """
+    One explicit mask or `is_causal`, never both: where the two meet, a padded row can lose all its keys and
+    turn to NaN. For the same reason every position may see itself, padding included. """
     if mask is None and start == 0:
         return None
     query = torch.arange(start, start + S, device=device)[:, None]  # (S, 1)
     key = torch.arange(start + S, device=device)[None]  # (1, start + S)
-    visible = key <= query  # (S, start + S)
+    causal = key <= query  # (S, start + S)
     if mask is None:
-        return visible[None, None]
-    return (visible & (mask[:, None, :] | (key == query)))[:, None]  # (B, 1, S, start + S)
+        return causal[None, None]  # (1, 1, S, start + S)
+    return (causal & (mask[:, None, :] | (key == query)))[:, None]  # (B, 1, S, start + S)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# On disk: config.json and the names of the tensors
+
+def load_llm_config(folder_or_id) -> LLMConfig:
+    """The sizes of the LLM in a folder or on the Hub, without its weights."""
+    folder = resolve(folder_or_id, ["*.json"])
+    return llm_config_from_dict(read_config(folder, FAMILIES), folder)
+
+
+def llm_config_from_dict(config: dict, folder: Path) -> LLMConfig:
+    """From the content of a config.json whose defaults are filled in; `folder` is where it lies."""
+    if config.get("mlp_bias") or (config.get("attention_bias") and config["model_type"] != "qwen2"):
+        raise ValueError(f"{folder}: attention_bias or mlp_bias is set; no known checkpoint has them")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{folder}: the LLM's activation is {config['hidden_act']!r}; SwiGLU has silu")
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") not in ("default", "llama3"):
+        raise ValueError(f"{folder}: RoPE of type {rope['rope_type']!r} is not supported")
+    values = config | {"rope_theta": rope.get("rope_theta", 10000.0),
+                       "rope_parameters": rope if rope.get("rope_type") == "llama3" else None}
+    values["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
+        # Mistral 0.1's window: within it, attention is plain
+        values["max_position_embeddings"] = min(config["max_position_embeddings"], config["sliding_window"])
+    if (folder / "generation_config.json").exists():  # chat models list more ends there than in config.json
+        ends = read_json(folder / "generation_config.json").get("eos_token_id")
+        values["eos_token_id"] = values.get("eos_token_id") if ends is None else ends
+    if values.get("eos_token_id") is None:
+        raise ValueError(f"{folder}: neither config.json nor generation_config.json has an eos_token_id")
+    return config_from_dict(LLMConfig, values, folder)
+
+
+def llm_config_to_dict(config: LLMConfig) -> dict:
+    """The content of its config.json."""
+    rope = config.rope_parameters or {"rope_type": "default", "rope_theta": config.rope_theta}
+    return asdict(config) | {"architectures": [config.family.architecture], "hidden_act": "silu",
+                             "rope_parameters": rope, "sliding_window": None}
+
+
+def llm_tensors(folder: Path, is_tied: bool):
+    """Yield (name, tensor) of the LLM in a folder, without what we compute or hold already."""
+    for name, tensor in read_weights(folder):
+        is_computed = name.endswith("rotary_emb.inv_freq")  # old files store what rope_frequencies computes
+        is_copy = is_tied and name == "lm_head.weight"  # of the embedding table
+        if not is_computed and not is_copy:
+            yield name, tensor

@@ -1,4 +1,5 @@
-"""The generative loss, the two contrastive losses beside it, and what makes them exact on any number of ranks.
+"""The generative loss, the two contrastive losses beside it, and what makes them exact on any number of
+ranks.
 
 Generative loss: next-token cross-entropy over the supervised tokens, as in LLaVA.
 
@@ -7,28 +8,29 @@ resemble the *input embeddings* of its caption's tokens more than those of other
 
     v_i   = mean over the N projected patches of image i
     s_ij  = mean over the tokens t of caption j of cos(v_i, e_jt)
-    L_con = - 1/2B sum_i [ log softmax_j(scale * s_ij)_ii + log softmax_j(scale * s_ji)_ii ]
+    L_con = - 1/(2B) sum_i [ log softmax_j(scale * s_ij)[j = i] + log softmax_j(scale * s_ji)[j = i] ]
 
-Stated by the paper: adapter output against the LLM's embedding layer, pooled patches, similarities averaged over
-tokens, a batch loss as in CLIP, the captioning loss beside it. Our choice, because the paper's method section is not
-available to us: mean pooling, a learnable temperature as in CLIP, weight 1.
+Stated by the paper: adapter output against the LLM's embedding layer, pooled patches, similarities averaged
+over tokens, a batch loss as in CLIP, the captioning loss beside it. Our choice, because the paper's method
+section is not available to us: mean pooling, a learnable temperature as in CLIP, weight 1.
 
-Cosine is linear in the unit token vector, so the average moves inside: s_ij = unit(v_i) . mean_t unit(e_jt). Two
-(B, C) matrices are all that ranks exchange, and the LLM is never run.
+Cosine is linear in the unit token vector, so the average moves inside: s_ij = unit(v_i) . mean_t unit(e_jt).
+Two (B, C) matrices are all that ranks exchange, and the LLM is never run.
 
-Contrastive loss "prompt" (our reading of Ak et al., ECCVW 2024): the same L_con over what the *LLM* makes of both,
+Contrastive loss "prompt" (our reading of Ak et al., ECCVW 2024): the same L_con over what the *LLM* makes of
+both,
 
     v_i   = last hidden state at the last prompt token of  [image][prompt]
     t_j   = last hidden state at the last token of         [caption][prompt]         s_ij = cos(v_i, t_j)
 
-Attention is causal, so the captioning pass [image][prompt][caption] holds v_i already, untouched by the caption; one
-short text-only pass is all that is added. Stated by the abstract: a CLIP-like loss beside next-token prediction, in
-the alignment stage, no extra data, and that prompts matter. Which vectors, which prompts, temperature and weight are
-our choice.
+Attention is causal, so the captioning pass [image][prompt][caption] holds v_i already, untouched by the
+caption; one short text-only pass is all that is added. Stated by the abstract: a CLIP-like loss beside
+next-token prediction, in the alignment stage, no extra data, and that prompts matter. Which vectors, which
+prompts, temperature and weight are our choice.
 
-Reduction. Every function returns this rank's *share*, such that the sum of the shares over all ranks (and over all
-micro-batches) is the loss of one process holding the whole batch. Gradients are then summed, never averaged, and
-the balance of the losses does not depend on the number of GPUs.
+Reduction. `generative_loss` and `contrastive_loss` return this rank's *share*: the sum of the shares over all
+ranks (and, for the former, all micro-batches) is the loss of one process holding the whole batch. Gradients
+are then summed, never averaged, and the balance of the losses does not depend on the number of GPUs.
 
 Read next: data.py; then train.py, which adds the losses up.
 """
@@ -40,27 +42,31 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+CONTRASTIVE = {"none": (), "patch": ("patch",), "prompt": ("prompt",), "both": ("patch", "prompt")}
 
-def precise(x):
-    """x in fp32, or in fp64 if it is that already."""
+
+def at_least_fp32(x):
+    """x in fp32, or in fp64 if it is that already: what sums over many numbers are computed in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def unit(x):
     """x / |x| along the last axis, in fp32; zero stays zero."""
-    return F.normalize(precise(x), dim=-1)
+    return F.normalize(at_least_fp32(x), dim=-1)
 
+
+# ------------------------------------------------------------------------------------------------------------
+# The generative loss
 
 def generative_loss(hidden, labels, head_weight):
     """Summed next-token cross-entropy of the supervised tokens: a scalar in nats; divide by their number.
 
-    hidden (B, S, C) last hidden states, labels (B, S) with -100 where nothing is supervised, head_weight (V, C).
-    Position s predicts token s + 1. Only supervised positions go through the head: at 16 x 700 tokens and 32,000
-    words the fp32 logits of all of them would take 1.4 GB, those of the captions some 30 MB.
-    """
+    hidden (B, S, C) last hidden states, labels (B, S) with -100 where nothing is supervised, head_weight (V,
+    C). Position s predicts token s + 1. Only supervised positions go through the head: at 16 x 700 tokens and
+    32,000 words the fp32 logits of all of them would take 1.4 GB, those of the captions some 30 MB. """
     labels = labels[:, 1:]  # (B, S - 1)
     supervised = labels != -100
-    logits = precise(F.linear(hidden[:, :-1][supervised], head_weight))  # (supervised tokens, V)
+    logits = at_least_fp32(F.linear(hidden[:, :-1][supervised], head_weight))  # (supervised tokens, V)
     return F.cross_entropy(logits, labels[supervised], reduction="sum")
 
 
@@ -69,30 +75,25 @@ def count_supervised(labels) -> int:
     return int((labels[:, 1:] != -100).sum())
 
 
-def pool_patches(patches, how: str = "mean"):
-    """Unit image vectors (B, C) of projected patches (B, N, C); "max" takes the largest of each coordinate."""
-    if how == "max":
-        return unit(patches.amax(dim=1))
-    return unit(patches.mean(dim=1, dtype=torch.promote_types(patches.dtype, torch.float32)))  # no fp32 copy of all
+# ------------------------------------------------------------------------------------------------------------
+# Image and text vectors, and the contrastive loss over them
+
+def pool_patches(patches):
+    """Unit image vectors (B, C) of projected patches (B, N, C). The mean is taken in fp32, without a copy of
+    all."""
+    return unit(patches.mean(dim=1, dtype=torch.promote_types(patches.dtype, torch.float32)))  # (B, C)
 
 
-def caption_vectors(embeds, mask, how: str = "mean"):
-    """What a pooled image is compared with: input embeddings (B, T, C) of a caption where mask (B, T) is True.
+def pool_caption(embeds, mask):
+    """Text vectors (B, C): the mean of the unit vectors of embeds (B, T, C), where mask (B, T) is True.
 
-    "mean": (B, C), the mean of the unit token vectors. Not a unit vector: the paper averages similarities, not
-    embeddings, and its length carries how alike the tokens are. "max": all unit token vectors, (B, T, C), of which
-    `contrastive_loss` takes the most similar. A caption without tokens gives zeros.
-    """
-    tokens = unit(embeds)
-    filled = mask[..., None].to(tokens.dtype)  # (B, T, 1)
-    tokens = tokens * filled  # (B, T, C)
-    if how == "mean":
-        return tokens.sum(1) / filled.sum(1).clamp(min=1)  # (B, C)
-    first = tokens[torch.arange(len(mask)), mask.int().argmax(1)]  # (B, C)
-    return torch.where(mask[..., None], tokens, first[:, None])  # (B, T, C): padding repeats a word, no max sees it
+    Not a unit vector: the paper averages similarities, not embeddings, and its length carries how alike the
+    tokens are. A caption without tokens gives zeros. """
+    filled = mask[..., None].to(embeds.dtype)  # (B, T, 1)
+    return (unit(embeds) * filled).sum(1) / filled.sum(1).clamp(min=1)  # (B, C)
 
 
-def summaries(hidden, positions):
+def hidden_at(hidden, positions):
     """Hidden states (B, C) in `hidden` (B, S, C), one of each row at `positions` (B,)."""
     return hidden[torch.arange(len(hidden), device=hidden.device), positions]  # (B, C)
 
@@ -120,35 +121,34 @@ class ContrastiveScale(nn.Module):
         self.log_scale.clamp_(0, math.log(100))
 
 
-TERMS = {"none": (), "patch": ("patch",), "prompt": ("prompt",), "both": ("patch", "prompt")}
-
-
 def contrastive_loss(image, text, scale, keys):
-    """This rank's shares of the symmetric InfoNCE over the global batch, in nats, and of its retrieval accuracy.
+    """This rank's shares of the symmetric InfoNCE over the global batch, in nats, and of its retrieval
+    accuracy.
 
-    image (B, C), text (B, C) or (B, T, C): row i of one belongs to row i of the other. `scale` multiplies their
-    products; of T products of one pair the largest counts. `keys` (B,) int64 identify captions: two rows with one
-    key describe both images equally well and are not negatives of each other. Local rows meet the columns of all
-    ranks, B x WB products a rank. The accuracy is the part of images whose most similar caption is their own (R@1).
-    """
+    image (B, C), text (B, C): row i of one belongs to row i of the other; `scale` multiplies their products.
+    `keys` (B,) int64 identify captions: two rows with one key describe both images equally well and are not
+    negatives of each other. Local rows meet the columns of all ranks, B x WB products a rank. The accuracy is
+    the part of images whose most similar caption is their own (R@1). """
     B, C = image.shape
-    text = equal_length(text) if text.ndim == 3 else text[:, None]  # (B, T, C)
-    all_image, all_text, all_keys = gather(image), gather(text), gather(keys)  # (WB, C), (WB, T, C), (WB,)
-    target = rank() * B + torch.arange(B, device=image.device)  # (B,) where our own pairs stand among all
-    same = keys[:, None] == all_keys[None]  # (B, WB)
-    same[torch.arange(B), target] = False
-    image_to_text = scale * (image @ all_text.flatten(0, 1).T).view(B, *all_text.shape[:2]).amax(2)  # (B, WB)
-    text_to_image = scale * (text.flatten(0, 1) @ all_image.T).view(B, -1, len(all_image)).amax(1)  # (B, WB)
-    image_to_text, text_to_image = (x.masked_fill(same, -torch.inf) for x in (image_to_text, text_to_image))
-    loss = F.cross_entropy(image_to_text, target, reduction="sum") + F.cross_entropy(text_to_image, target,
-                                                                                     reduction="sum")
-    correct = (image_to_text.argmax(1) == target).sum()
+    all_image, all_text, all_keys = gather(image), gather(text), gather(keys)  # (WB, C), (WB, C), (WB,)
+    own = rank() * B + torch.arange(B, device=image.device)  # (B,) where our own pairs stand among all
+    image_to_text = scale * image @ all_text.T  # (B, WB)
+    text_to_image = scale * text @ all_image.T  # (B, WB)
+
+    # An equal caption elsewhere in the batch is no negative. A pair's own place stays: it is the positive.
+    false_negative = keys[:, None] == all_keys[None]  # (B, WB)
+    false_negative[torch.arange(B), own] = False
+    image_to_text = image_to_text.masked_fill(false_negative, -torch.inf)
+    text_to_image = text_to_image.masked_fill(false_negative, -torch.inf)
+
+    loss = (F.cross_entropy(image_to_text, own, reduction="sum")
+            + F.cross_entropy(text_to_image, own, reduction="sum"))
+    correct = (image_to_text.argmax(1) == own).sum()
     return loss / (2 * len(all_keys)), correct / len(all_keys)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Exchange between ranks. One process is the degenerate case: rank 0 of 1, and a gather that changes nothing.
-
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -161,11 +161,10 @@ def world_size() -> int:
 class GatherWithGradient(torch.autograd.Function):
     """(B, ...) on each of W ranks -> (WB, ...), in rank order, on all of them.
 
-    Rank r's rows enter the loss of *every* rank, so their gradient is the sum of what all ranks say about them:
-    the backward of an all-gather is a reduce-scatter with SUM. Two common shortcuts are wrong. Gathering without
-    gradient, or returning the own slice alone, leaves 1/W of it under averaging: harmless to Adam when this is the
-    only loss, not when a generative loss stands beside it.
-    """
+    Rank r's rows enter the loss of *every* rank, so their gradient is the sum of what all ranks say about
+    them: the backward of an all-gather is a reduce-scatter with SUM. Two common shortcuts are wrong.
+    Gathering without gradient, or returning the own slice alone, leaves 1/W of it under averaging: harmless
+    to Adam when this is the only loss, not when a generative loss stands beside it. """
 
     @staticmethod
     def forward(ctx, x):
@@ -183,16 +182,3 @@ class GatherWithGradient(torch.autograd.Function):
 def gather(x):
     """x (B, ...) of every rank, (WB, ...), with gradient. B must be the same on every rank."""
     return GatherWithGradient.apply(x) if world_size() > 1 else x
-
-
-def lengthen(x, length: int):
-    """x (B, T, C) with its first token repeated at the end until T is `length`: a maximum over T does not see it."""
-    return torch.cat([x, x[:, :1].expand(-1, length - x.shape[1], -1)], dim=1)  # (B, length, C)
-
-
-def equal_length(x):
-    """x (B, T, C), lengthened to the largest T of all ranks."""
-    longest = torch.tensor(x.shape[1], device=x.device)
-    if world_size() > 1:
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
-    return lengthen(x, int(longest))

@@ -3,22 +3,19 @@
     vit = ViT.from_pretrained("openai/clip-vit-large-patch14-336")   # a folder, or a Hub id
     patches = vit(pixels)                                            # (B, 3, 336, 336) -> (B, 576, 1024)
 
-One plain ViT for three families, whose differences are a few lines of `ViTConfig`, each of which breaks pretrained
-weights if forgotten:
+One plain ViT for three families: CLIP (Radford et al. 2021, arXiv 2103.00020), SigLIP and SigLIP 2
+(2303.15343), and DINOv2 (Oquab et al. 2023, 2304.07193). What tells them apart is the table FAMILIES; each of
+its columns breaks pretrained weights if it is forgotten.
 
-                                             class token   patch bias   norm before block 1   layer scale   activation
-    CLIP (Radford et al. 2021, 2103.00020)   yes           no           yes                   no            quick-GELU
-    SigLIP, SigLIP 2 (2303.15343)            no            yes          no                    no            tanh-GELU
-    DINOv2 (Oquab et al. 2023, 2304.07193)   yes           yes          no                    yes           GELU
+LLaVA reads the output of the last block but one (`feature_layer=-2`), before any final LayerNorm, and drops
+the class token: the last block is trained to fill the class token alone, the one before still describes the
+patches.
 
-LLaVA reads the output of the last block but one (`feature_layer=-2`), before any final LayerNorm, and drops the
-class token: the last block is trained to fill the class token alone, the one before still describes the patches.
+Module names are those of CLIP's and SigLIP's Hugging Face checkpoints, so only DINOv2 needs a table of names.
+The end of this file, "On disk", is the one reader of folders, JSON and weights for every other file too.
 
-Module names are those of CLIP's and SigLIP's Hugging Face checkpoints, so that loading needs no table of names but
-for DINOv2. The strict weight reader at the end of this file serves llm.py and projector.py too.
-
-Letters, here and in every other file: B batch, N image tokens, T text tokens, S sequence, D ViT width,
-C LLM width, H heads, V vocabulary, W ranks.
+Letters, here and in every other file: B batch, P patches, N image tokens (what a projector makes of the
+patches: often as many), T text tokens, S sequence, D ViT width, C LLM width, H heads, V vocabulary, W ranks.
 
 Read next: llm.py (the language tower), then projector.py (the bridge between the two).
 """
@@ -27,21 +24,44 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 
+class Family(NamedTuple):
+    class_token: bool  # one more token before the patches, which stands for the whole picture
+    patch_bias: bool  # the patch embedding has a bias
+    pre_norm: bool  # a LayerNorm before the first block
+    layer_scale: bool  # a learned vector multiplies each branch of a block before it is added
+    mean: tuple  # what pixels from 0 to 1 were normalised with in training: (red, green, blue)
+    std: tuple
+    architecture: str | None  # the class of transformers that opens what `save_pretrained` writes
+
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-BICUBIC = 3  # Pillow's number of it, and so transformers'
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FAMILIES = {  # by config.json's model_type; the columns are the fields above
+    "clip_vision_model": Family(True, False, True, False, CLIP_MEAN, CLIP_STD, "CLIPVisionModel"),
+    "siglip_vision_model": Family(False, True, False, False, (0.5,) * 3, (0.5,) * 3, "SiglipVisionModel"),
+    "dinov2": Family(True, True, False, True, IMAGENET_MEAN, IMAGENET_STD, None),  # read, not written
+}
+ACTIVATIONS = {  # by config.json's hidden_act: CLIP has the first, DINOv2 the second, SigLIP the third
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+BICUBIC = 3  # Pillow's number for bicubic resampling, which transformers uses too
 
 
 @dataclass
 class ViTConfig:
-    """Sizes of the tower, under the names of Hugging Face's config.json. The defaults are CLIP ViT-L/14-336."""
+    """Sizes of the tower under the names of Hugging Face's config.json. The defaults are CLIP
+    ViT-L/14-336."""
 
-    image_size: int = 336
+    image_size: int = 336  # pixels a side
     patch_size: int = 14
     hidden_size: int = 1024
     intermediate_size: int = 4096
@@ -50,117 +70,75 @@ class ViTConfig:
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
     model_type: str = "clip_vision_model"
-    image_mean: tuple = CLIP_MEAN  # what the pixels are normalised with, and how a picture is resized:
-    image_std: tuple = CLIP_STD  # these three come from preprocessor_config.json
+    image_mean: tuple = ()  # these three, for data.preprocess, come from preprocessor_config.json;
+    image_std: tuple = ()  # empty: the family's
     resample: int = BICUBIC
+    vision_use_head: bool = False  # SigLIP's pooling head, which we do not keep
 
     def __post_init__(self):
-        self.image_mean, self.image_std = tuple(self.image_mean), tuple(self.image_std)
         if not isinstance(self.image_size, int) or not isinstance(self.patch_size, int):
-            raise ValueError(f"images of {self.image_size} in patches of {self.patch_size}: only squares are supported")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"the vision tower's activation is {self.hidden_act!r}; known: {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"images of {self.image_size} in patches of {self.patch_size}: "
+                             "only squares are supported")
+        for name, known in (("model_type", FAMILIES), ("hidden_act", ACTIVATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"the vision tower's {name} is {getattr(self, name)!r}; "
+                                 f"known: {', '.join(known)}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"width {self.hidden_size} does not divide into {self.num_attention_heads} heads")
+            raise ValueError(f"width {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
+        self.image_mean = tuple(self.image_mean or self.family.mean)
+        self.image_std = tuple(self.image_std or self.family.std)
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
     @property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2  # SigLIP's 384 / 14 leaves a border unseen
-
-    @property
-    def looks(self) -> tuple:
-        """The last arguments of data.preprocess."""
-        return self.image_mean, self.image_std, self.resample
-
-    @property
-    def class_token(self) -> bool:
-        return self.model_type != "siglip_vision_model"
-
-    @property
-    def patch_bias(self) -> bool:
-        return self.model_type != "clip_vision_model"
-
-    @property
-    def pre_norm(self) -> bool:
-        return self.model_type == "clip_vision_model"
-
-    @property
-    def layer_scale(self) -> bool:
-        return self.model_type == "dinov2"
-
-    @classmethod
-    def from_pretrained(cls, folder_or_id):
-        folder = resolve(folder_or_id, wanted=["*.json"])
-        config = read_config(folder, ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2"))
-        return cls.from_dict(config.get("vision_config", config), folder)  # a full CLIP or SigLIP wraps two towers
-
-    @classmethod
-    def from_dict(cls, config: dict, folder):
-        """From the content of a config.json whose defaults are filled in; `folder` is where it lies."""
-        if config["model_type"] not in LOOKS:
-            raise ValueError(f"{folder}: the vision tower is of type {config['model_type']!r}; "
-                             f"known: {', '.join(LOOKS)}")
-        if config.get("use_swiglu_ffn"):
-            raise ValueError(f"{folder}: DINOv2 giant's gated MLP is not supported")
-        if config["model_type"] == "dinov2":
-            config["intermediate_size"] = config["hidden_size"] * config["mlp_ratio"]
-        file = folder / "preprocessor_config.json"
-        written = {key: value for key, value in (read_json(file) if file.exists() else {}).items()
-                   if key in ("image_mean", "image_std", "resample")}
-        return build(cls, config | LOOKS[config["model_type"]] | written, folder)
-
-    def to_dict(self) -> dict:
-        """What config.json says of it."""
-        return asdict(self) | {"vision_use_head": False}  # SigLIP's pooling head, which we do not keep
-
-
-ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu,
-               "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
-LOOKS = {  # where there is no preprocessor_config.json: what the family was trained with
-    "clip_vision_model": {"image_mean": CLIP_MEAN, "image_std": CLIP_STD},
-    "siglip_vision_model": {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)},
-    "dinov2": {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)},
-}
+        return (self.image_size // self.patch_size) ** 2  # P; SigLIP's 384 / 14 leaves a border unseen
 
 
 class Embeddings(nn.Module):
-    """Pixels (B, 3, H, W) -> patches with positions added, a class token before them where there is one, (B, L, D)."""
+    """Pixels (B, 3, H, W) -> patches with positions added, (B, L, D). L is P, or 1 + P with a class token."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         D, self.num_patches = config.hidden_size, config.num_patches
-        if config.class_token:
+        self.has_class_token = config.family.class_token
+        if self.has_class_token:
             self.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
-        self.patch_embedding = nn.Conv2d(3, D, config.patch_size, config.patch_size, bias=config.patch_bias)
-        self.position_embedding = nn.Embedding(config.class_token + self.num_patches, D)
+        # One matrix maps each patch to D numbers: a convolution whose stride is its own width.
+        self.patch_embedding = nn.Conv2d(3, D, config.patch_size, config.patch_size,
+                                         bias=config.family.patch_bias)
+        self.position_embedding = nn.Embedding(self.has_class_token + self.num_patches, D)
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, pixels):
         B, _, height, width = pixels.shape
-        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, P, D)
         if x.shape[1] != self.num_patches:
             raise ValueError(f"an image of {height} x {width} gives {x.shape[1]} patches; "
                              f"the position table holds {self.num_patches}")
-        if hasattr(self, "class_embedding"):
-            x = torch.cat([self.class_embedding.expand(B, 1, -1), x], dim=1)  # (B, 1 + N, D)
+        if self.has_class_token:
+            x = torch.cat([self.class_embedding.expand(B, 1, -1), x], dim=1)  # (B, 1 + P, D)
         return x + self.position_embedding.weight  # (B, L, D)
 
 
 class Attention(nn.Module):
-    """Every token looks at every token: no mask. (B, L, D) -> (B, L, D), with L = N or 1 + N."""
+    """Every token looks at every token: no mask. (B, L, D) -> (B, L, D)."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        D, self.num_heads = config.hidden_size, config.num_attention_heads
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, D)
+        self.v_proj = nn.Linear(D, D)
+        self.out_proj = nn.Linear(D, D)
 
     def forward(self, x):
         B, L, D = x.shape
-        q, k, v = (proj(x).view(B, L, self.num_heads, D // self.num_heads).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # each (B, H, L, D / H)
+        q = self.q_proj(x).view(B, L, self.num_heads, -1).transpose(1, 2)  # (B, H, L, D / H)
+        k = self.k_proj(x).view(B, L, self.num_heads, -1).transpose(1, 2)  # (B, H, L, D / H)
+        v = self.v_proj(x).view(B, L, self.num_heads, -1).transpose(1, 2)  # (B, H, L, D / H)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, L, D / H)
         return self.out_proj(x.transpose(1, 2).reshape(B, L, D))  # (B, L, D)
 
@@ -176,29 +154,40 @@ class MLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
+class LayerScale(nn.Module):
+    """x times a learned vector (D,): DINOv2's."""
+
+    def __init__(self, D: int):
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.ones(D))
+
+    def forward(self, x):
+        return x * self.lambda1
+
+
 class Block(nn.Module):
-    """Pre-norm; DINOv2 scales each branch by a learned vector before it is added."""
+    """Pre-norm: attention, then the MLP, each added to what came in. (B, L, D) -> (B, L, D)."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        D = config.hidden_size
+        D, has_scale = config.hidden_size, config.family.layer_scale
         self.layer_norm1 = nn.LayerNorm(D, config.layer_norm_eps)
         self.self_attn = Attention(config)
+        self.layer_scale1 = LayerScale(D) if has_scale else nn.Identity()
         self.layer_norm2 = nn.LayerNorm(D, config.layer_norm_eps)
         self.mlp = MLP(config)
-        self.layer_scale1 = nn.Parameter(torch.ones(D)) if config.layer_scale else 1.0
-        self.layer_scale2 = nn.Parameter(torch.ones(D)) if config.layer_scale else 1.0
+        self.layer_scale2 = LayerScale(D) if has_scale else nn.Identity()
 
     def forward(self, x):
-        x = x + self.layer_scale1 * self.self_attn(self.layer_norm1(x))
-        return x + self.layer_scale2 * self.mlp(self.layer_norm2(x))
+        x = x + self.layer_scale1(self.self_attn(self.layer_norm1(x)))
+        return x + self.layer_scale2(self.mlp(self.layer_norm2(x)))
 
 
 class ViT(nn.Module):
-    """`vit(pixels (B, 3, H, W)) -> patch features (B, N, D)`: no class token, no final LayerNorm.
+    """`vit(pixels (B, 3, H, W)) -> patch features (B, P, D)`: no class token, no final LayerNorm.
 
-    `feature_layer` counts like Hugging Face's `hidden_states`: 0 is the embedding, k the output of block k, and
-    negative numbers count from the end. Blocks behind it are kept (the tower stays whole on disk) but never run.
+    `feature_layer` counts like Hugging Face's `hidden_states`: 0 is the embedding, k the output of block k,
+    negative numbers count from the end. Blocks behind it are kept (the tower stays whole on disk), never run.
     """
 
     def __init__(self, config: ViTConfig, feature_layer: int = -2):
@@ -206,13 +195,13 @@ class ViT(nn.Module):
         layers = config.num_hidden_layers
         if not -layers - 1 <= feature_layer <= layers:
             raise ValueError(f"feature_layer {feature_layer} does not exist in a tower of {layers} blocks")
-        self.config, self.feature_layer = config, feature_layer
-        self.num_tokens = config.num_patches  # N: nobody else computes it
+        self.config, self.feature_layer, self.num_patches = config, feature_layer, config.num_patches
+        self.blocks_run = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer  # -2 of 24: 23
         self.embeddings = Embeddings(config)
-        if config.pre_norm:
-            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # (sic): CLIP's own spelling
+        if config.family.pre_norm:
+            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # CLIP's own spelling
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Block(config) for _ in range(layers))})
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # for the pooled output only
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # kept, never run
 
     @property
     def dtype(self):
@@ -220,89 +209,121 @@ class ViT(nn.Module):
 
     def forward(self, pixels):
         x = self.embeddings(pixels)  # (B, L, D)
-        if self.config.pre_norm:
+        if self.config.family.pre_norm:
             x = self.pre_layrnorm(x)
-        blocks = self.encoder["layers"]
-        for block in blocks[: self.feature_layer % (len(blocks) + 1)]:  # -2 of 24 blocks: the first 23
+        for block in self.encoder["layers"][: self.blocks_run]:
             x = block(x)
-        return x[:, 1:] if self.config.class_token else x  # (B, N, D)
+        return x[:, 1:] if self.config.family.class_token else x  # (B, P, D)
 
     @classmethod
     def from_pretrained(cls, folder_or_id, feature_layer: int = -2, dtype=torch.float32, device="cpu"):
-        """A folder of CLIP, SigLIP or DINOv2, or of a vision tower alone, as Hugging Face writes them. Strict: see
-        `load_strictly`."""
-        folder = resolve(folder_or_id)
-        config = ViTConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            vit = cls(config, feature_layer)
-        rename = dinov2_name if config.model_type == "dinov2" else lambda name: name.removeprefix("vision_model.")
-        tensors = ((rename(name), tensor.squeeze() if name in ONE_ROW else tensor)
-                   for name, tensor in read_weights(folder) if not NOT_OURS.match(name))
-        return load_strictly(vit, tensors, folder, dtype, device)
+        """The frozen tower of a folder of CLIP, SigLIP or DINOv2 as Hugging Face writes it, text half or not.
+        Strict: see `load_strictly`."""
+        folder = resolve_model(folder_or_id)
+        with torch.device("meta"):  # shapes only; the weights come from the files
+            vit = cls(load_vit_config(folder), feature_layer)
+        return load_strictly(vit, vit_tensors(folder), folder, dtype, device).requires_grad_(False).eval()
 
     def save_pretrained(self, folder):
-        """Write config.json, preprocessor_config.json and model.safetensors, which transformers opens as the same
-        tower. (DINOv2, whose names we do not keep, is not written.)"""
-        name = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}.get(
-            self.config.model_type)
-        if name is None:
+        """Write config.json, preprocessor_config.json and model.safetensors, which transformers opens as the
+        same tower. ValueError for DINOv2, whose names we do not keep."""
+        architecture = self.config.family.architecture
+        if architecture is None:
             raise ValueError(f"a tower of type {self.config.model_type} is read, not written")
-        write_weights(dict(self.named_parameters()), folder, self.config.to_dict() | {"architectures": [name]})
-        write_looks(self.config, folder)
+        write_weights(dict(self.named_parameters()), folder, asdict(self.config) | {"architectures": [architecture]})
+        write_preprocessor_config(self.config, folder)
 
 
-def write_looks(config: ViTConfig, folder):
-    """preprocessor_config.json, from which transformers makes a processor that resizes and crops as data.preprocess
-    does with "crop": CLIP's, for every family. (SigLIP's own squeezes pictures into squares.)"""
+# ------------------------------------------------------------------------------------------------------------
+# On disk, the vision tower's own part: config.json, preprocessor_config.json, and the names of the tensors
+
+def load_vit_config(folder_or_id) -> ViTConfig:
+    """The sizes of the tower in a folder or on the Hub, without its weights."""
+    folder = resolve(folder_or_id, ["*.json"])
+    config = read_config(folder, ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2"))
+    return vit_config_from_dict(config.get("vision_config", config), folder)  # a whole CLIP wraps two towers
+
+
+def vit_config_from_dict(config: dict, folder: Path) -> ViTConfig:
+    """From the content of a config.json whose defaults are filled in; `folder` is where it lies."""
+    if config.get("use_swiglu_ffn"):
+        raise ValueError(f"{folder}: DINOv2 giant's gated MLP is not supported")
+    if config["model_type"] == "dinov2":
+        config["intermediate_size"] = config["hidden_size"] * config["mlp_ratio"]
+    file = folder / "preprocessor_config.json"
+    preprocessor = read_json(file) if file.exists() else {}
+    for key in ("image_mean", "image_std", "resample"):
+        config[key] = preprocessor.get(key)
+    return config_from_dict(ViTConfig, config, folder)
+
+
+def write_preprocessor_config(config: ViTConfig, folder):
+    """preprocessor_config.json, from which transformers makes a processor that resizes and crops as
+    data.preprocess does with "crop": CLIP's, for every family. (SigLIP's own squeezes pictures to
+    squares.)"""
     size = config.image_size
     (Path(folder) / "preprocessor_config.json").write_text(json.dumps(
         {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size},
          "resample": config.resample, "do_center_crop": True, "crop_size": {"height": size, "width": size},
-         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": config.image_mean,
-         "image_std": config.image_std, "do_convert_rgb": True}, indent=2) + "\n")
+         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
+         "image_mean": config.image_mean, "image_std": config.image_std}, indent=2) + "\n")
 
 
-# What a folder holds beside the tower: CLIP's and SigLIP's text half and pooling head, DINOv2's training mask.
-NOT_OURS = re.compile(r"text_model\.|text_projection\.|visual_projection\.|logit_(scale|bias)|(vision_model\.)?head\."
-                      r"|embeddings\.mask_token|.*position_ids$")
-ONE_ROW = ("embeddings.cls_token", "embeddings.position_embeddings")  # DINOv2 keeps these with a batch axis of one
+# What a folder holds beside the tower: a text half, SigLIP's pooling head, DINOv2's training mask.
+NOT_OURS = re.compile(r"text_model\.|text_projection\.|visual_projection\.|logit_(scale|bias)"
+                      r"|(vision_model\.)?head\.|embeddings\.mask_token|.*position_ids$")
+DINOV2_NAMES = (  # a part of their name, ours; no name of CLIP or SigLIP holds one of these parts
+    ("cls_token", "class_embedding"), ("position_embeddings", "position_embedding.weight"),
+    ("patch_embeddings.projection", "patch_embedding"), ("encoder.layer.", "encoder.layers."),
+    ("attention.attention.", "self_attn."), ("attention.output.dense", "self_attn.out_proj"),
+    (".query", ".q_proj"), (".key", ".k_proj"), (".value", ".v_proj"),
+    (".norm1", ".layer_norm1"), (".norm2", ".layer_norm2"))
 
 
-def dinov2_name(name: str) -> str:
-    """Our name of a tensor in a DINOv2 folder."""
-    for theirs, ours in (("cls_token", "class_embedding"), ("position_embeddings", "position_embedding.weight"),
-                         ("patch_embeddings.projection", "patch_embedding"), ("encoder.layer.", "encoder.layers."),
-                         ("attention.attention.", "self_attn."), ("attention.output.dense", "self_attn.out_proj"),
-                         ("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), (".lambda1", ""),
-                         ("norm1", "layer_norm1"), ("norm2", "layer_norm2")):
+def our_vit_name(name: str) -> str:
+    """Our name of a tensor in a folder of any family."""
+    name = name.removeprefix("vision_model.")
+    for theirs, ours in DINOV2_NAMES:
         name = name.replace(theirs, ours)
-    return f"post_{name}" if name.startswith("layernorm.") else name
+    return f"post_{name}" if name.startswith("layernorm.") else name  # DINOv2's last norm
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Weights on disk. One reader for both towers and the projector; nothing is unpickled but plain tensors.
+def vit_tensors(folder: Path):
+    """Yield (our name, tensor) of the vision tower in a folder, one shard in memory at a time."""
+    for name, tensor in read_weights(folder):
+        if not NOT_OURS.match(name):
+            if name in ("embeddings.cls_token", "embeddings.position_embeddings"):
+                tensor = tensor.squeeze()  # DINOv2 keeps a batch axis there
+            yield our_vit_name(name), tensor
 
 
-WEIGHTS = ("*.json", "*.jinja", "*.safetensors")  # also of a run directory, where they lie deeper
-TOKENIZER = ("*token*", "*.jinja", "vocab*", "merges*")  # the files of a tokenizer, whatever its kind
+# ------------------------------------------------------------------------------------------------------------
+# On disk, the one reader for all files. Nothing is unpickled but plain tensors.
+
+MODEL_FILES = ("*.json", "*.jinja", "*.safetensors")  # also those of a run directory, where some lie deeper
+TOKENIZER_FILES = ("*token*", "*.jinja", "vocab*", "merges*")  # whatever its kind
 
 
-def resolve(folder_or_id, wanted=WEIGHTS) -> Path:
-    """A local folder (as given, or below this project), else a Hub id's snapshot, of which the files `wanted` are
-    fetched; .bin weights only where there are no others. HF_HUB_OFFLINE=1 is honoured."""
+def resolve(folder_or_id, patterns) -> Path:
+    """A local folder (as given, or below this project), else a folder with the files of a Hub id that fit one
+    of the patterns (HF_HUB_OFFLINE=1 works). FileNotFoundError if there is neither."""
     for folder in (Path(folder_or_id), Path(__file__).parent / folder_or_id):
         if folder.is_dir():
             return folder
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # imported late: only those who download need it
+    ignored = ["consolidated*"]  # the same weights in Mistral's own form
     try:
-        folder = Path(snapshot_download(str(folder_or_id), allow_patterns=list(wanted),
-                                        ignore_patterns=["consolidated*"]))  # the same weights in Mistral's own form
-        if wanted == WEIGHTS and not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(str(folder_or_id), allow_patterns=["*.json", "pytorch_model*.bin"]))
-        return folder
+        return Path(snapshot_download(str(folder_or_id), allow_patterns=list(patterns), ignore_patterns=ignored))
     except Exception as error:  # whatever the network says, the reader needs the name that was not found
         raise FileNotFoundError(f"{folder_or_id}: no such folder, and the Hub does not give it "
                                 f"({type(error).__name__}: {str(error).strip().splitlines()[0]})") from error
+
+
+def resolve_model(folder_or_id) -> Path:
+    """The same with the weights; .bin files are fetched only where there are no safetensors."""
+    folder = resolve(folder_or_id, MODEL_FILES)
+    has_weights = any(folder.glob("*.safetensors"))
+    return folder if has_weights else resolve(folder_or_id, ("*.json", "pytorch_model*.bin"))
 
 
 def read_json(path: Path):
@@ -316,10 +337,9 @@ def read_json(path: Path):
 
 
 def read_config(folder: Path, families) -> dict:
-    """config.json with the defaults that its file leaves out filled in by transformers, as a dict.
-
-    A `model_type` outside `families` is an error: weights of a neighbour often fit by shape and compute nonsense.
-    """
+    """config.json as a dict, with the defaults that its file leaves out filled in by transformers. ValueError
+    for a `model_type` outside `families`: another family's weights often fit by shape and compute
+    nonsense."""
     from transformers import AutoConfig  # imported late: it takes seconds, and only loading needs it
     config = read_json(folder / "config.json")
     family = config.get("model_type") if isinstance(config, dict) else None
@@ -331,34 +351,31 @@ def read_config(folder: Path, families) -> dict:
         raise ValueError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
 
 
-def build(config_class, values: dict, folder):
-    """The dataclass from those of `values` that it has a field for; a config.json holds many more."""
+def config_from_dict(config_class, values: dict, folder):
+    """The dataclass from those of `values` that are set and that it has a field for; config.json holds
+    more."""
+    known = {key: values[key] for key in config_class.__dataclass_fields__ if values.get(key) is not None}
     try:
-        return config_class(**{key: values[key] for key in config_class.__dataclass_fields__
-                               if values.get(key) is not None})
+        return config_class(**known)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
 def read_weights(folder: Path):
-    """Yield (name, tensor) of every weight in a Hugging Face folder, one shard in memory at a time.
-
-    Reads `model.safetensors`, its sharded form, or `pytorch_model.bin` and its sharded form (`weights_only=True`).
-    """
+    """Yield (name, tensor) of every weight in a Hugging Face folder, one shard in memory at a time, of
+    `model.safetensors` or `pytorch_model.bin` (with `weights_only=True`), whole or in shards."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
+        index, whole = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
         if index.exists():
             places = read_json(index)
             if not isinstance(places, dict) or not isinstance(places.get("weight_map"), dict):
                 raise ValueError(f"{index}: has no weight_map, which says where each tensor is")
-            shards = sorted(set(places["weight_map"].values()))
-        elif (folder / f"{stem}.{suffix}").exists():
-            shards = [f"{stem}.{suffix}"]
-        else:
-            continue
-        for shard in shards:
-            yield from read_shard(folder / shard)
-        return
+            for shard in sorted(set(places["weight_map"].values())):
+                yield from read_shard(folder / shard)
+            return
+        if whole.exists():
+            yield from read_shard(whole)
+            return
     raise FileNotFoundError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin")
 
 
@@ -383,25 +400,23 @@ def read_shard(path: Path):
 
 
 def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32, device="cpu"):
-    """Set every parameter of `module` (built on the meta device) from (name, tensor) pairs, and return it frozen
-    and in eval mode.
+    """Set every parameter of `module` (built on the meta device) from (name, tensor) pairs, and return it.
 
-    Strict both ways: a tensor without a parameter, a parameter without a tensor and a shape that differs are each
-    a ValueError naming the tensor and `source`. A head left random because its name was new costs a training run.
-    """
-    wanted = {name: parameter.shape for name, parameter in module.named_parameters()}
+    Strict both ways: a tensor without a parameter, a parameter without a tensor and a shape that differs are
+    each a ValueError naming it and `source`. A head left random because its name was new costs a training
+    run. """
+    kind, wanted = type(module).__name__, {name: p.shape for name, p in module.named_parameters()}
     for name, tensor in tensors:
         if name not in wanted:
-            raise ValueError(f"{source}: tensor {name!r} has no place in {type(module).__name__} (or came twice)")
+            raise ValueError(f"{source}: {name!r} has no place in {kind}, or came twice")
         if tensor.shape != wanted[name]:
-            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, "
-                             f"{type(module).__name__} needs {tuple(wanted[name])}")
+            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, {kind} needs {tuple(wanted[name])}")
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
         del wanted[name]
     if wanted:
         raise ValueError(f"{source}: {len(wanted)} tensors missing, the first is {next(iter(wanted))!r}")
-    return module.eval()
+    return module
 
 
 def write_weights(tensors: dict, folder, config: dict | None = None, file: str = "model.safetensors"):

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import data
+from lab import toy_world
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -48,7 +49,7 @@ def clip_folder(tmp_path_factory):
 def llama_folder(tmp_path_factory):
     """A Llama of transformers, random, on disk, with the toy world's tokenizer: width 32, 2 blocks, 4 heads on 2."""
     folder = tmp_path_factory.mktemp("llama")
-    data.write_toy_tokenizer(folder)
+    toy_world.write_tokenizer(folder)
     vocabulary = len(data.load_tokenizer(folder))
     shaken(transformers.LlamaForCausalLM(llama_config(vocab_size=vocabulary))).save_pretrained(folder)
     return folder

@@ -15,20 +15,24 @@ from PIL import Image
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 import data
+from lab import toy_world
 from data import ANSWER, CONTEXT, END
+from vit import ViTConfig
+
+TOWER = ViTConfig(image_size=32, patch_size=8)  # CLIP's normalisation
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world") / "toy"
-    data.write_toy_world(folder, align=40, instruct=40, text=10, test=40)
+    toy_world.write_world(folder, align=40, instruct=40, text=10, test=40)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    data.write_toy_tokenizer(folder)
+    toy_world.write_tokenizer(folder)
     return data.load_tokenizer(folder)
 
 
@@ -49,9 +53,9 @@ def picture(width, height):
 def test_crop_equals_clip_image_processor(size):
     theirs = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     expected = theirs(picture(*size), return_tensors="pt")["pixel_values"][0]
-    ours = data.preprocess(picture(*size), 32, "crop")
+    ours = data.preprocess(picture(*size), TOWER, "crop")
     assert ours.shape == (3, 32, 32)
-    one_grey_level = 1 / 255 / min(data.CLIP_STD)
+    one_grey_level = 1 / 255 / min(TOWER.image_std)
     assert (ours - expected).abs().max() <= one_grey_level * 1.01
 
 
@@ -62,7 +66,7 @@ def test_pad_keeps_the_whole_picture_on_the_mean_colour(size):
     square = np.full((side, side, 3), (122, 116, 104), dtype=np.uint8)  # int(255 * mean), as in LLaVA
     top, left = (side - height) // 2, (side - width) // 2
     square[top : top + height, left : left + width] = np.asarray(image)
-    assert torch.equal(data.preprocess(image, 32, "pad"), data.preprocess(Image.fromarray(square), 32, "crop"))
+    assert torch.equal(data.preprocess(image, TOWER, "pad"), data.preprocess(Image.fromarray(square), TOWER, "crop"))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK"])
@@ -131,28 +135,30 @@ def llama2(legacy):
 
 @pytest.mark.parametrize("template, sample, legacy, ids, loss", VECTORS)
 def test_llava_vectors(template, sample, legacy, ids, loss):
-    pieces = getattr(data, template)(data.clean_turns(sample), "</s>")
-    ours, roles = data.tokenise(pieces, llama2(legacy), "image" in sample)
+    tokenizer = llama2(legacy)
+    pieces = data.TEMPLATES[template](data.clean_turns(sample), tokenizer)
+    ours, roles = data.tokenise(pieces, tokenizer, "image" in sample)
     assert len(ours) == ids if isinstance(ids, int) else ours == ids
     assert [i for i, role in enumerate(roles) if role != CONTEXT] == list(loss)
 
 
 @pytest.mark.parametrize("answer, first", [("5", 29871), ("\nA b", 29871)])
 def test_a_lone_space_before_the_answer_carries_loss(answer, first):
-    ids, roles = data.tokenise(data.v1([("human", "<image>\nHow many dogs?"), ("gpt", answer)], "</s>"), llama2(False),
-                               True)
+    tokenizer = llama2(False)
+    pieces = data.v1([("human", "<image>\nHow many dogs?"), ("gpt", answer)], tokenizer)
+    ids, roles = data.tokenise(pieces, tokenizer, True)
     assert ids[roles.index(ANSWER)] == first
 
 
 def test_plain_takes_two_turns_with_an_image():
     for sample in (CHAT, TEXT):
         with pytest.raises(ValueError, match="plain template"):
-            data.plain(data.clean_turns(sample), "</s>")
+            data.plain(data.clean_turns(sample), None)
 
 
 def test_supervised_ids_decode_to_the_answers(toy, tokenizer):
     for sample in data.load_records(toy / "instruct.json"):
-        ids, roles = data.tokenise(data.v1(data.clean_turns(sample), "</s>"), tokenizer, "image" in sample)
+        ids, roles = data.tokenise(data.v1(data.clean_turns(sample), tokenizer), tokenizer, "image" in sample)
         assert tokenizer.unk_token_id not in ids
         said = tokenizer.decode([i for i, role in zip(ids, roles) if role != CONTEXT])
         assert said == " ".join(turn["value"] + " </s>" for turn in sample["conversations"][1::2])
@@ -194,13 +200,13 @@ def test_bad_records_are_named(tmp_path, bad, message):
 
 
 def test_good_oddities():
-    assert data.fault({"conversations": [{"from": "gpt", "value": "hello"}] + TEXT["conversations"]}) is None
-    assert "not a file name" in data.fault(CAPTION | {"image": ["a.jpg", "b.jpg"]})
-    assert data.fault(record("q", "a", "r") | {"model": ""}) is None  # ends on a question: earlier answers count
+    assert data.find_problem({"conversations": [{"from": "gpt", "value": "hello"}] + TEXT["conversations"]}) is None
+    assert "not a file name" in data.find_problem(CAPTION | {"image": ["a.jpg", "b.jpg"]})
+    assert data.find_problem(record("q", "a", "r") | {"model": ""}) is None  # ends on a question: earlier answers count
 
 
 def test_missing_image_names_record_and_file(tmp_path, tokenizer):
-    samples = data.Conversations([CAPTION | {"image": "gone.png"}], tmp_path, tokenizer, "plain", 32, "crop")
+    samples = data.Conversations([CAPTION | {"image": "gone.png"}], tmp_path, tokenizer, "plain", TOWER, "crop")
     with pytest.raises(ValueError, match="record 'r': .*gone.png: no such image"):
         samples[0]
 
@@ -248,7 +254,7 @@ def test_prompts_are_not_cut(tokenizer):
 
 
 def test_another_llms_tokenizer_is_refused(tokenizer):
-    data.check_vocabulary(tokenizer, data.TOY_VOCABULARY)
+    data.check_vocabulary(tokenizer, toy_world.VOCABULARY)
     with pytest.raises(ValueError, match="ids up to 81, the LLM has 80 embeddings"):
         data.check_vocabulary(tokenizer, 80)
 
@@ -304,42 +310,12 @@ def test_scienceqa_prompt():
 
 
 def test_scienceqa_folder(toy):
-    questions = data.load_scienceqa(toy / "scienceqa", "test")
+    questions = data.load_scienceqa(toy / "ScienceQA", "test")
     assert len(questions) == 40 and sum(q["image"] is not None for q in questions) == 30
     assert all(q["image"].exists() for q in questions if q["image"])
     assert {q["num_choices"] for q in questions} == {2, 3, 4}
     with pytest.raises(ValueError, match="no split 'tset'"):
-        data.load_scienceqa(toy / "scienceqa", "tset")
-
-
-def test_pope_and_mme_folders(toy, tmp_path):
-    questions = data.load_pope(toy / "pope")
-    assert len(questions) == 20 and all(q["image"].exists() for q in questions)
-    assert [q["answer"] for q in questions[:4]] == ["yes", "no", "yes", "no"]
-    assert questions[0]["prompt"].startswith("<image>\nIs there a ") and questions[0]["prompt"].endswith(data.SHORT)
-    pairs = data.load_mme(toy / "mme")
-    assert len(pairs) == 40 and {q["category"] for q in pairs} == set(data.VALUES)
-    assert all((a["answer"], b["answer"]) == ("yes", "no") and a["image"] == b["image"] and a["image"].suffix == ".png"
-               for a, b in zip(pairs[::2], pairs[1::2]))
-    assert len(data.load_mme(toy / "mme", "color")) == 10
-    # MME's other layout, its two spaces, and a picture with another ending
-    (tmp_path / "scene/images").mkdir(parents=True)
-    (tmp_path / "scene/questions_answers_YN").mkdir()
-    (tmp_path / "scene/images/7.jpg").touch()
-    (tmp_path / "scene/questions_answers_YN/7.txt").write_text(
-        "Is it a hall?  Please answer yes or no.\tYes\nIs it a bar? Please answer yes or no.\tNo\n")
-    first, _ = data.load_mme(tmp_path)
-    assert first["prompt"] == f"<image>\nIs it a hall?{data.SHORT}" and first["image"].name == "7.jpg"
-
-
-@pytest.mark.parametrize("name, text, message", [
-    ("x_pope_random.json", '{"question_id": 1, "image": "a.png", "text": "?"}\n', "line 1 is not a POPE question"),
-    ("color/a.txt", "Is it red?\tYes\n", "not two lines")])
-def test_bad_yes_no_files(tmp_path, name, text, message):
-    (tmp_path / "color").mkdir()
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        (data.load_pope if "pope" in name else data.load_mme)(tmp_path)
+        data.load_scienceqa(toy / "ScienceQA", "tset")
 
 
 # ---- the LLM's own chat template ------------------------------------------------------------------------------------
@@ -455,49 +431,6 @@ def test_chat_templates_that_fit_no_labels_are_refused():
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         data.chat(CHAT_TURNS, tokenizer)
-
-
-# ---- the toy world -------------------------------------------------------------------------------------------------
-
-
-def test_toy_world_is_the_same_every_time(toy, tmp_path):
-    data.write_toy_world(tmp_path / "again", align=40, instruct=40, text=10, test=40)
-
-    def digest(folder):
-        return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-                for file in sorted(folder.rglob("*")) if file.is_file()}
-
-    assert digest(toy) == digest(tmp_path / "again")
-
-
-def test_toy_splits_are_disjoint():
-    splits = {name: {tuple(scene.values()) for scene in scenes} for name, scenes in data.toy_scenes().items()}
-    assert [len(part) for part in splits.values()] == [304, 40, 40]
-    assert len(set.union(*splits.values())) == 384
-
-
-def test_toy_instructions_hold_no_multiple_choice(toy):
-    text = (toy / "instruct.json").read_text()
-    assert "A. " not in text and "The answer is" not in text and data.SHORT.strip() in text
-    records = data.load_records(toy / "instruct.json")
-    assert sum("image" not in r for r in records) == len(records) // 10
-
-
-def test_toy_files_are_valid_records(toy):
-    for name in ("align", "instruct", "text"):
-        for item in data.load_records(toy / f"{name}.json"):
-            assert data.fault(item) is None
-
-
-def test_toy_text_problem_tells_the_answer_in_its_hint():
-    problem = data.toy_problem(data.toy_scenes()["val"][0], "color", random.Random(0), "", None)
-    answer = data.toy_problem_answer(problem)
-    choice, letter = problem["choices"][problem["answer"]], "ABCDE"[problem["answer"]]
-    assert answer == f"{choice}. The answer is {letter}."
-
-
-def test_vocabulary_size_is_known(tokenizer):
-    assert len(tokenizer) == data.TOY_VOCABULARY
 
 
 # ---- check ---------------------------------------------------------------------------------------------------------

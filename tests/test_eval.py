@@ -125,21 +125,3 @@ def test_word_maps_are_cosines_in_reading_order(clip_folder, llama_folder):
     patches = vlm.encode(data.preprocess(picture, 32, "crop")[None])[0]
     red = vlm.llm.embed(torch.tensor(tokenizer("red", add_special_tokens=False).input_ids))[0]
     assert maps[1][1][1, 2] == pytest.approx(F.cosine_similarity(patches[6], red, dim=0).item(), abs=1e-6)
-
-
-# ---- means over seeds ----------------------------------------------------------------------------------------------
-
-
-def test_interval_is_students():
-    mean, half = evaluation.interval([80.0, 82.0, 84.0, 86.0, 88.0])
-    assert mean == 84 and half == pytest.approx(2.776 * math.sqrt(10 / 5), rel=2e-3)  # sample variance 10, n = 5
-    assert evaluation.interval([3.0]) == (3.0, None)
-
-
-def test_table_and_chart(tmp_path):
-    rows = {"generative": [[50.0, 52.0], None], "+ patch": [[60.0], [70.0, 70.0]]}
-    text = evaluation.table("loss", ["0%", "100%"], rows)
-    assert text.splitlines()[2:] == ["| generative | 51.0 ± 12.7 | - |", "| + patch | 60.0 | 70.0 ± 0.0 |"]
-    evaluation.chart(tmp_path / "c.png", "title", "x", "y", ["0%", "100%"], rows)
-    colours = {colour for _, colour in Image.open(tmp_path / "c.png").convert("RGB").getcolors(10**6)}
-    assert Image.open(tmp_path / "c.png").size == (900, 540) and {(128, 128, 128), (214, 39, 40)} <= colours

@@ -59,7 +59,7 @@ def sample(number: int, stage: str) -> dict:
         question = words(2, 4) if stage == "instruct" else []
         ids += question + turn + [2]
         roles += [data.CONTEXT] * len(question) + [data.ANSWER] * len(turn) + [data.END]
-    return {"ids": ids, "roles": roles, "pixels": pixels, "summary_ids": [1, *caption, 8, 9], "name": str(number)}
+    return {"ids": ids, "roles": roles, "pixels": pixels, "text_ids": [1, *caption, 8, 9], "name": str(number)}
 
 
 def run(name, world, micro, checkpointing, shard, rank=0) -> list:
@@ -72,7 +72,7 @@ def run(name, world, micro, checkpointing, shard, rank=0) -> list:
         vlm = VLM(ViT(ViTConfig(32, 8, 32, 64, 3, 4)), LLM(LLMConfig(VOCABULARY, 32, 48, 2, 4, 2, 8)), "mlp2x_gelu")
         train.choose_learning(config, vlm)
         train.checkpoint_blocks(vlm.llm.model.layers, checkpointing)
-        scales = torch.nn.ModuleDict({term: losses.ContrastiveScale() for term in losses.TERMS[config.contrastive]})
+        scales = torch.nn.ModuleDict({term: losses.ContrastiveScale() for term in losses.CONTRASTIVE[config.contrastive]})
         learning = [p for p in [*vlm.parameters(), *scales.parameters()] if p.requires_grad]
         optimizer = train.DataParallelAdamW(learning, config.weight_decay, config.clip, shard=shard, bucket_size=2000)
         lines, share = [], BATCH // world

@@ -11,7 +11,7 @@ import transformers
 from conftest import ROOT, assert_close, llama_config, shaken
 from safetensors.torch import save_file
 
-from llm import LLM, LLMConfig, choose
+from llm import LLM, choose, load_llm_config
 
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -187,7 +187,7 @@ def test_loading_takes_the_model_and_one_shard(llama_folder, tmp_path, suffix, d
     config = llama_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
-        names = {name: p.shape for name, p in LLM(LLMConfig.from_pretrained(tmp_path)).named_parameters()}
+        names = {name: p.shape for name, p in LLM(load_llm_config(tmp_path)).named_parameters()}
     place = {name: name.split(".")[2] if ".layers." in name else "rest" for name in names}
     stem = "model" if suffix == "safetensors" else "pytorch_model"
     for shard in set(place.values()):
@@ -214,19 +214,19 @@ def test_too_many_positions(llama_folder):
 
 def test_mistrals_window_bounds_the_positions(tmp_path):
     transformers.MistralConfig(sliding_window=64, max_position_embeddings=256).save_pretrained(tmp_path)
-    assert LLMConfig.from_pretrained(tmp_path).max_position_embeddings == 64
+    assert load_llm_config(tmp_path).max_position_embeddings == 64
 
 
 def test_generation_config_lists_the_ends(llama_folder, tmp_path):
     shutil.copytree(llama_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    assert LLMConfig.from_pretrained(tmp_path).eos_token_id == [5, 7]
+    assert load_llm_config(tmp_path).eos_token_id == [5, 7]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
-    assert LLMConfig.from_pretrained(tmp_path).eos_token_id == 2
+    assert load_llm_config(tmp_path).eos_token_id == 2
     config = json.loads((llama_folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     with pytest.raises(ValueError, match="neither config.json nor generation_config.json has an eos_token_id"):
-        LLMConfig.from_pretrained(tmp_path)
+        load_llm_config(tmp_path)
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -237,7 +237,7 @@ def test_what_we_do_not_compute_is_refused(llama_folder, tmp_path, changes, mess
     config = json.loads((llama_folder / "config.json").read_text())
     (tmp_path / "folder/config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match=message):
-        LLMConfig.from_pretrained(tmp_path / "folder")
+        load_llm_config(tmp_path / "folder")
 
 
 def test_scaled_rope_is_refused(tmp_path):

@@ -11,6 +11,7 @@ from conftest import assert_close, llama_config, shaken
 from torch import nn
 
 import data
+from lab import toy_world
 from projector import IMAGE_TOKEN_ID, VLM, build_projector, num_tokens
 
 
@@ -201,7 +202,7 @@ def test_what_we_export_opens_in_transformers(clip_folder, llama_folder, tmp_pat
                             num_attention_heads=4, num_key_value_heads=2, eos_token_id=2)))
         llm = tmp_path / "llm"
         shaken(kind(config)).save_pretrained(llm)
-        data.write_toy_tokenizer(llm)
+        toy_world.write_tokenizer(llm)
     vlm = VLM.from_towers(clip_folder, llm, "mlp2x_gelu").eval()
     vlm.export(tmp_path / "out")
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()

@@ -16,6 +16,7 @@ import transformers
 from conftest import ROOT
 
 import data
+from lab import toy_world
 from llm import LLM
 from vit import write_weights
 

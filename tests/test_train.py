@@ -22,6 +22,7 @@ from conftest import ROOT
 from torch import nn
 
 import data
+from lab import toy_world
 import losses
 import train
 from projector import VLM
@@ -301,16 +302,16 @@ def test_checkpointing_saves_memory_in_the_llm(llama_folder):
 def conversation_samples(tokenizer, template, text_only=()):
     """Eight samples of different lengths from toy scenes; those numbered in `text_only` have no image."""
     import random
-    rng, scenes, samples = random.Random(0), data.toy_scenes()["train"], []
+    rng, scenes, samples = random.Random(0), toy_world.scenes()["train"], []
     for number in range(8):
         scene = scenes[number // 2]  # pairs share a scene, so some captions come twice
-        question, answer = data.toy_open_question(scene, "color", rng)
-        answer = answer if template == "v1" else data.CAPTION.format(**scene)
+        question, answer = toy_world.open_question(scene, "color", rng)
+        answer = answer if template == "v1" else toy_world.CAPTION.format(**scene)
         has_image = number not in text_only
         turns = [("human", f"{data.IMAGE}\n{question}" if has_image else question), ("gpt", answer)]
         ids, roles = data.tokenise(data.make_template(template, tokenizer)(turns), tokenizer, has_image)
         pixels = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(number)) if has_image else None
-        summary = tokenizer(answer + "\n" + data.DESCRIBE[number % 2]).input_ids  # of two lengths
+        summary = tokenizer(answer + "\n" + toy_world.DESCRIBE[number % 2]).input_ids  # of two lengths
         samples.append({"ids": ids, "roles": roles, "pixels": pixels, "summary_ids": summary, "name": str(number)})
     return samples
 
@@ -470,7 +471,7 @@ def test_every_rank_count_takes_the_same_records(monkeypatch):
 def world(tmp_path_factory, clip_folder, llama_folder):
     """A folder to run in: a small toy world, and random towers under the names of the options."""
     folder = tmp_path_factory.mktemp("run")
-    data.write_toy_world(folder / "toy", align=24, instruct=24, text=4, test=8)
+    toy_world.write_world(folder / "toy", align=24, instruct=24, text=4, test=8)
     return folder, ["--preset", "tiny", "--vit", clip_folder, "--llm", llama_folder, "--batch", "8", "--micro_batch",
                     "4", "--images", folder / "toy/images", "--epochs", "2"]
 
@@ -679,54 +680,3 @@ def test_instruct_refuses_what_does_not_fit(world, tmp_path):
 def test_eval_without_a_run_says_what_to_do(tmp_path):
     run = script((tmp_path, []), "--bench", "scienceqa", name="eval.py", check=False)
     assert run.returncode != 0 and run.stderr.strip().splitlines()[-1].startswith("eval.py: no run to score yet")
-
-
-# ---- comparing the losses ------------------------------------------------------------------------------------------
-
-
-def test_compare_resumes_and_reports(world, tmp_path, monkeypatch):
-    """In miniature: every cell is there, a second call trains nothing, and one lost cell is trained again."""
-    monkeypatch.chdir(tmp_path)
-    toy = world[0] / "toy"
-    size = dict(seeds=2, budgets=(2, 4), short=2, long=4, epochs=0.5, fractions=(0.1, 1.0), lr=(1e-3, 2e-3),
-                weight=(1.0,), instruct_lr=(1e-3,), ablations=1)
-    monkeypatch.setattr(train, "FULL", size)
-    monkeypatch.setattr(train, "ABLATIONS", {"projector linear": (dict(projector="linear"), ("none", "patch"))})
-    configure = train.configure  # the presets' annotations, in this test's world
-
-    def here(stage, given):
-        return configure(stage, given | {"annotations": str(toy / f"{stage}.json"), "scienceqa": str(toy / "scienceqa"),
-                                         "pope": str(toy / "pope"), "mme": str(toy / "mme")})
-
-    monkeypatch.setattr(train, "configure", here)
-    given = {"vit": world[1][3], "llm": world[1][5], "images": toy / "images", "batch": 8, "micro_batch": 8}
-    given = {key: value if isinstance(value, int) else str(value) for key, value in given.items()} | {"out": "c"}
-    trained = []
-    train_stage = train.train_stage
-    monkeypatch.setattr(train, "train_stage", lambda config, device: (trained.append(config.out),
-                                                                      train_stage(config, device)))
-    train.compare(given, torch.device("cpu"))
-    results = json.loads(Path("c/results.json").read_text())
-    assert len(results["cells"]) == 4 * 2 * (2 + 2 * 2) and len(results["ablations"]) == 2
-    assert {"10% over generative 100%, 2 steps", "step factor"} <= results["ratio"]["+ patch"].keys()
-    assert len(trained) == len(set(trained)) == 4 * 2 * 2 + len(results["cells"]) + 2
-    assert Path("c/accuracy_by_data.png").exists() and "| + both |" in Path("c/results.md").read_text()
-    cells = Path("c/cells.jsonl").read_text().splitlines(True)
-    lost = next(line for line in cells if "instruct1.0" in line and " test" in line)
-    Path("c/cells.jsonl").write_text("".join(line for line in cells if line != lost))
-    assert not list(Path("c/runs").glob("*instruct*")) and not Path("runs/last").exists()
-    trained.clear()
-    train.compare(given | {"resume": True}, torch.device("cpu"))
-    assert len(trained) == 1 and json.loads(Path("c/results.json").read_text()) == results
-    assert sorted(Path("c/cells.jsonl").read_text().splitlines(True)) == sorted(cells)
-    with pytest.raises(ValueError, match="sets --lr, --steps itself"):
-        train.compare(given | {"steps": 3, "lr": 1e-3}, torch.device("cpu"))
-    with pytest.raises(ValueError, match="other options, towers or data"):
-        train.compare(given | {"clip": 2.0}, torch.device("cpu"))
-
-
-def test_step_factor():
-    factor = train.evaluation.step_factor
-    assert factor((10, 100, 1000), [20, 40, 60], 10, 50) == "31.6"  # half-way between 100 and 1000 on a log scale
-    assert factor((30, 60, 120), [38.0, 36.5, 45.0], 60, 37.0) == "at most 0.5"  # reached before it fell
-    assert factor((10, 100), [20, 40], 10, 41) == "above 10.0" and factor((10, 100), [20, 40], 20, 10) == "at most 0.5"

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
-from vit import TOKENIZER, ViT, ViTConfig, dinov2_name, resolve
+from vit import TOKENIZER_FILES, ViT, ViTConfig, load_vit_config, our_vit_name, resolve, resolve_model
 
 
 @pytest.mark.parametrize("layer", [-1, -2, -4, 0, 2])
@@ -49,14 +49,13 @@ def test_features_and_gradients_equal_transformers(tmp_path, family):
         return model(pixels, output_hidden_states=True).hidden_states[-2][:, int(class_token) :]
 
     expected, found = features(theirs, pixels), ours(pixels)
-    assert found.shape == (2, 16, 32) and ours.num_tokens == 16
+    assert found.shape == (2, 16, 32) and ours.num_patches == 16
     assert_close(found, expected)
     (expected * direction).sum().backward()
     (found * direction).sum().backward()
     gradients, compared = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}, 0
-    rename = dinov2_name if family == "dinov2" else lambda name: name.removeprefix("vision_model.")
     for name, gradient in gradients.items():
-        mine = ours.get_parameter(rename(name)).grad
+        mine = ours.get_parameter(our_vit_name(name)).grad
         if not name.endswith(("k_proj.bias", "key.bias")):  # softmax does not see it: both are rounding noise
             assert_close(mine, gradient.view(mine.shape))
         compared += 1
@@ -79,16 +78,20 @@ def test_what_we_save_opens_in_transformers(tmp_path, family):
     assert_close(ours(pixels), theirs(pixels, output_hidden_states=True).hidden_states[-2][:, int(class_token) :])
     processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "ours")
     picture = Image.effect_noise((50, 40), 80).convert("RGB")
-    mine = data.preprocess(picture, 32, "crop", *ours.config.looks)
+    mine = data.preprocess(picture, ours.config, "crop")
     expected = processor(picture, return_tensors="pt").pixel_values[0]
     assert (mine - expected).abs().max() <= 2 / 255 / min(ours.config.image_std)  # resizing rounds to whole grey levels
 
 
+def normalisation(config):
+    return config.image_mean, config.image_std, config.resample
+
+
 def test_normalisation_comes_with_the_tower(tmp_path):
     FAMILIES["siglip"][1].save_pretrained(tmp_path)
-    assert ViTConfig.from_pretrained(tmp_path).looks == ((0.5,) * 3, (0.5,) * 3, Image.Resampling.BICUBIC)
+    assert normalisation(load_vit_config(tmp_path)) == ((0.5,) * 3, (0.5,) * 3, Image.Resampling.BICUBIC)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "resample": 2, "size": 3}')
-    assert ViTConfig.from_pretrained(tmp_path).looks == ((0.1, 0.2, 0.3), (0.5,) * 3, Image.Resampling.BILINEAR)
+    assert normalisation(load_vit_config(tmp_path)) == ((0.1, 0.2, 0.3), (0.5,) * 3, Image.Resampling.BILINEAR)
 
 
 def test_whole_clip_folder_loads(tmp_path):
@@ -142,7 +145,7 @@ def test_bad_folders(tmp_path, llama_folder):
 @pytest.mark.parametrize("file, text, message", [
     ("config.json", "[1]", "model_type is None"),
     ("config.json", '{"model_type": "clip_vision_model", "image_size": [48, 48]}', "folder: images of .48, 48"),
-    ("config.json", '{"model_type": "clip_vision_model", "hidden_act": "relu"}', "folder: .* activation is 'relu'"),
+    ("config.json", '{"model_type": "clip_vision_model", "hidden_act": "relu"}', "folder: .* hidden_act is 'relu'"),
     ("model.safetensors.index.json", "{}", "index.json: has no weight_map")])
 def test_bad_files_are_named(clip_folder, tmp_path, file, text, message):
     shutil.copytree(clip_folder, tmp_path / "folder")
@@ -166,10 +169,10 @@ def test_only_what_is_needed_comes_from_the_hub(tmp_path, monkeypatch, files):
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    resolve("some/name", ["*.json", *TOKENIZER])
+    resolve("some/name", ["*.json", *TOKENIZER_FILES])
     weights = ("model-00001-of-2.safetensors", "model.safetensors", "consolidated.safetensors", "pytorch_model.bin")
     assert not any(fits(file, *asked[0]) for file in weights)
-    resolve("some/name")
+    resolve_model("some/name")
     assert [fits(file, *asked[1]) for file in weights] == [True, True, False, False]
     assert all(fits(file, *asked[1]) for file in ("projector.safetensors", "llm/model.safetensors", "llm/config.json"))
     assert len(asked) == (2 if "safetensors" in files[0] else 3) and (tmp_path / files[0]).exists()

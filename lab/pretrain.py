@@ -1,0 +1,244 @@
+"""Makes the tiny towers: what CLIP and Vicuna are to the 7b preset, in some minutes on a CPU.
+
+    python -m lab.pretrain                         # writes LLMS and VITS to lab/towers, then judges them
+    python -m lab.pretrain --only tiny-llm-wide    # makes one of them; `--only judge` none
+
+The LLM learns from text alone and never meets the ViT, so that there is something left to align. All are
+fixed by criteria that look at no alignment (see `judge`), before any loss is compared on them.
+"""
+
+import argparse
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import losses
+from lab import toy_world
+from llm import LLM, LLMConfig
+from projector import VLM
+from train import Config, DataParallelAdamW, learning_rate
+from vit import ViT, ViTConfig
+
+TINY_VIT = ViTConfig(image_size=toy_world.IMAGE_SIZE, patch_size=8, hidden_size=96, intermediate_size=384,
+                     num_hidden_layers=4, num_attention_heads=2)
+TINY_LLM = LLMConfig(vocab_size=toy_world.VOCABULARY, hidden_size=128, intermediate_size=256,
+                     num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, head_dim=64,
+                     max_position_embeddings=1024)
+LLMS = {"tiny-llm": TINY_LLM,  # the preset's; the other is for the ablation of its size
+        "tiny-llm-wide": replace(TINY_LLM, hidden_size=192, intermediate_size=384, num_attention_heads=3,
+                                 num_key_value_heads=3)}
+VITS = ("tiny-vit", "tiny-vit-no-text")
+
+# ------------------------------------------------------------------------------------------------------------
+# The vision towers
+
+
+def pixels_of(scenes, rng: random.Random) -> torch.Tensor:
+    """A fresh picture of each scene, (B, 3, 48, 48)."""
+    return torch.stack([data.preprocess(toy_world.picture(scene, rng), TINY_VIT, "crop") for scene in scenes])
+
+
+def pretrain_vit(folder: Path, seed: int, sees_text: bool = True, steps: int = 1000, batch: int = 96) -> None:
+    """A small CLIP: the picture (mean of the last block's patches) against its caption (mean word vector).
+
+    Without text, against another picture of the same scene, as self-supervised encoders are trained. The
+    words are those of the tokenizer in the folder tiny-llm beside this one.
+    """
+    torch.manual_seed(seed)
+    rng, scenes = random.Random(seed), toy_world.scenes()["train"]
+    tokenizer = data.load_tokenizer(folder.parent / "tiny-llm")
+    vit, config = ViT(TINY_VIT, feature_layer=-1), Config(lr=2e-3, warmup_ratio=0.1)
+    word_vectors, to_image = nn.EmbeddingBag(len(tokenizer), 96), nn.Linear(96, 96)
+    scale = losses.ContrastiveScale()
+    parts = [vit, to_image, scale, word_vectors] if sees_text else [vit, to_image, scale]
+    optimizer = DataParallelAdamW(nn.ModuleList(parts).parameters(), clip=1.0)
+    for step in (bar := tqdm(range(steps), desc=f"pretrain {folder.name}")):
+        chosen = [rng.choice(scenes) for _ in range(batch)]
+        keys = torch.tensor([scenes.index(scene) for scene in chosen])  # one scene is never its own negative
+        image = losses.unit(to_image(vit(pixels_of(chosen, rng)).mean(1)))  # (B, D)
+        if sees_text:
+            other = losses.unit(caption_means(chosen, tokenizer, word_vectors))  # (B, D)
+        else:
+            other = losses.unit(to_image(vit(pixels_of(chosen, rng)).mean(1)))  # (B, D)
+        loss, accuracy = losses.contrastive_loss(image, other, scale(), keys)
+        loss.backward()
+        optimizer.step(learning_rate(step, steps, config))
+        scale.clamp_()
+        bar.set_postfix(loss=f"{loss.item():.3f}", retrieval=f"{accuracy.item():.3f}")
+    vit.half().save_pretrained(folder)
+
+
+def caption_means(scenes, tokenizer, word_vectors) -> torch.Tensor:
+    """The mean word vector of each scene's caption, (B, D)."""
+    captions = [toy_world.CAPTION.format(**scene) for scene in scenes]
+    ids = [torch.tensor(i) for i in tokenizer(captions, add_special_tokens=False).input_ids]
+    starts = torch.tensor([0] + [len(i) for i in ids[:-1]]).cumsum(0)  # of each caption among all words
+    return word_vectors(torch.cat(ids), starts)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The language towers
+
+
+def pretrain_llm(folder: Path, seed: int, lessons=((600, 96, 0.0), (1200, 64, 0.5))) -> None:
+    """A language model of the toy world's text, in two lessons of (steps, batch, noise).
+
+    First multiple choice in one round and nothing else, then everything: conversations and captions. If all
+    are mixed from the start, the many easy tokens drown the one hard skill, finding the letter of one's
+    answer: it was right in 60 % of the cases after as many steps. The noise on the embeddings, of up to this
+    standard deviation (NEFTune, Jain et al. 2023, arXiv 2310.05914), prepares the model for inputs that are
+    not quite words, such as patches.
+    """
+    torch.manual_seed(seed)
+    rng, scenes = random.Random(seed), toy_world.scenes()["train"]
+    toy_world.write_tokenizer(folder)
+    tokenizer = data.load_tokenizer(folder)
+    llm = LLM(LLMS[folder.name])
+    init_wide(llm)
+    optimizer = DataParallelAdamW(llm.parameters(), clip=1.0, betas=(0.9, 0.98))
+    for lesson, (steps, batch, noise) in enumerate(lessons):
+        count = min(8000, steps * batch)
+        samples = [text_sample(tokenizer, rng.choice(scenes), n, lesson == 0, rng) for n in range(count)]
+        run_lesson(llm, optimizer, samples, tokenizer.pad_token_id, steps, batch, noise, seed,
+                   f"pretrain {folder.name} {lesson + 1}/2")
+    llm.half().save_pretrained(folder)
+
+
+def init_wide(llm) -> None:
+    """A start from which attention learns to look back; PyTorch's own, smaller one does not."""
+    for name, parameter in llm.named_parameters():
+        if "embed_tokens" in name:
+            nn.init.normal_(parameter, std=0.5)
+        elif "proj" in name:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+
+
+def text_sample(tokenizer, scene: dict, number: int, is_first_lesson: bool, rng: random.Random) -> dict:
+    """A sample for data.collate: a conversation or, one time in five of the second lesson, a caption."""
+    if is_first_lesson:
+        pieces = data.v1(data.clean_turns(toy_world.text_record(scene, rng, ("choice",), 1)), tokenizer)
+    elif number % 5 == 4:  # what stage 1 looks like: a scene, then its caption
+        pieces = [(toy_world.words(scene, rng), data.CONTEXT),
+                  (" " + toy_world.CAPTION.format(**scene), data.ANSWER), ("\n", data.END)]
+    else:
+        pieces = data.v1(data.clean_turns(toy_world.text_record(scene, rng)), tokenizer)
+    ids, roles = data.tokenise(pieces, tokenizer, has_image=False)
+    return {"ids": ids, "roles": roles, "pixels": None, "name": f"text {number}"}
+
+
+def run_lesson(llm, optimizer, samples, pad_id: int, steps: int, batch: int, noise: float, seed: int,
+               title: str) -> None:
+    """`steps` steps of `batch` samples, from a warm-up to a rate of zero."""
+    config, order = Config(lr=3e-3, warmup_ratio=0.1), []
+    for epoch in range(math.ceil(steps * batch / len(samples))):
+        order += data.epoch_order(len(samples), seed, epoch)
+    for step in (bar := tqdm(range(steps), desc=title)):
+        chosen = [samples[i] for i in order[step * batch :][:batch]]
+        m = data.collate(chosen, 0, data.IMAGE_MARKER, pad_id, TINY_VIT.image_size)
+        embeds = llm.embed(m["ids"])  # (B, S, C)
+        embeds = embeds + noise * torch.rand(len(embeds), 1, 1) * torch.randn_like(embeds)
+        loss = losses.generative_loss(llm.hidden(embeds), m["labels"], llm.head_weight)
+        loss = loss / losses.count_supervised(m["labels"])
+        loss.backward()
+        optimizer.step(learning_rate(step, steps, config))
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How good they are, by criteria that look at no alignment
+
+
+def judge(folder: Path) -> dict:
+    """In percent: each LLM on questions about scenes of the validation split *told in words*, and a linear
+    probe of each ViT's patch features on pictures of these scenes."""
+    scores = {}
+    for name in LLMS:
+        vlm = VLM.from_towers(folder / "tiny-vit", folder / name, "linear").eval()
+        tokenizer = data.load_tokenizer(folder / name)
+        for form in PARSERS:
+            scores[f"{name} {form}"] = text_accuracy(vlm, tokenizer, form)
+    for name in VITS:
+        scores[f"{name} probe"] = linear_probe(ViT.from_pretrained(folder / name), random.Random(1))
+    return scores
+
+
+PARSERS = {"choice": evaluation.parse_choice, "yes_no": evaluation.parse_pope}  # (text, question) -> answer
+
+
+def text_accuracy(vlm, tokenizer, form: str, count: int = 400) -> float:
+    """Percent of questions without a picture answered rightly; `form` is "choice" or "yes_no"."""
+    questions = text_questions(form, random.Random(1), count)
+    answers = evaluation.ask(vlm, tokenizer, questions, "v1")
+    right = [PARSERS[form](text, q) == q["answer"] for text, q in zip(answers, questions)]
+    return evaluation.percent(right)
+
+
+def text_questions(form: str, rng: random.Random, count: int) -> list:
+    """Questions as `evaluation.ask` takes them: a scene in words, then multiple choice or yes-no."""
+    scenes, questions = toy_world.scenes()["val"], []
+    for number in range(count):
+        scene, kind = rng.choice(scenes), rng.choice(list(toy_world.QUESTIONS))
+        question = {"id": number, "image": None}
+        if form == "choice":
+            problem = toy_world.problem(scene, kind, rng, rng.choice(toy_world.HINTS), None)
+            question |= {"num_choices": len(problem["choices"]), "answer": data.LETTERS[problem["answer"]]}
+            asked = data.scienceqa_prompt(problem)
+        else:
+            asked, answer = toy_world.yes_no(scene, kind, rng.random() < 0.5, rng)
+            question["answer"] = answer.lower()
+        questions.append(question | {"prompt": f"{toy_world.words(scene, rng)}\n{asked}"})
+    return questions
+
+
+@torch.no_grad()
+def linear_probe(vit, rng: random.Random) -> float:
+    """Percent of the four attributes that a ridge regression on the mean patch reads from pictures of unseen
+    scenes."""
+    splits = toy_world.scenes()
+    x, known = features(vit, splits["train"], 1500, rng)
+    x_val, asked = features(vit, splits["val"], 400, rng)
+    right = []
+    for kind, values in toy_world.VALUES.items():
+        target = torch.zeros(len(known), len(values))  # one-hot
+        target[range(len(known)), [values.index(scene[kind]) for scene in known]] = 1
+        weights = torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1]), x.T @ target)  # ridge regression
+        guess = (x_val @ weights).argmax(1).tolist()
+        right += [values[g] == scene[kind] for g, scene in zip(guess, asked)]
+    return evaluation.percent(right)
+
+
+def features(vit, scenes, count: int, rng: random.Random) -> tuple:
+    """(mean patch of `count` pictures with a 1 behind it for the bias, (count, D + 1); the scenes shown)."""
+    chosen = [rng.choice(scenes) for _ in range(count)]
+    pooled = vit(pixels_of(chosen, rng)).mean(1)  # (count, D)
+    return torch.cat([pooled, torch.ones(count, 1)], dim=1), chosen
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m lab.pretrain", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "towers",
+                        help="folder of the towers")
+    parser.add_argument("--only", choices=[*LLMS, *VITS, "judge"], help="make one tower, or just judge all")
+    parser.add_argument("--seed", type=int, default=2)
+    args = parser.parse_args()
+    for name in LLMS:
+        if args.only in (None, name):
+            pretrain_llm(args.out / name, args.seed)
+    for name in VITS:
+        if args.only in (None, name):
+            pretrain_vit(args.out / name, args.seed, sees_text=name == "tiny-vit")
+    if args.only in (None, "judge"):
+        print(json.dumps(judge(args.out)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""What many runs say together: means with intervals, tables, charts, the papers' claims in figures.
+
+    report.report(out, world, size, tuned, cells, ablations)   # writes results.md, results.json, two charts
+
+Everything here works on plain lists of percentages; nothing of the project is imported. A *cell* is one run,
+trained and scored: {"loss", "steps", "fraction", "seed"} and a percentage for each of SCORES.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+LOSSES = {"none": "generative", "patch": "+ patch", "prompt": "+ prompt", "both": "+ both"}
+SCORES = {"accuracy_img": "ScienceQA-like, questions with a picture",
+          "accuracy_txt": "ScienceQA-like, questions without a picture", "pope": "POPE-like, accuracy",
+          "mme": "MME-like, both questions of a picture right"}
+FEW_PARTS = (0, 0.1, 1.0)  # parts of the instruction data that every table and claim has
+
+# ------------------------------------------------------------------------------------------------------------
+# Means over seeds
+
+# The 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom; the last one stands for more, too.
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+def interval(values) -> tuple:
+    """(mean, half the width of its 95 % interval by Student's t, None for a single value)."""
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return mean, None
+    variance = sum((value - mean) ** 2 for value in values) / (n - 1)
+    return mean, STUDENT[min(n - 2, len(STUDENT) - 1)] * math.sqrt(variance / n)
+
+
+def as_text(values) -> str:
+    """The mean and its interval, "-" where nothing was measured."""
+    if not values:
+        return "-"
+    mean, half = interval(values)
+    return f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}"
+
+
+def table(corner: str, columns, rows: dict) -> str:
+    """Markdown: {row name: values of several seeds for each column, or None} as mean and 95 % interval."""
+    lines = [[corner, *map(str, columns)]]
+    lines += [[name, *map(as_text, cells)] for name, cells in rows.items()]
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([text[0], "|---" * len(lines[0]) + "|", *text[1:]])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A chart, drawn with Pillow: one more package for two pictures would be too much
+
+LINE_COLORS = ("#808080", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b")
+WIDTH, HEIGHT = 900, 540  # pixels of the whole picture
+LEFT, RIGHT, TOP, BOTTOM = 80, WIDTH - 220, 60, HEIGHT - 80  # of the plot; the legend stands to its right
+ZOOM = 2  # drawn twice as large and scaled down: Pillow's lines have no smooth edges
+
+
+def chart(file, title: str, x_label: str, y_label: str, ticks, series: dict) -> None:
+    """A PNG with a line for each entry {name: [percentages of several seeds, or None, at each tick]}.
+
+    The ticks stand at even distances; the bars are 95 % intervals.
+    """
+    image = Image.new("RGB", (WIDTH * ZOOM, HEIGHT * ZOOM), "white")
+    draw = ImageDraw.Draw(image)
+    known = [value for cells in series.values() for cell in cells if cell for value in cell]
+    low, high = 10 * math.floor(min(known) / 10), 10 * math.ceil(max(known) / 10)
+
+    def at(tick, value):
+        """Where a percentage stands at the tick of this number, in pixels of the picture."""
+        x = LEFT + (RIGHT - LEFT) * (tick + 0.5) / len(ticks)
+        return x, BOTTOM - (BOTTOM - TOP) * (min(max(value, low), high) - low) / max(1, high - low)
+
+    write(draw, LEFT, 28, title, 18, "lm")
+    write(draw, (LEFT + RIGHT) / 2, HEIGHT - 28, x_label, 15)
+    write(draw, LEFT - 50, TOP - 14, y_label, 15, "lm")
+    for value in range(low, high + 1, 10):
+        y = at(0, value)[1]
+        line(draw, [(LEFT, y), (RIGHT, y)], "#dddddd", 1)
+        write(draw, LEFT - 10, y, str(value), 14, "rm")
+    for number, tick in enumerate(ticks):
+        write(draw, at(number, low)[0], BOTTOM + 18, str(tick))
+    for number, (name, cells) in enumerate(series.items()):
+        color = LINE_COLORS[number % len(LINE_COLORS)]
+        draw_series(draw, at, cells, color, shift=4 * (number - (len(series) - 1) / 2))  # bars side by side
+        y = TOP + 20 + 26 * number
+        line(draw, [(RIGHT + 16, y), (RIGHT + 46, y)], color, 4)
+        write(draw, RIGHT + 54, y, name, 14, "lm")
+    image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(file)
+
+
+def draw_series(draw, at, cells, color: str, shift: float) -> None:
+    """A line through the means, a dot on each, and the interval as a bar."""
+    points = []
+    for tick, values in enumerate(cells):
+        if not values:  # not measured: the line goes on to the next
+            continue
+        mean, half = interval(values)
+        x, y = at(tick, mean)
+        x += shift
+        points.append((x, y))
+        if half is not None:
+            line(draw, [(x, at(tick, mean - half)[1]), (x, at(tick, mean + half)[1])], color, 2)
+    line(draw, points, color, 3)
+    for x, y in points:
+        draw.ellipse(((x - 5) * ZOOM, (y - 5) * ZOOM, (x + 5) * ZOOM, (y + 5) * ZOOM), color)
+
+
+def line(draw, points, color: str, width: int) -> None:
+    draw.line([(x * ZOOM, y * ZOOM) for x, y in points], color, width * ZOOM)
+
+
+def write(draw, x: float, y: float, text: str, size: int = 14, anchor: str = "mm") -> None:
+    draw.text((x * ZOOM, y * ZOOM), text, "black", ImageFont.load_default(size * ZOOM), anchor)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The report of a comparison
+
+
+def report(out, world: str, size: dict, tuned: dict, cells: list, ablations: dict) -> str:
+    """Write results.json, results.md and two charts to the folder `out`, and return the text of results.md.
+
+    `size` is FULL or QUICK of lab/compare.py, `ablations` {(name, loss): percentages of several seeds}. The
+    last line of the text is `ratio` and the `claims` as JSON.
+    """
+    short, long, budgets = size["short"], size["long"], size["budgets"]
+    title, parts = SCORES["accuracy_img"], (0, *size["fractions"])
+    after_short = rows(cells, [(short, part) for part in parts])
+    after_long = rows(cells, [(long, part) for part in FEW_PARTS])
+    by_steps = rows(cells, [(steps, 0) for steps in budgets])
+    ratio = claims(cells, size)
+    text = "\n\n".join([
+        introduction(world, size, seeds=1 + max(cell["seed"] for cell in cells)),
+        f"## {title}: {short} align steps, then a part of the instruction data",
+        table("loss", percents(parts), after_short),
+        f"## The same after {long} align steps", table("loss", percents(FEW_PARTS), after_long),
+        "## Without instruction data, by align steps", table("loss", budgets, by_steps),
+        *other_scores(cells, short, long), *ablation_table(ablations, size), f"ratio {json.dumps(ratio)}"])
+    Path(out, "results.md").write_text(text + "\n")
+    listed = [{"name": name, "loss": loss, "accuracy_img": img} for (name, loss), img in ablations.items()]
+    Path(out, "results.json").write_text(json.dumps(
+        {"protocol": size, "tuned": tuned, "cells": cells, "ratio": ratio, "ablations": listed}))
+    chart(Path(out, "accuracy_by_data.png"), f"{title}: {short} align steps, then instruct",
+          "part of the instruction data", "% right", percents(parts), after_short)
+    chart(Path(out, "accuracy_by_steps.png"), f"{title}: no instruction data", "align steps", "% right",
+          budgets, by_steps)
+    return text
+
+
+def introduction(world: str, size: dict, seeds: int) -> str:
+    return f"""# The losses compared on the {world} world
+
+Percent right on the test split: mean of {seeds} seeds, and the 95 % interval of the mean by Student's t. The
+world and the towers were fixed beforehand by criteria that look at no alignment (the LLM's accuracy on text
+alone, a linear probe of the ViT). Every loss had equal steps and data, and was tuned at {size["short"]} and
+at {size["long"]} align steps on the validation split with a seed of its own: {len(size["lr"])} align rates
+(times {len(size["weight"])} weights, where there is a contrastive loss), then {len(size["instruct_lr"])}
+instruct rates. Other numbers of steps use what was found at {size["short"]} (fewer) or {size["long"]} (more).
+Nothing was chosen on test questions."""
+
+
+def other_scores(cells, short: int, long: int) -> list:
+    """A heading and a table for each score after the first."""
+    text, entries = [], [(steps, part) for steps in (short, long) for part in FEW_PARTS]
+    columns = [f"{steps} / {part:.0%}" for steps, part in entries]
+    for score in list(SCORES)[1:]:
+        text += [f"## {SCORES[score]}: align steps / part of the instruction data",
+                 table("loss", columns, rows(cells, entries, score))]
+    return text
+
+
+def ablation_table(ablations: dict, size: dict) -> list:
+    """A heading and a table, or nothing where nothing was ablated."""
+    if not ablations:
+        return []
+    lines = {}
+    for name, _ in ablations:
+        lines[name] = [ablations.get((name, loss)) for loss in LOSSES]
+    heading = f"## Ablations: {size['long']} align steps, no instruction data, {size['ablations']} seeds, "
+    return [heading + "not tuned anew", table("", LOSSES.values(), lines)]
+
+
+def rows(cells, entries, score: str = "accuracy_img") -> dict:
+    """The rows of a table, {name of the loss: percentages for each (steps, fraction) of `entries`}."""
+    result = {}
+    for loss, name in LOSSES.items():
+        result[name] = [scores_of(cells, loss, steps, fraction, score) for steps, fraction in entries]
+    return result
+
+
+def scores_of(cells, loss: str, steps: int, fraction: float, score: str = "accuracy_img") -> list:
+    """The percentages of one entry of a table, one for each seed."""
+    wanted = (loss, steps, fraction)
+    return [cell[score] for cell in cells if (cell["loss"], cell["steps"], cell["fraction"]) == wanted]
+
+
+def percents(parts) -> list:
+    return [f"{part:.0%}" for part in parts]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The papers' claims in figures
+
+
+def claims(cells, size: dict) -> dict:
+    """What the papers claim, for each loss: {"generative": {what: figure, ...}, "+ patch": ...}.
+
+    What a tenth of the data reaches of the generative loss with all of it; the gain over the generative loss;
+    and how many times the align steps that one needs to draw level without instruction data.
+    """
+    short, long, budgets = size["short"], size["long"], size["budgets"]
+
+    def mean(*entry):
+        return interval(scores_of(cells, *entry))[0]
+
+    result, generative = {}, [mean("none", steps, 0) for steps in budgets]
+    for loss, name in LOSSES.items():
+        result[name] = {}
+        for steps in (short, long):
+            ratio = mean(loss, steps, 0.1) / max(mean("none", steps, 1.0), 0.01)
+            result[name][f"10% over generative 100%, {steps} steps"] = round(ratio, 3)
+        if loss == "none":
+            continue
+        for steps in (short, long):
+            for part in FEW_PARTS:
+                result[name][f"gain at {part:.0%}, {steps} steps"] = gain(cells, loss, steps, part)
+        result[name]["step factor"] = step_factor(budgets, generative, short, mean(loss, short, 0))
+    return result
+
+
+def gain(cells, loss: str, steps: int, part: float) -> str:
+    """Points over the generative loss, paired: with one seed, both losses have the same initial projector and
+    the same order of the data."""
+    pairs = zip(scores_of(cells, loss, steps, part), scores_of(cells, "none", steps, part))
+    return as_text([with_loss - without for with_loss, without in pairs])
+
+
+def step_factor(budgets, generative, steps: int, accuracy: float) -> str:
+    """How many times `steps` the generative loss needs to reach `accuracy` for the first time.
+
+    `generative` is its accuracy after each of the `budgets` (steps, ascending); between two of them
+    it is taken to grow with the logarithm of the steps.
+    """
+    if accuracy <= generative[0]:
+        return f"at most {budgets[0] / steps:.1f}"
+    for i in range(1, len(budgets)):
+        before, after = generative[i - 1], generative[i]
+        if before < accuracy <= after:
+            part = (accuracy - before) / (after - before)
+            return f"{budgets[i - 1] * (budgets[i] / budgets[i - 1]) ** part / steps:.1f}"
+    return f"above {budgets[-1] / steps:.1f}"

@@ -1,0 +1,137 @@
+"""A training step at full shape: time, FLOPs, the part of the GPU's peak that is used (MFU), memory against the plan.
+
+    torchrun --nproc_per_node=8 train.py --preset 7b --stage align --dry_run     # train.py starts this script
+    python tests/bench_step.py --preset small --stage align --batch 4 --micro_batch 4
+
+Three steps with random weights and random data; nothing is written. Takes every option of train.py. The last line
+printed is one JSON object. Not a test: machines vary.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data
+import losses
+import train
+from llm import LLM, LLMConfig, load_llm_config
+from losses import rank, world_size
+from projector import VLM, choose_dtype
+from vit import ViT, ViTConfig, load_vit_config
+
+SHAPES = {  # the towers of the presets whose folders are not at hand; those of tiny are read from their config.json
+    "small": (ViTConfig(image_size=224, patch_size=16, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                        num_attention_heads=12, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh",
+                        model_type="siglip_vision_model"),
+              LLMConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                        num_attention_heads=9, num_key_value_heads=3, head_dim=64, rope_theta=100000.0,
+                        max_position_embeddings=8192, tie_word_embeddings=True)),
+    "7b": (ViTConfig(), LLMConfig()),
+    "13b": (ViTConfig(), LLMConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                                   num_attention_heads=40, num_key_value_heads=40)),
+}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16, by part of the name
+
+
+def shapes_of(config) -> tuple:
+    """(ViTConfig, LLMConfig) of a preset."""
+    return SHAPES.get(config.preset) or (load_vit_config(config.vit), load_llm_config(config.llm))
+
+
+def random_model(config, shapes, device, dtype) -> VLM:
+    """A model of these shapes with random weights, ready to train: for dry runs, benchmarks and tests."""
+    torch.manual_seed(config.seed)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            vlm = VLM(ViT(shapes[0], config.feature_layer), LLM(shapes[1]), config.projector)
+    finally:
+        torch.set_default_dtype(default)
+    train.checkpoint_blocks(vlm.llm.model.layers, config.checkpointing)
+    return train.choose_learning(config, vlm)
+
+
+def random_batch(config, vlm, number: int = 0, text: int = 0) -> dict:
+    """A micro-batch of this rank, through data.collate: pictures of noise, `text` random tokens each (0: as many as
+    a typical sample of the stage has)."""
+    c, samples, text = vlm.llm.config, [], text or train.TEXT_TOKENS[config.stage]
+    size, rng = vlm.vit.config.image_size, torch.Generator().manual_seed(1000 * number + rank())
+    for i in range(train.split_batch(config)[0]):
+        ids = torch.randint(3, c.vocab_size, (text,), generator=rng).tolist()
+        samples.append({"ids": [1, data.IMAGE_MARKER, *ids], "roles": [data.CONTEXT] * 2 + [data.ANSWER] * text,
+                        "pixels": torch.randn(3, size, size, generator=rng), "text_ids": [1, *ids],
+                        "name": f"random {i}"})
+    return data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, 0, size,
+                        min(config.max_length, c.max_position_embeddings))
+
+
+def flops_per_step(config, vlm) -> dict:
+    """Floating-point operations that one step needs, over all ranks; checkpointing's second forward not counted.
+
+    A weight costs 2 operations per token forward, 2 for the gradient of its input, 2 more for its own if it learns;
+    causal attention costs 2 S^2 C a layer forward and twice that backward. "patch" is pooling and the products of
+    all images with all captions; "prompt" the same products, and a pass of the LLM over the captions alone.
+    """
+    c, S, B, T = vlm.llm.config, train.row_length(config, vlm), config.batch, train.TEXT_TOKENS[config.stage]
+    weights = train.count_weights(vlm.llm.model.layers)
+    attention = 3 * 2 * S * S * c.hidden_size * c.num_hidden_layers
+    products = 12 * B * B * c.hidden_size
+    flops = {"vision": 2 * B * vlm.vit.num_patches * train.count_weights(vlm.vit),
+             "language": B * (S * (6 if config.stage == "instruct" else 4) * weights + attention)}
+    contrastive = {"patch": products + 3 * B * (vlm.num_image_tokens + T) * c.hidden_size,
+                   "prompt": products + 2 * B * T * weights}
+    return flops | {name: contrastive[name] for name in losses.CONTRASTIVE[config.contrastive]}
+
+
+def dry_run(config, device):
+    """Print the plan, take three steps, print what they took: the fastest of those after the first."""
+    dtype, shapes = choose_dtype(device), shapes_of(config)
+    plan = train.outline(config, *shapes)
+    flops = flops_per_step(config, plan)
+    total, tokens = sum(flops.values()), config.batch * train.row_length(config, plan)
+    train.print_plan(config, plan, device, dtype, 3)
+    train.say(f"a step: {tokens:,} tokens, {total / 1e15:.3g} PFLOP, parts: "
+              + ", ".join(f"{name} {part / total:.2g}" for name, part in flops.items()))
+    train.say(f"on 8 H100 at 40 % of their peak, 1,000 steps take {total / (8 * 0.4 * 989e12) / 3.6:.2g} h")
+    vlm = random_model(config, shapes, device, dtype)
+    optimizer, scales = train.build_optimizer(config, vlm, device)
+    seconds = []
+    for _ in tqdm(range(3), desc=f"dry run, {config.stage}", disable=rank() > 0):
+        micro_batches = [random_batch(config, vlm, part) for part in range(train.split_batch(config)[1])]
+        began = time.time()
+        train.train_step(vlm, scales, optimizer, micro_batches, config, config.lr)
+        seconds.append(time.time() - began)
+    fastest = min(seconds[1:])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    mfu = round(total / fastest / world_size() / peak, 3) if peak else None
+    train.say(json.dumps({
+        "dry_run": f"{config.preset} {config.stage}", "device": name, "ranks": world_size(),
+        "ms_per_step_fastest_of_2": round(1000 * fastest, 1), "tokens_per_s": round(tokens / fastest), "mfu": mfu,
+        "peak_memory_gib": round(train.peak_memory(device) / 1024, 2),
+        "predicted_gib": round(sum(train.memory_sum(config, plan, dtype).values()), 2)}))
+
+
+def main():
+    given = train.parse_args()
+    given.pop("dry_run", None)
+    stages = ["align", "instruct"] if given.get("stage", "all") == "all" else [given["stage"]]
+    try:
+        device = train.start_ranks()
+        for stage in stages:
+            dry_run(train.configure(stage, given | {"resume": False}), device)
+    except (OSError, ValueError) as error:
+        sys.exit(f"train.py: {error}")
+    finally:
+        train.leave_ranks()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""The laboratory: the toy world is the one it was, the towers are as good as lab/README.md says, a comparison
+resumes and reports."""
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import data
+import train
+from lab import compare, pretrain, report, toy_world, words
+from llm import LLM
+from projector import VLM
+from vit import ViT
+
+TOWERS = ROOT / "lab/towers"
+SIZES = dict(align=40, instruct=40, text=10, test=8)  # of this file's toy world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "toy"
+    toy_world.write_world(folder, **SIZES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    toy_world.write_tokenizer(folder)
+    return data.load_tokenizer(folder)
+
+
+# ---- the toy world -----------------------------------------------------------------------------------------
+
+
+def test_the_world_is_the_one_it_was(tmp_path):
+    """Names and bytes of pictures and records: those on which the figures of lab/README.md were measured."""
+    folder, digest = tmp_path / "toy", hashlib.sha256()
+    toy_world.write_world(folder, align=8, instruct=8, text=2, test=4)
+    for file in sorted([*folder.glob("images/*.png"), folder / "align.json", folder / "instruct.json"]):
+        digest.update(str(file.relative_to(folder)).encode())
+        digest.update(file.read_bytes())
+    assert digest.hexdigest() == "7f126e87e53a75703d09007c99b87997829bf21dbdc3c05cb6b5d6d8e3f3a17d"
+
+
+def digests(folder):
+    """{relative name: sha256} of all files below the folder."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_one_seed_gives_one_world(world, tmp_path):
+    toy_world.write_world(tmp_path / "again", **SIZES)
+    toy_world.write_world(tmp_path / "other", seed=1, **SIZES)
+    assert digests(world) == digests(tmp_path / "again") != digests(tmp_path / "other")
+
+
+def test_a_complete_world_stays_and_anything_else_is_in_the_way(world, tmp_path, monkeypatch, capsys):
+    before = digests(world)
+    monkeypatch.setattr(sys, "argv", ["toy_world", str(world), "--seed", "1"])
+    toy_world.main()
+    assert "stays as it is" in capsys.readouterr().out and digests(world) == before
+    (tmp_path / "text.json").touch()
+    monkeypatch.setattr(sys, "argv", ["toy_world", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"^lab.toy_world: {tmp_path}: is no complete toy world; .*$"):
+        toy_world.main()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["text.json"]
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_world, "write_scienceqa", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        toy_world.write_world(tmp_path / "toy", **SIZES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_two_writers_the_slower_one_gives_way(world, tmp_path, monkeypatch):
+    write_files = toy_world.write_files
+
+    def overtaken(building, *args):
+        write_files(building, *args)
+        shutil.copytree(world, tmp_path / "toy")  # what another process has just finished
+
+    monkeypatch.setattr(toy_world, "write_files", overtaken)
+    toy_world.write_world(tmp_path / "toy", **SIZES)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["toy"]
+    assert digests(tmp_path / "toy") == digests(world)
+
+
+def test_splits_are_disjoint():
+    splits = [{tuple(scene.values()) for scene in scenes} for scenes in toy_world.scenes().values()]
+    assert [len(split) for split in splits] == [304, 40, 40] and len(set.union(*splits)) == 384
+
+
+def test_instructions_hold_no_multiple_choice(world):
+    text = (world / "instruct.json").read_text()
+    assert "A. " not in text and "The answer is" not in text and data.SHORT_ANSWER.strip() in text
+    records = data.load_records(world / "instruct.json")
+    assert sum("image" not in record for record in records) == len(records) // 10
+
+
+@pytest.mark.parametrize("name", ["align", "instruct", "text", "captions"])
+def test_files_hold_valid_records(world, name):
+    for record in data.load_records(world / f"{name}.json"):  # which refuses others
+        assert "image" not in record or (world / "images" / record["image"]).is_file()
+
+
+def test_an_answer_is_the_choice_and_its_letter():
+    problem = toy_world.problem(toy_world.scenes()["val"][0], "color", random.Random(0), "", None)
+    choice, letter = problem["choices"][problem["answer"]], "ABCDE"[problem["answer"]]
+    assert toy_world.problem_answer(problem) == f"{choice}. The answer is {letter}."
+
+
+def test_a_problem_without_image_tells_the_answer_in_its_hint(world):
+    problems = json.loads((world / "ScienceQA/problems.json").read_text())
+    told = [problem for problem in problems.values() if problem["image"] is None]
+    assert len(told) == len(problems) // 4
+    for problem in told:
+        assert problem["choices"][problem["answer"]] in problem["hint"].replace(",", "").split()
+
+
+def test_vocabulary_size_is_known(tokenizer):
+    assert len(tokenizer) == toy_world.VOCABULARY
+
+
+# ---- the tiny towers ---------------------------------------------------------------------------------------
+
+
+def test_a_few_steps_of_each_tower(tmp_path):
+    pretrain.pretrain_llm(tmp_path / "tiny-llm-wide", 0, lessons=((2, 4, 0.0), (2, 4, 0.5)))
+    assert LLM.from_pretrained(tmp_path / "tiny-llm-wide").config.hidden_size == 192
+    toy_world.write_tokenizer(tmp_path / "tiny-llm")
+    for sees_text in (True, False):
+        pretrain.pretrain_vit(tmp_path / "tiny-vit", 0, sees_text, steps=2, batch=4)
+        assert ViT.from_pretrained(tmp_path / "tiny-vit")(torch.zeros(1, 3, 48, 48)).isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def kept_vlm():
+    return VLM.from_towers(TOWERS / "tiny-vit", TOWERS / "tiny-llm", "linear").eval()
+
+
+@pytest.mark.parametrize("form", ["choice", "yes_no"])
+def test_the_kept_llm_answers_about_scenes_told_in_words(kept_vlm, form):
+    """About unseen scenes; 90.75 and 91.25 % of 400 questions, here of 100."""
+    accuracy = pretrain.text_accuracy(kept_vlm, data.load_tokenizer(TOWERS / "tiny-llm"), form, count=100)
+    print(form, accuracy)
+    assert accuracy >= 85
+
+
+@pytest.mark.parametrize("name, least", [("tiny-vit", 97), ("tiny-vit-no-text", 92)])
+def test_the_kept_encoders_know_what_a_picture_shows(name, least):
+    """Linear probes on unseen scenes; 98.4 and 94.3 % in lab/README.md, with as many pictures."""
+    assert pretrain.linear_probe(ViT.from_pretrained(TOWERS / name), random.Random(1)) > least
+
+
+@pytest.mark.parametrize("place, patch", [("northwest", 7), ("southeast", 28)])
+def test_the_patches_of_a_shape_lie_where_it_is(place, patch):
+    """Of the 6 x 6 patches in reading order, those around the shape's centre and none at the far edge."""
+    scene = {"color": "red", "shape": "square", "size": "large", "place": place}
+    found = words.shape_patches(toy_world.picture(scene, random.Random(0)), scene, patch_size=8)
+    rows = found.view(6, 6).any(1).tolist()
+    assert found[patch] and rows[0 if place == "southeast" else 5] is False and 9 <= found.sum() <= 16
+
+
+# ---- comparing the losses ----------------------------------------------------------------------------------
+
+
+def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_path, monkeypatch):
+    """In miniature: every cell is there, and a second call trains the one cell that was lost."""
+    size = dict(seeds=2, budgets=(2, 4), short=2, long=4, epochs=0.5, fractions=(0.1, 1.0), lr=(1e-3, 2e-3),
+                weight=(1.0,), instruct_lr=(1e-3,), ablations=1)
+    ablations = {"projector linear": (dict(projector="linear"), ("none", "patch"))}
+    monkeypatch.setattr(compare, "ABLATIONS", ablations)
+    monkeypatch.chdir(tmp_path)
+    given = {"vit": str(clip_folder), "llm": str(llama_folder), "batch": 8, "micro_batch": 8}
+    trained, train_stage = [], train.train_stage
+
+    def counted(config, device):
+        trained.append(config.out)
+        train_stage(config, device)
+
+    def compared(**more):
+        trained.clear()
+        return compare.compare(size, Path("c"), world, given | more, torch.device("cpu"))
+
+    monkeypatch.setattr(train, "train_stage", counted)
+    text = compared()
+    results = json.loads(Path("c/results.json").read_text())
+    assert len(results["cells"]) == 4 * 2 * (2 + 2 * 2) and len(results["ablations"]) == 2
+    assert {"10% over generative 100%, 2 steps", "step factor"} <= results["ratio"]["+ patch"].keys()
+    assert len(trained) == len(set(trained)) == 4 * 2 * 2 + len(results["cells"]) + 2
+    assert compare.planned_runs(size) == 4 * 2 * 2 + len(results["cells"]) + 2
+    assert Path("c/accuracy_by_data.png").exists() and "| + both |" in text
+    assert not list(Path("c/runs").glob("*instruct*")) and not Path("runs/last").exists()
+
+    cells = Path("c/cells.jsonl").read_text().splitlines(True)
+    lost = next(line for line in cells if "instruct1.0" in line and " test" in line)
+    Path("c/cells.jsonl").write_text("".join(line for line in cells if line != lost))
+    assert compared() == text and len(trained) == 1
+    assert json.loads(Path("c/results.json").read_text()) == results
+    assert sorted(Path("c/cells.jsonl").read_text().splitlines(True)) == sorted(cells)
+
+    Path("c/cells.jsonl").write_text("".join(cells) + cells[0][:20])
+    with pytest.raises(ValueError, match="c/cells.jsonl: a damaged line"):
+        compared()
+    with pytest.raises(ValueError, match="other options, towers or data"):
+        compared(clip=2.0)
+
+
+def test_unknown_options_end_a_comparison(capsys):
+    for argv in (["--learning_rate", "1"], ["--qui"], ["--clip", "hard"], ["--seeds", "3"]):
+        with pytest.raises(SystemExit) as end:
+            compare.parse_args(argv)
+        assert end.value.code == 2 and argv[0] in capsys.readouterr().err
+    ours, given = compare.parse_args(["--clip", "2", "--out", "c", "--quick", "--projector", "linear"])
+    assert (ours.out, ours.quick, given) == (Path("c"), True, {"clip": 2.0, "projector": "linear"})
+
+
+@pytest.mark.parametrize("argv, ranks, message", [
+    (["--lr", "1"], "1", "lab.compare: the comparison sets --lr itself\n"),
+    ([], "2", "lab.compare: the runs come one after another, in one process, not on several ranks\n")])
+def test_the_command_refuses_in_one_line(argv, ranks, message, tmp_path):
+    """As people run it: as a module, from any folder that Python finds the project from."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": ranks}
+    run = subprocess.run([sys.executable, "-m", "lab.compare", *argv], cwd=tmp_path, env=environment,
+                         capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and run.stdout == "" and run.stderr == message
+    assert not list(tmp_path.iterdir())
+
+
+# ---- means over seeds --------------------------------------------------------------------------------------
+
+
+def test_interval_is_students():
+    mean, half = report.interval([80.0, 82.0, 84.0, 86.0, 88.0])
+    assert mean == 84 and half == pytest.approx(2.776 * math.sqrt(10 / 5), rel=2e-3)  # variance 10, n = 5
+    assert report.interval([3.0]) == (3.0, None)
+
+
+def test_table_and_chart(tmp_path):
+    rows = {"generative": [[50.0, 52.0], None], "+ patch": [[60.0], [70.0, 70.0]]}
+    text = report.table("loss", ["0%", "100%"], rows)
+    assert text.splitlines()[2:] == ["| generative | 51.0 ± 12.7 | - |", "| + patch | 60.0 | 70.0 ± 0.0 |"]
+    report.chart(tmp_path / "c.png", "title", "x", "y", ["0%", "100%"], rows)
+    image = Image.open(tmp_path / "c.png").convert("RGB")
+    colors = {color for _, color in image.getcolors(10**6)}
+    assert image.size == (900, 540) and {(128, 128, 128), (214, 39, 40)} <= colors
+
+
+def test_step_factor():
+    factor = report.step_factor
+    assert factor((10, 100, 1000), [20, 40, 60], 10, 50) == "31.6"  # half-way from 100 to 1000 on a log scale
+    assert factor((30, 60, 120), [38.0, 36.5, 45.0], 60, 37.0) == "at most 0.5"  # reached before it fell
+    assert factor((10, 100), [20, 40], 10, 41) == "above 10.0"
+    assert factor((10, 100), [20, 40], 20, 10) == "at most 0.5"
