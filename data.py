@@ -17,6 +17,7 @@ Read next: train.py, where the batches go.
 
 import argparse
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -55,7 +56,8 @@ def preprocess(image: Image.Image, tower, fit: str) -> torch.Tensor:
 
     `tower` is a vit.ViTConfig; it knows image_size, image_mean, image_std and resample. `fit`: "crop" scales
     the short side to that size and cuts out the centre (LLaVA's stage 1); "pad" first makes the picture
-    square with borders of the mean colour, so that nothing is lost (LLaVA-1.5's stage 2 and evaluation). """
+    square with borders of the mean colour, so that nothing is lost (LLaVA-1.5's stage 2 and evaluation).
+    """
     size = tower.image_size
     if fit == "pad":
         side = max(image.size)
@@ -110,8 +112,8 @@ def load_records(file) -> list:
     for number, record in enumerate(records):
         if problem := find_problem(record):
             name = record.get("id") if isinstance(record, dict) else None
-            raise ValueError(f"{file}: record {number} (id {name!r}) {problem}; `python data.py check {file} IMAGES` "
-                             "writes a list without such records")
+            raise ValueError(f"{file}: record {number} (id {name!r}) {problem}; `python data.py check {file} "
+                             "IMAGES` writes a list without such records")
     return records
 
 
@@ -168,7 +170,8 @@ def chat(turns, tokenizer) -> list:
     The conversation is rendered again after every turn, and a turn's text is what it added. The last answer
     is the exception: once the next question has come, it may be written differently (Qwen3 then drops its
     empty thoughts), so its end is looked for again. An answer ends with the tokenizer's end token; what
-    follows is context. """
+    follows is context.
+    """
     if tokenizer.chat_template is None:
         raise ValueError("this tokenizer has no chat template")
     render = partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
@@ -228,8 +231,7 @@ PROMPTS = {
 # Pieces -> ids
 
 def load_tokenizer(folder_or_id):
-    """The LLM's tokenizer, of transformers. Padding gets the unknown token's id, as LLaVA has it, or the
-    end's."""
+    """The LLM's tokenizer. Padding gets the unknown token's id, as LLaVA has it, or the end's."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
     folder = resolve(folder_or_id, ("*.json", *TOKENIZER_FILES))
     try:
@@ -239,7 +241,7 @@ def load_tokenizer(folder_or_id):
                          "tokenizer.json, as in Vicuna's folders, put one there (for Vicuna 1.5 that of "
                          "llava-hf/llava-1.5-7b-hf) or `pip install sentencepiece protobuf`") from error
     if not tokenizer.is_fast:
-        raise ValueError(f"{folder}: labels need a tokenizer with a tokenizer.json, which tells where tokens stand")
+        raise ValueError(f"{folder}: labels need to know where tokens stand; a tokenizer.json says so")
     tokenizer.model_max_length = 10**9  # lengths are the collator's business, and its warning alone is clear
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -256,13 +258,12 @@ def check_vocabulary(tokenizer, size: int):
 
 
 def tokenise(pieces, tokenizer, has_image: bool) -> tuple:
-    """Pieces -> (ids, roles), two lists of one length, with one IMAGE_MARKER for each image marker in a
-    CONTEXT.
+    """Pieces -> (ids, roles), two lists of one length, with one IMAGE_MARKER for each marker in a CONTEXT.
 
     A tokenizer may treat a word differently inside a sentence and at its start, so a piece cannot be
     tokenised on its own. All pieces between two images are one text, and the tokenizer tells where in it each
     token stands. """
-    chunks = [[]]  # lists of pieces, cut where an image stands; without an image, the marker is text like any other
+    chunks = [[]]  # lists of pieces, cut where an image stands; without images, the marker is mere text
     for text, role in pieces:
         first, *rest = text.split(IMAGE) if has_image and role == CONTEXT else [text]
         chunks[-1].append((first, role))
@@ -278,17 +279,17 @@ def tokenise(pieces, tokenizer, has_image: bool) -> tuple:
 
 def tokenise_text(pieces, tokenizer) -> tuple:
     """(ids, roles) of pieces in a row. A token over two of them is harmless between an answer and its end,
-    which both carry loss (Llama 3 and Qwen have one token for ".\\n"). Elsewhere it is an error, not a wrong
-    label."""
+    which both carry loss (Llama 3 and Qwen have one token for ".\\n"). Elsewhere it is an error."""
     text, role_of = "".join(part for part, _ in pieces), []  # role_of: of each character
     for part, role in pieces:
         role_of += [role] * len(part)
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    roles, end = [], 0
-    for start, stop in tokens.offset_mapping:
-        start = min(start, end)  # some tokenizers do not count a token's leading space
+    names, roles, end = tokenizer.convert_ids_to_tokens(tokens.input_ids), [], 0
+    for name, (start, stop) in zip(names, tokens.offset_mapping):
+        start = min(start, end) if name.startswith("Ġ") else start  # a leading space that some do not count
         end = max(end, stop)
-        covered = set(role_of[start:stop]) or {role_of[min(start, len(text) - 1)]}  # SentencePiece's own "_": none
+        # the space that SentencePiece adds at a start covers no character: it goes with the next
+        covered = set(role_of[start:stop]) or {role_of[min(start, len(text) - 1)]}
         if CONTEXT in covered and len(covered) > 1:
             raise ValueError(f"the tokenizer joins {text[start:stop]!r} across the border of an answer: no "
                              "boundary for labels")
@@ -300,13 +301,13 @@ def tokenise_text(pieces, tokenizer) -> tuple:
 # Samples and batches
 
 class Conversations(torch.utils.data.Dataset):
-    """LLaVA records as samples {"ids", "roles", "pixels" (3, size, size) or None, "name"}; ValueError names a
-    bad one.
+    """LLaVA records as samples {"ids", "roles", "pixels" (3, size, size) or None, "name"}.
 
     `tower`: the vit.ViTConfig that the pixels are for. `prompts`, for the plain template: the words after the
     image, and those after the caption, with which a sample also has "text_ids", the text-only
     [caption][prompt] of the prompted contrastive loss; None: not used. `cache`: keep samples in memory, in
-    each process that reads. """
+    each process that reads.
+    """
 
     def __init__(self, records, images, tokenizer, template: str, tower, fit: str, prompts=("", None),
                  cache: bool = False):
@@ -362,8 +363,8 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
 
     Training pads on the right, where causal attention needs no mask; generation pads on the left (`side`), so
     that the last position is the prompt's last token in every row. Rows are cut at `max_length`, but never in
-    an image; prompts, whose end matters most, are not cut at all: ValueError, as for an image that does not
-    fit. """
+    an image; prompts, whose end matters most, are not cut at all: ValueError, as where an image does not fit.
+    """
     rows, sides = [], {"ids": side, "mask": side, "labels": side, "caption_ids": side, "caption_mask": side}
     for sample in samples:
         rows.append(expand(sample, num_image_tokens, image_token_id, max_length, side))
@@ -405,12 +406,22 @@ def to_device(batch: dict, device) -> dict:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
+def marked_text(sample, tokenizer) -> str:
+    """One sample as the model sees it, what carries loss between [[ and ]]: the first thing to look at."""
+    text, is_inside = "", False
+    for token, role in zip(sample["ids"], sample["roles"]):
+        if (role != CONTEXT) != is_inside:
+            text += "]] " if is_inside else " [["
+            is_inside = not is_inside
+        text += IMAGE if token == IMAGE_MARKER else f" {tokenizer.decode([token])}"
+    return text + ("]]" if is_inside else "")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The order of the records
 
 def subset(n: int, fraction: float, seed: int) -> list:
-    """The sorted indices of a random `fraction` of n. Nested: with one seed, a smaller fraction is part of a
-    larger."""
+    """The sorted indices of a random `fraction` of n. With one seed, a smaller one is part of a larger."""
     if not 0 < fraction <= 1:
         raise ValueError(f"data_fraction is {fraction}; it must be above 0 and at most 1")
     return sorted(np.random.default_rng(seed).permutation(n)[: max(1, round(n * fraction))].tolist())
@@ -421,13 +432,49 @@ def epoch_order(n: int, seed: int, epoch: int) -> list:
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
 
 
+def split_batch(config, world: int) -> tuple:
+    """(samples in a micro-batch, micro-batches in a step) of each of `world` ranks; `config` is a
+    train.Config."""
+    share = config.batch // world
+    size = max(1, min(config.micro_batch, share))
+    if config.batch % world or share % size:
+        raise ValueError(f"a batch of {config.batch} does not divide into {world} ranks and micro-batches of "
+                         f"{config.micro_batch}")
+    return size, share // size
+
+
+def count_steps(config, n: int) -> int:
+    """Of a run over n records."""
+    kept = len(subset(n, config.data_fraction, config.seed))
+    return config.steps or max(1, math.ceil(kept * config.epochs / config.batch))
+
+
+def micro_batches(config, lengths: list, steps: int, rank: int, world: int) -> list:
+    """The indices of every micro-batch of a rank, in time order; `lengths` are those of all records. Step k
+    takes the same `batch` records on any number of ranks; a batch that runs short at a pass's end starts the
+    next."""
+    size, parts = split_batch(config, world)
+    kept, order, mine = subset(len(lengths), config.data_fraction, config.seed), [], []
+    kept_lengths, epoch = [lengths[i] for i in kept], 0
+    while len(order) < steps * config.batch:
+        if config.group_by_length:
+            order += grouped_order(kept_lengths, config.batch, world * parts, config.seed, epoch)
+        else:
+            order += epoch_order(len(kept), config.seed, epoch)
+        epoch += 1
+    for step in range(steps):
+        first = step * config.batch + rank * parts * size  # a rank's share of a step is consecutive
+        for start in range(first, first + parts * size, size):
+            mine.append([kept[i] for i in order[start : start + size]])
+    return mine
+
+
 def grouped_order(lengths: list, batch: int, chunks: int, seed: int, epoch: int) -> list:
     """LLaVA's group_by_modality_length: an order in which each batch is of one modality and of similar
     lengths.
 
-    `lengths` are signed (see `Conversations.lengths`), `chunks` the micro-batches of a step over all ranks.
-    Per modality: shuffle, cut into batches. Then shuffle the batches, and deal each, longest first, into even
-    chunks; what is left over comes last. """
+    `lengths` are signed (see `Conversations.lengths`). Per modality: shuffle, cut into batches. Then shuffle
+    the batches, and deal each, longest first, into even chunks; what is left over comes last. """
     rng, batches, rest, order = np.random.default_rng([seed, epoch]), [], [], []
     for is_text in (False, True):
         members = [i for i, length in enumerate(lengths) if (length < 0) == is_text]
@@ -466,8 +513,7 @@ LETTERS = "ABCDE"  # of the choices
 
 
 def scienceqa_prompt(problem: dict) -> str:
-    """LLaVA-1.5's zero-shot prompt of one entry of problems.json: context only if there is one, bare
-    letters."""
+    """LLaVA-1.5's zero-shot prompt of an entry of problems.json: context if there is one, bare letters."""
     lines = [f"Context: {problem['hint']}"] if problem["hint"] else []
     lines.append(problem["question"])
     lines += [f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"])]
@@ -476,8 +522,8 @@ def scienceqa_prompt(problem: dict) -> str:
 
 
 def load_scienceqa(folder, split: str = "test") -> list:
-    """[{"id", "prompt", "image" path or None, "num_choices", "answer" letter}] in the order of
-    pid_splits.json."""
+    """[{"id", "prompt", "image" path or None, "num_choices", "answer" letter}], as pid_splits.json has
+    them."""
     folder = Path(folder)
     problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
     if split not in splits:
@@ -500,8 +546,7 @@ def load_scienceqa(folder, split: str = "test") -> list:
 # The command line
 
 def check(file, images) -> int:
-    """Print every bad record and unreadable image, write FILE.clean.json without them; return how many there
-    were."""
+    """Print bad records and unreadable images, write FILE.clean.json without them; return their number."""
     records, good = read_json(file), []
     for number, record in enumerate(tqdm(records, desc="check", unit=" records")):
         problem = find_problem(record)

@@ -98,7 +98,8 @@ def rope_frequencies(config: LLMConfig, device):
 
     Llama 3.1 and later were trained on `original_max_position_embeddings` first and then stretched: waves
     longer than that length / low_freq_factor are slowed down by `factor`, waves shorter than length /
-    high_freq_factor are kept, and those between are blended. """
+    high_freq_factor are kept, and those between are blended.
+    """
     even = torch.arange(0, config.head_dim, 2, device=device).float()  # (head_dim / 2,)
     frequencies = config.rope_theta ** -(even / config.head_dim)
     if config.rope_parameters is None:
@@ -121,14 +122,14 @@ def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + half]) of x (B, H, S, head_dim) by its angle.
 
     This half-split layout is that of the Hugging Face weights. (Meta's own files pair 2i with 2i + 1: the
-    same rotation of permuted weights.) """
+    same rotation of permuted weights.)
+    """
     first, second = x.chunk(2, dim=-1)  # each (B, H, S, head_dim / 2)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)  # (B, H, S, head_dim)
 
 
 class KVCache:
-    """Keys and values of every layer for up to `max_len` positions; made for one `generate`, never in
-    training."""
+    """Keys and values of every layer for up to `max_len` positions; made for one `generate`."""
 
     def __init__(self, config: LLMConfig, batch: int, max_len: int, dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_len, config.head_dim)
@@ -137,8 +138,7 @@ class KVCache:
         self.length = 0  # positions filled so far; all layers of one pass write at the same place
 
     def append(self, layer: int, k, v):
-        """Store k, v (B, H, S, head_dim) behind what is there; return all of the layer's keys and values so
-        far."""
+        """Store k, v (B, H, S, head_dim) behind what is there; return all of this layer's so far."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
@@ -216,8 +216,7 @@ class Decoder(nn.Module):
 
 
 class LLM(nn.Module):
-    """`llm(ids (B, S)) -> logits (B, S, V)`. `hidden` stops before the head, for losses that need few
-    logits."""
+    """`llm(ids (B, S)) -> logits (B, S, V)`. `hidden` stops before the head: a loss may need few logits."""
 
     def __init__(self, config: LLMConfig):
         super().__init__()
@@ -240,7 +239,8 @@ class LLM(nn.Module):
         `mask` (B, positions so far) is False at left padding; leave it out where nothing is padded on the
         left. Right padding needs no mask: attention is causal, so nothing real ever sees it. Positions count
         real tokens only. `cache` holds the earlier positions, and grows by S. ValueError beyond the LLM's
-        positions. """
+        positions.
+        """
         B, S, _ = embeds.shape
         start = cache.length if cache is not None else 0
         if start + S > self.config.max_position_embeddings:
@@ -274,7 +274,8 @@ class LLM(nn.Module):
         Greedy at temperature 0; above it, sampled from the smallest set of tokens that holds `top_p` of the
         probability (Holtzman et al. 2020, arXiv 1904.09751), with torch's own random state. A row stops at
         one of the config's end tokens or of `end_tokens`, which is kept, and is filled up with NO_TOKEN
-        behind it. """
+        behind it.
+        """
         B, S, _ = embeds.shape
         if mask is None:
             mask = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
@@ -297,8 +298,7 @@ class LLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
-        """The frozen LLM of a folder of one of FAMILIES as Hugging Face writes it. Strict: see
-        vit.load_strictly."""
+        """The frozen LLM of a folder of one of FAMILIES. Strict: see vit.load_strictly."""
         folder = resolve_model(folder_or_id)
         with torch.device("meta"):  # shapes only; the weights come from the files
             llm = cls(load_llm_config(folder))
@@ -328,7 +328,8 @@ def visible_positions(mask, start: int, S: int, device):
     attention.
 
     One explicit mask or `is_causal`, never both: where the two meet, a padded row can lose all its keys and
-    turn to NaN. For the same reason every position may see itself, padding included. """
+    turn to NaN. For the same reason every position may see itself, padding included.
+    """
     if mask is None and start == 0:
         return None
     query = torch.arange(start, start + S, device=device)[:, None]  # (S, 1)

@@ -63,7 +63,8 @@ def generative_loss(hidden, labels, head_weight):
 
     hidden (B, S, C) last hidden states, labels (B, S) with -100 where nothing is supervised, head_weight (V,
     C). Position s predicts token s + 1. Only supervised positions go through the head: at 16 x 700 tokens and
-    32,000 words the fp32 logits of all of them would take 1.4 GB, those of the captions some 30 MB. """
+    32,000 words the fp32 logits of all of them would take 1.4 GB, those of the captions some 30 MB.
+    """
     labels = labels[:, 1:]  # (B, S - 1)
     supervised = labels != -100
     logits = at_least_fp32(F.linear(hidden[:, :-1][supervised], head_weight))  # (supervised tokens, V)
@@ -79,7 +80,7 @@ def count_supervised(labels) -> int:
 # Image and text vectors, and the contrastive loss over them
 
 def pool_patches(patches):
-    """Unit image vectors (B, C) of projected patches (B, N, C). The mean is taken in fp32, without a copy of
+    """Unit image vectors (B, C) of projected patches (B, N, C). The mean is in fp32, without a copy of
     all."""
     return unit(patches.mean(dim=1, dtype=torch.promote_types(patches.dtype, torch.float32)))  # (B, C)
 
@@ -88,7 +89,8 @@ def pool_caption(embeds, mask):
     """Text vectors (B, C): the mean of the unit vectors of embeds (B, T, C), where mask (B, T) is True.
 
     Not a unit vector: the paper averages similarities, not embeddings, and its length carries how alike the
-    tokens are. A caption without tokens gives zeros. """
+    tokens are. A caption without tokens gives zeros.
+    """
     filled = mask[..., None].to(embeds.dtype)  # (B, T, 1)
     return (unit(embeds) * filled).sum(1) / filled.sum(1).clamp(min=1)  # (B, C)
 
@@ -101,6 +103,34 @@ def hidden_at(hidden, positions):
 def last_before_labels(labels):
     """(B,) the position before the first supervised token in labels (B, S): the last that sees no caption."""
     return (labels != -100).int().argmax(1) - 1
+
+
+def caption_pass(vlm, m, patches) -> tuple:
+    """Through the LLM with one micro-batch: its summed generative loss, and the hidden states (B, C) just
+    before each caption begins. Attention is causal: they know the image and the prompt, and nothing of the
+    caption."""
+    hidden = vlm.llm.hidden(vlm.splice(m["ids"], patches))  # (B, S, C)
+    return (generative_loss(hidden, m["labels"], vlm.llm.head_weight),
+            hidden_at(hidden, last_before_labels(m["labels"])))
+
+
+def patch_vectors(vlm, micro_batches, patches) -> tuple:
+    """Image and text vectors, each (B, C), of the patch loss. It needs no LLM, only its embedding table."""
+    image, text = [], []
+    for m, p in zip(micro_batches, patches):
+        image.append(pool_patches(p))
+        text.append(pool_caption(vlm.llm.embed(m["caption_ids"]), m["caption_mask"]))
+    return torch.cat(image), torch.cat(text)
+
+
+def prompt_vectors(vlm, micro_batches, image_states) -> tuple:
+    """Image and text vectors, each (B, C), of the prompted loss: one text-only pass of the LLM."""
+    image, text = [], []
+    for m, state in zip(micro_batches, image_states):
+        hidden = vlm.llm.hidden(vlm.llm.embed(m["text_ids"]))  # (B, T', C)
+        image.append(unit(state))
+        text.append(unit(hidden_at(hidden, m["text_mask"].sum(1) - 1)))
+    return torch.cat(image), torch.cat(text)
 
 
 class ContrastiveScale(nn.Module):
@@ -128,7 +158,8 @@ def contrastive_loss(image, text, scale, keys):
     image (B, C), text (B, C): row i of one belongs to row i of the other; `scale` multiplies their products.
     `keys` (B,) int64 identify captions: two rows with one key describe both images equally well and are not
     negatives of each other. Local rows meet the columns of all ranks, B x WB products a rank. The accuracy is
-    the part of images whose most similar caption is their own (R@1). """
+    the part of images whose most similar caption is their own (R@1).
+    """
     B, C = image.shape
     all_image, all_text, all_keys = gather(image), gather(text), gather(keys)  # (WB, C), (WB, C), (WB,)
     own = rank() * B + torch.arange(B, device=image.device)  # (B,) where our own pairs stand among all
@@ -158,13 +189,27 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values, device) -> list:
+    """Element-wise sum of a list of numbers over all ranks, in fp64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
 class GatherWithGradient(torch.autograd.Function):
     """(B, ...) on each of W ranks -> (WB, ...), in rank order, on all of them.
 
     Rank r's rows enter the loss of *every* rank, so their gradient is the sum of what all ranks say about
     them: the backward of an all-gather is a reduce-scatter with SUM. Two common shortcuts are wrong.
     Gathering without gradient, or returning the own slice alone, leaves 1/W of it under averaging: harmless
-    to Adam when this is the only loss, not when a generative loss stands beside it. """
+    to Adam when this is the only loss, not when a generative loss stands beside it.
+    """
 
     @staticmethod
     def forward(ctx, x):

@@ -99,8 +99,7 @@ def build_projector(kind: str, P: int, D: int, C: int) -> nn.Module:
 # The model
 
 class VLM(nn.Module):
-    """Image -> vit -> projector -> llm. It holds the three parts and says how an image enters the
-    sequence."""
+    """Image -> vit -> projector -> llm: the three parts, and how an image enters the sequence."""
 
     def __init__(self, vit: ViT, llm: LLM, projector_kind: str, sources=None):
         super().__init__()
@@ -127,7 +126,8 @@ class VLM(nn.Module):
         The images come in reading order, I of them in the whole batch. A batch without any placeholder takes
         (and ignores) one image, so that the projector gets a gradient, of zero, from a batch of text too: in
         data parallelism (train.py) every rank must take part in every sum. ValueError where the numbers do
-        not fit. """
+        not fit.
+        """
         I, N, C = patches.shape
         is_image = ids == self.image_token_id  # (B, S)
         per_row = is_image.sum(1).tolist()
@@ -234,8 +234,8 @@ def load_llava(folder: Path, _, dtype, device) -> VLM:
         vlm = VLM(vit, llm, "mlp2x_gelu", {"vit": str(folder), "llm": str(folder)})
     strategy = config["vision_feature_select_strategy"]
     if (strategy == "default") != vit.config.family.class_token:
-        raise ValueError(f"{folder}: vision_feature_select_strategy {strategy!r} does not drop just the class "
-                         "token")
+        raise ValueError(f"{folder}: vision_feature_select_strategy {strategy!r} does not drop just the "
+                         "class token")
     vlm.image_token_id = config.get("image_token_index") or config["image_token_id"]
     return load_strictly(vlm, llava_tensors(folder, llm.config.tie_word_embeddings), folder, dtype, device)
 

@@ -1,7 +1,7 @@
 """Training, from the command line to the last checkpoint, in the order in which things happen.
 
     python train.py                                        # no GPU: the tiny preset, both stages, scored
-    torchrun --nproc_per_node=8 train.py --stage align     # with GPUs: LLaVA-1.5's stage 1, with the patch loss
+    torchrun --nproc_per_node=8 train.py --stage align     # with GPUs: LLaVA-1.5's stage 1 and the patch loss
     torchrun --nproc_per_node=8 train.py --stage instruct  # stage 2: projector and LLM on instructions
 
 Two stages on LLaVA's recipe (arXiv 2310.03744). Align: image-caption pairs, only the projector learns, with
@@ -40,8 +40,8 @@ from tqdm import tqdm
 import data
 import losses
 from llm import LLM, load_llm_config
-from losses import rank, world_size
-from projector import VLM, build_projector, choose_dtype
+from losses import barrier, rank, sum_over_ranks, world_size
+from projector import VLM, choose_dtype
 from vit import ViT, load_vit_config, read_json
 
 ROOT = Path(__file__).parent
@@ -56,19 +56,17 @@ def option(default, help, choices=None, heading=None):
 @dataclass
 class Config:
     stage: str = option("all", "what to run", ("align", "instruct", "all"), heading="the run")
-    preset: str = option("", "set of defaults (empty: 7b with CUDA, else tiny)", ("", *"tiny small 7b 13b".split()))
+    preset: str = option("", "defaults (empty: 7b with CUDA, else tiny)", ("", "tiny", "small", "7b", "13b"))
     out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
     init: str = option("", "instruct: the align run to start from; empty: runs/PRESET/align")
     seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
     dry_run: bool = option(False, "3 steps at full shape: random weights and data, nothing read or written")
     save_every: int = option(0, "steps between checkpoints that --resume continues from; 0: none")
     resume: bool = option(False, "continue this run from its last checkpoint")
-
     vit: str = option("", "vision tower: a folder or a Hub id", heading="the model")
     llm: str = option("", "language tower: a folder or a Hub id")
     projector: str = option("mlp2x_gelu", "the bridge: linear, mlpKx_gelu, pixel_shuffle or resampler")
     feature_layer: int = option(-2, "the ViT's hidden state to project")
-
     annotations: str = option("", "LLaVA JSON of this stage", heading="the data")
     images: str = option("", "folder below which its images lie")
     benchmarks: str = option("", "folder below which eval.py looks for ScienceQA, POPE, MME and captions")
@@ -78,13 +76,11 @@ class Config:
     max_length: int = option(2048, "most tokens in a row, image included; the rest is cut off")
     workers: int = option(0, "loader processes on each rank")
     cache: bool = option(False, "keep every sample in memory once it was read: for small data")
-
     contrastive: str = option("none", "align: the loss beside the captioning loss", (*losses.CONTRASTIVE,),
                               heading="the losses")
     contrastive_weight: float = option(1.0, "total = generative + weight * contrastive")
-    prompt: str = option("", f"words before the caption, and the prompt loss's: {', '.join(data.PROMPTS)}, or "
+    prompt: str = option("", f"before the caption, and the prompt loss's: {', '.join(data.PROMPTS)}, or "
                          "'after the image | after the caption' (empty: describe with that loss, else none)")
-
     epochs: float = option(1.0, "passes over the records", heading="the steps")
     steps: int = option(0, "number of steps; 0: as many as the epochs need")
     batch: int = option(64, "samples in a step, over all ranks and micro-batches")
@@ -129,14 +125,11 @@ PRESETS = {
 
 
 def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() == "true"
+    return bool(("false", "true").index(text.lower()))  # ValueError for any other word
 
 
 def parse_args(argv=None) -> dict:
-    """The options given on the command line, and only those. Unknown flags and wrong types end the
-    program."""
+    """The options given on the command line, and only those. Unknown flags and wrong types are errors."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
@@ -144,7 +137,7 @@ def parse_args(argv=None) -> dict:
             group = parser.add_argument_group(f.metadata["heading"])
         # `--resume` alone means True; `--resume False` is False, not the truth of a string
         how = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
-        choices, help = f.metadata["choices"], f"{f.metadata['help']} (default: {f.default!r}, or the preset's)"
+        choices, help = f.metadata["choices"], f"{f.metadata['help']} (default {f.default!r} or the preset's)"
         group.add_argument(f"--{f.name}", choices=choices, default=argparse.SUPPRESS, help=help,
                            metavar=None if choices else f.name.upper(), **how)
     return vars(parser.parse_args(argv))
@@ -162,9 +155,9 @@ def configure(stage: str, given: dict) -> Config:
     if (has_prompt_loss or config.prompt != "none") and config.template != "plain":
         raise ValueError("a prompt, and its loss, need --template plain: an image, the prompt, a caption")
     if config.prompt not in data.PROMPTS and config.prompt.count(" | ") != 1:
-        raise ValueError(f"--prompt {config.prompt!r} is none of {', '.join(data.PROMPTS)}, nor 'text | text'")
+        raise ValueError(f"--prompt {config.prompt!r}: not {', '.join(data.PROMPTS)}, nor 'text | text'")
     if min(config.batch, config.micro_batch, config.epochs) <= 0 or min(config.steps, config.save_every) < 0:
-        raise ValueError("--batch, --micro_batch, --epochs must be above zero; --steps and --save_every not below")
+        raise ValueError("--batch, --micro_batch, --epochs must be above 0, --steps, --save_every not below")
     config.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
     config.out = config.out or f"runs/{preset}/{stage}"
     config.init = config.init or (f"runs/{preset}/align" if stage == "instruct" else "")
@@ -203,19 +196,6 @@ def say(*words):
         tqdm.write(" ".join(map(str, words)))  # not through the progress bar
 
 
-def barrier():
-    if world_size() > 1:
-        dist.barrier()
-
-
-def sum_over_ranks(values, device) -> list:
-    """Element-wise sum of a list of numbers over all ranks, in fp64."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    if world_size() > 1:
-        dist.all_reduce(total)
-    return total.tolist()
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 3. Data parallelism and AdamW, by hand
 
@@ -224,8 +204,8 @@ class Bucket:
 
     weight       (n,) in the model's dtype; each parameter becomes a view into it
     gradient     (n,) fp32, where this rank's gradients add up; None before backward, and once it is sent
-    master       (n,) or, sharded, (n / W,): the fp32 weights that this rank updates. For a model in fp32 it is
-                 `weight` itself, or this rank's slice of it
+    master       (n,) or, sharded, (n / W,): the fp32 weights that this rank updates. Of a model in fp32 they
+                 are `weight` itself, or this rank's slice of it
     master.grad  the gradient of the whole step, summed over the ranks
     """
 
@@ -267,38 +247,34 @@ def fill_buckets(parameters, bucket_size: int, shard: bool):
     for parameter in reversed(list(parameters)):  # backward meets the last layers first
         groups.setdefault((parameter.dtype, parameter.ndim > 1), []).append(parameter)
     for group in groups.values():
-        members, size = [], 0
+        members = []
         for parameter in group:
-            if members and size + parameter.numel() > bucket_size:
+            if members and sum(p.numel() for p in members) + parameter.numel() > bucket_size:
                 yield Bucket(members, shard)
-                members, size = [], 0
+                members = []
             members.append(parameter)
-            size += parameter.numel()
         yield Bucket(members, shard)
 
 
 class DataParallelAdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) whose gradients are summed over all ranks.
-
-    In time order, for one step:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) whose gradients are summed over all ranks. In one
+    step:
 
     1. `backward` fills the buckets: a hook on each parameter adds its gradient to the bucket's fp32 buffer.
     2. During the last backward (`last_backward()` was called) a bucket whose parameters are all in is sent at
        once, while backward goes on with earlier layers. Sums, not means: see losses.py, "Reduction".
-    3. `step` sends what is left (parameters that got no gradient count as zero), waits, clips by the global norm
-       and updates fp32 masters; the model's weights are their rounded copies. In bfloat16 alone, updates of
-       2e-5 on weights of 0.02 would mostly round to nothing.
+    3. `step` sends what is left (parameters without a gradient count as zero), waits, clips by the norm of
+       all and updates fp32 masters; the weights are their rounded copies: in bfloat16 alone, updates of 2e-5 on
+       weights of 0.02 would mostly round to nothing.
 
     With `shard` (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054) the sum is a reduce-scatter: each rank
-    receives, and keeps gradients, masters and moments for, only its 1/W of every bucket, and an all-gather
-    returns the new weights. Then a bucket leaves in *every* backward as soon as it is full, and its buffer is
-    freed, so that no more than two or three whole buckets of gradients exist at a time: less memory, paid
-    with a message per micro-batch.
+    keeps gradients, masters and moments of only its 1/W of every bucket, and an all-gather returns the new
+    weights. Then a bucket leaves in *every* backward as soon as it is full, and its buffer is freed, so that
+    two or three whole buckets exist at a time: less memory, paid with a message per micro-batch.
 
     float16 has so little range that small gradients vanish. So losses are multiplied by `loss_scale` before
     backward and gradients divided by it here; a step that overflows is skipped and halves the scale, 2000
-    good ones double it. For the other dtypes the scale stays 1, and a gradient that is not finite is an
-    error. """
+    good ones double it. Elsewhere the scale is 1, and a gradient that is not finite is an error. """
 
     def __init__(self, parameters, weight_decay=0.0, clip=0.0, betas=(0.9, 0.999), shard=False,
                  bucket_size=2**22):
@@ -423,8 +399,8 @@ class DataParallelAdamW:
 
 
 def learning_rate(step: int, steps: int, config) -> float:
-    """Linear from 0 over ceil(warmup_ratio * steps), then half a cosine to 0. Step 0 has rate 0, as in
-    LLaVA's runs."""
+    """Linear from 0 over ceil(warmup_ratio * steps), then half a cosine to 0. Step 0 has rate 0, as
+    LLaVA's."""
     warmup = math.ceil(config.warmup_ratio * steps)
     if step < warmup:
         return config.lr * step / warmup
@@ -440,9 +416,8 @@ def checkpointed(function):
 
     While it runs, each tensor that autograd wants to save is replaced by its number. When backward asks for
     the first of them, the function runs a second time, and what autograd saves then is given out under these
-    numbers. (The older way, an autograd.Function that calls backward inside its own backward, fires the hooks
-    of a shared module twice, and fails where no argument needs a gradient.) """
-
+    numbers. (The older way, an autograd.Function that calls backward inside its own, fires a shared module's
+    hooks twice.) """
     def run(*args):
         if not torch.is_grad_enabled():
             return function(*args)
@@ -460,8 +435,7 @@ def checkpointed(function):
 
 
 def saved_tensors(function, args, state: list) -> list:
-    """What autograd saves in a run of `function`, in order: another run, with the random state of the
-    first."""
+    """What autograd saves in a run of `function`, in order: a second run, with the first's random state."""
     tensors, detached = [], []
     for arg in args:
         is_tensor = isinstance(arg, torch.Tensor)
@@ -495,8 +469,7 @@ def checkpoint_blocks(blocks, which: str):
 # 5. The model of a stage: what is loaded, what learns, and what it will take
 
 def choose_learning(config, vlm) -> VLM:
-    """The stages, in one place: align trains the projector, instruct it and the LLM; nobody trains the
-    ViT."""
+    """The stages in one place: align trains the projector, instruct it and the LLM, nobody the ViT."""
     for part, learns in ((vlm.vit, False), (vlm.projector, True), (vlm.llm, config.stage == "instruct")):
         part.requires_grad_(learns)
     return vlm
@@ -511,8 +484,7 @@ def outline(config, vit_config, llm_config) -> VLM:
 
 
 def load_model(config, device, dtype) -> VLM:
-    """The model with its weights on `device`: the towers, and a projector that is fresh (align) or
-    `init`'s."""
+    """The model with its weights on `device`: the towers and a projector, fresh (align) or `init`'s."""
     torch.manual_seed(config.seed)
     vlm = VLM.from_towers(config.vit, config.llm, config.projector, config.feature_layer, dtype, device)
     if config.stage == "instruct":
@@ -527,12 +499,10 @@ def load_model(config, device, dtype) -> VLM:
 
 
 def build_optimizer(config, vlm, device) -> tuple:
-    """(optimizer, scales): AdamW over all that learns, and a learnable temperature for each contrastive
-    loss."""
-    scales = nn.ModuleDict()
-    for name in losses.CONTRASTIVE[config.contrastive]:
-        scales[name] = losses.ContrastiveScale().to(device)
-    learning = [p for p in [*vlm.parameters(), *scales.parameters()] if p.requires_grad]
+    """(optimizer, scales): AdamW over all that learns, and a temperature for each contrastive loss."""
+    terms = losses.CONTRASTIVE[config.contrastive]
+    scales = nn.ModuleDict({name: losses.ContrastiveScale() for name in terms})
+    learning = [p for p in [*vlm.parameters(), *scales.to(device).parameters()] if p.requires_grad]
     return DataParallelAdamW(learning, config.weight_decay, config.clip, shard=config.shard), scales
 
 
@@ -551,7 +521,7 @@ def count_weights(module, only_learning: bool = False) -> int:
 def memory_sum(config, vlm, dtype) -> dict:
     """GiB that a rank needs, by purpose. Activations are an estimate; the rest is counted."""
     c, e, learning = vlm.llm.config, dtype.itemsize, count_weights(vlm, only_learning=True)
-    size, parts = split_batch(config)
+    size, parts = data.split_batch(config, world_size())
     ranks, tokens = world_size() if config.shard else 1, size * row_length(config, vlm)
     block = tokens * (16 * c.hidden_size + 4 * c.intermediate_size) * e  # what a block keeps for backward
     whole = {"none": 1.0, "every-other": 0.5, "every": 0.0}[config.checkpointing]  # the part of such blocks
@@ -560,18 +530,19 @@ def memory_sum(config, vlm, dtype) -> dict:
     held = parts if "prompt" in losses.CONTRASTIVE[config.contrastive] else 1  # passes that await backward
     patches = 4 * size * parts * vlm.num_image_tokens * c.hidden_size * e  # patches, leaves, their gradients
     largest = max(2**22, *(p.numel() for p in vlm.parameters() if p.requires_grad))  # elements of a bucket
-    sums = {"weights": count_weights(vlm) * e, "masters and moments": learning * (8 if e == 4 else 12) / ranks,
+    state = learning * (8 if e == 4 else 12) / ranks  # two moments and, unless the weights are fp32, a master
+    sums = {"weights": count_weights(vlm) * e, "masters and moments": state,
             "gradients": learning * 4 / ranks + (3 * 4 * largest if ranks > 1 else 0),  # see send
             "activations": held * (blocks + logits) + block + patches}
     return {name: size / 2**30 for name, size in sums.items()}
 
 
 def print_plan(config, vlm, device, dtype, steps):
-    """Everything a reader wants to know before the first step. ValueError, with the ways out, where a rank's
-    memory cannot hold it."""
+    """What a reader wants to know before the first step. ValueError where a rank's memory cannot hold it."""
+    size, _ = data.split_batch(config, world_size())
     why = "a GPU" if torch.cuda.is_available() else "no GPU"
     say(f"\nstage {config.stage}, preset {config.preset} ({why} here): {steps} steps of {config.batch} on "
-        f"{world_size()} rank(s), micro-batches of {split_batch(config)[0]}, contrastive {config.contrastive}")
+        f"{world_size()} rank(s) in micro-batches of {size}; contrastive loss: {config.contrastive}")
     if config.preset == "small":
         say("the learning rates of this preset are a guess: nobody has tuned them")
     say(f"{'module':<12}{'parameters':>16}{'learning':>16}  source")
@@ -579,87 +550,37 @@ def print_plan(config, vlm, device, dtype, steps):
         part = getattr(vlm, name)
         say(f"{name:<12}{count_weights(part):>16,}{count_weights(part, True):>16,}  {getattr(config, name)}")
     say(f"{str(dtype).removeprefix('torch.')}; norms, softmax, losses and optimizer in float32")
-    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_ranks
     if device.type == "cuda":
         has = torch.cuda.get_device_properties(device).total_memory
     memory, has = memory_sum(config, vlm, dtype), has / 2**30
     parts, needs = ", ".join(f"{name} {size:.3g}" for name, size in memory.items()), sum(memory.values())
     say(f"memory of a rank, GiB: {parts}; sum {needs:.3g} of {has:.3g}")
     if needs > has:
-        raise ValueError(f"{config.preset} {config.stage} needs about {needs:.0f} GiB a rank, this device has "
-                         f"{has:.0f}: more ranks with --shard, a smaller --micro_batch or preset, or "
+        raise ValueError(f"{config.preset} {config.stage} needs about {needs:.0f} GiB a rank, there are "
+                         f"{has:.0f}: take more ranks with --shard, a smaller --micro_batch or preset, or "
                          "--checkpointing every")
-
-
-def print_sample(sample, tokenizer):
-    """One sample as the model sees it, what carries loss between [[ and ]]: the first thing to look at."""
-    text, is_inside = "", False
-    for token, role in zip(sample["ids"], sample["roles"]):
-        if (role != data.CONTEXT) != is_inside:
-            text += "]] " if is_inside else " [["
-            is_inside = not is_inside
-        text += data.IMAGE if token == data.IMAGE_MARKER else f" {tokenizer.decode([token])}"
-    say("first sample:", repr(text + ("]]" if is_inside else "")))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 6. The data of a stage: which records make which step
 
-def split_batch(config) -> tuple:
-    """(samples in a micro-batch, micro-batches in a step) of each rank."""
-    share = config.batch // world_size()
-    size = max(1, min(config.micro_batch, share))
-    if config.batch % world_size() or share % size:
-        raise ValueError(f"a batch of {config.batch} does not divide into {world_size()} ranks and "
-                         f"micro-batches of {config.micro_batch}")
-    return size, share // size
-
-
-def count_steps(config, n: int) -> int:
-    kept = len(data.subset(n, config.data_fraction, config.seed))
-    return config.steps or max(1, math.ceil(kept * config.epochs / config.batch))
-
-
-def micro_batches_of_rank(config, lengths: list, steps: int) -> list:
-    """The indices of every micro-batch of this rank, in time order; `lengths` are those of all records.
-
-    Step k takes the same `batch` records on any number of ranks; a last batch that runs short starts the next
-    pass. """
-    size, parts = split_batch(config)
-    kept = data.subset(len(lengths), config.data_fraction, config.seed)
-    kept_lengths, order, epoch = [lengths[i] for i in kept], [], 0
-    while len(order) < steps * config.batch:
-        if config.group_by_length:
-            chunks = world_size() * parts
-            one_pass = data.grouped_order(kept_lengths, config.batch, chunks, config.seed, epoch)
-        else:
-            one_pass = data.epoch_order(len(kept), config.seed, epoch)
-        order += [kept[i] for i in one_pass]
-        epoch += 1
-    mine = []
-    for step in range(steps):
-        first = step * config.batch + rank() * parts * size  # a rank's share of a step is consecutive
-        mine += [order[start : start + size] for start in range(first, first + parts * size, size)]
-    return mine
-
-
 def ensure_data(config):
-    """The toy world is made, by one rank, where it is missing; anything else is asked for.
-    FileNotFoundError."""
+    """The toy world is made, by one rank, where it is missing; for other data, FileNotFoundError."""
     if config.stage == "instruct" and not Path(config.init).is_dir():
         raise FileNotFoundError(f"{config.init}: no align run to start from; "
                                 f"`python train.py --stage align --preset {config.preset}` makes one")
     if rank() == 0 and config.annotations.startswith("data/toy/") and not Path("data/toy").exists():
         say("writing the toy world to data/toy")
-        subprocess.run([sys.executable, "-m", "lab.toy_world", "data/toy"], check=True,
-                       env=os.environ | {"PYTHONPATH": str(ROOT)})
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-m", "lab.toy_world", "data/toy"], env=environment)
     barrier()
     if not Path(config.annotations).exists():
-        known = {"align": "LLaVA-Pretrain", "instruct": "LLaVA-Instruct-150K (mix665k)"}[config.stage]
-        raise FileNotFoundError(f"{config.annotations}: no such file. Stage {config.stage} of preset "
-                                f"{config.preset} reads a LLaVA JSON, such as that of the Hub's liuhaotian/"
-                                f"{known}, from --annotations, and its pictures from --images (now "
-                                f"{config.images}). Without it: --dry_run, or --preset tiny")
+        hub = {"align": "LLaVA-Pretrain", "instruct": "LLaVA-Instruct-150K (mix665k)"}[config.stage]
+        raise FileNotFoundError(f"{config.annotations}: no such file. Name a LLaVA JSON, as of the Hub's "
+                                f"liuhaotian/{hub}, with --annotations and its pictures with --images (now "
+                                f"{config.images}); or take --preset tiny, or --dry_run with any preset")
 
 
 def load_samples(config, vlm) -> data.Conversations:
@@ -680,7 +601,8 @@ def make_loader(config, samples, vlm, start, steps, device):
     to_batch = partial(data.collate, num_image_tokens=vlm.num_image_tokens, image_token_id=vlm.image_token_id,
                        pad_id=samples.pad_id, image_size=vlm.vit.config.image_size,
                        max_length=min(config.max_length, vlm.llm.config.max_position_embeddings))
-    mine = micro_batches_of_rank(config, samples.lengths(), steps)[start * split_batch(config)[1] :]
+    mine = data.micro_batches(config, samples.lengths(), steps, rank(), world_size())
+    mine = mine[start * data.split_batch(config, world_size())[1] :]
     return torch.utils.data.DataLoader(
         samples, batch_sampler=mine, collate_fn=to_batch, num_workers=config.workers,
         pin_memory=device.type == "cuda", persistent_workers=config.workers > 0,
@@ -694,10 +616,10 @@ def train_step(vlm, scales, optimizer, micro_batches, config, lr) -> dict:
     """One update from the micro-batches of this rank; returns what the log shows.
 
     The gradient is that of one process with the whole batch in one piece: every loss is divided by a count
-    over the *whole step*, and a contrastive loss sees the images of all micro-batches at once. The latter
-    costs the projected patches of a rank's batch, (B, N, C), held in memory for the length of the step; and,
-    for the prompted loss, whose image vectors come out of the LLM, what the LLM keeps for the backward of all
-    micro-batches. """
+    over the *whole step*, and a contrastive loss sees the images of all micro-batches at once. That costs the
+    projected patches of a rank's batch, held in memory for the length of the step; and, for the prompted
+    loss, whose image vectors come out of the LLM, what the LLM keeps for the backward of all micro-batches.
+    """
     # 1. Count, over all ranks and micro-batches, what the generative loss is divided by.
     device = vlm.llm.head_weight.device
     tokens, = sum_over_ranks([sum(losses.count_supervised(m["labels"]) for m in micro_batches)], device)
@@ -714,22 +636,21 @@ def train_step(vlm, scales, optimizer, micro_batches, config, lr) -> dict:
         patches.append(vlm.encode(m["pixels"]))  # (I, N, C)
         leaves.append(patches[-1].detach().requires_grad_())
 
-    # 3. The prompted loss compares what the LLM makes of *all* images of the step. So with it, and only then,
-    # the captioning passes of all micro-batches come before the first backward, and are cut at the image
-    # vectors.
+    # 3. The prompted loss compares what the LLM makes of *all* images of the step: with it, and only then,
+    # all captioning passes come before the first backward, and their graph is cut at the image vectors.
     captioned, image_states = [], []
     for m, leaf in zip(micro_batches, leaves) if "prompt" in scales else ():
-        captioned.append(caption_pass(vlm, m, leaf))
+        captioned.append(losses.caption_pass(vlm, m, leaf))
         image_states.append(captioned[-1][1].detach().requires_grad_())  # (B, C)
 
     # 4. The contrastive losses, over all images and captions of the step; backward as far as the cuts.
     keys = torch.cat([m["caption_keys"] for m in micro_batches])  # (B,)
     contrastive = {}  # name: (loss, accuracy), this rank's shares
     if "patch" in scales:
-        image, text = patch_vectors(vlm, micro_batches, leaves)
+        image, text = losses.patch_vectors(vlm, micro_batches, leaves)
         contrastive["patch"] = losses.contrastive_loss(image, text, scales["patch"](), keys)
     if "prompt" in scales:
-        image, text = prompt_vectors(vlm, micro_batches, image_states)
+        image, text = losses.prompt_vectors(vlm, micro_batches, image_states)
         contrastive["prompt"] = losses.contrastive_loss(image, text, scales["prompt"](), keys)
     if contrastive:
         total = sum(loss for loss, _ in contrastive.values())
@@ -739,7 +660,7 @@ def train_step(vlm, scales, optimizer, micro_batches, config, lr) -> dict:
     # projector's. What the prompted loss left at its cut goes back through the LLM in the same sweep.
     generative = 0.0
     for i, m in enumerate(micro_batches):
-        loss, image_state = captioned[i] if captioned else caption_pass(vlm, m, leaves[i])
+        loss, image_state = captioned[i] if captioned else losses.caption_pass(vlm, m, leaves[i])
         if i == len(micro_batches) - 1:
             optimizer.last_backward()
         ends = [optimizer.loss_scale * loss / tokens] + ([image_state] if captioned else [])
@@ -762,40 +683,11 @@ def train_step(vlm, scales, optimizer, micro_batches, config, lr) -> dict:
     return line | {"lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "tokens": int(tokens)}
 
 
-def caption_pass(vlm, m, patches) -> tuple:
-    """Through the LLM with one micro-batch: its summed generative loss, and the hidden states (B, C) just
-    before each caption begins. Attention is causal: they know the image and the prompt, and nothing of the
-    caption."""
-    hidden = vlm.llm.hidden(vlm.splice(m["ids"], patches))  # (B, S, C)
-    return (losses.generative_loss(hidden, m["labels"], vlm.llm.head_weight),
-            losses.hidden_at(hidden, losses.last_before_labels(m["labels"])))
-
-
-def patch_vectors(vlm, micro_batches, leaves) -> tuple:
-    """Image and text vectors, each (B, C), of the patch loss. It needs no LLM, only its embedding table."""
-    image, text = [], []
-    for m, leaf in zip(micro_batches, leaves):
-        image.append(losses.pool_patches(leaf))
-        text.append(losses.pool_caption(vlm.llm.embed(m["caption_ids"]), m["caption_mask"]))
-    return torch.cat(image), torch.cat(text)
-
-
-def prompt_vectors(vlm, micro_batches, image_states) -> tuple:
-    """Image and text vectors, each (B, C), of the prompted loss: one text-only pass of the LLM."""
-    image, text = [], []
-    for m, state in zip(micro_batches, image_states):
-        hidden = vlm.llm.hidden(vlm.llm.embed(m["text_ids"]))  # (B, T', C)
-        image.append(losses.unit(state))
-        text.append(losses.unit(losses.hidden_at(hidden, m["text_mask"].sum(1) - 1)))
-    return torch.cat(image), torch.cat(text)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 8. On disk: a run that was stopped goes on as if it had not been
 
 def save_checkpoint(config, step: int, optimizer):
-    """Write OUT/checkpoint-STEP, complete or not at all, and keep the last two. Every rank writes its own
-    file."""
+    """Write OUT/checkpoint-STEP, complete or not at all; keep the last two. Each rank has its own file."""
     final = Path(config.out) / f"checkpoint-{step:07d}"
     partial = final.with_suffix(".partial")
     partial.mkdir(parents=True, exist_ok=True)  # of a run that was stopped while saving: written over
@@ -823,13 +715,10 @@ def load_checkpoint(config, optimizer) -> int:
         say(f"{config.out}: no checkpoint to resume from; starting at step 0")
         return 0
     first = torch.load(last / "rank-0.pt", map_location="cpu", mmap=True, weights_only=True)
-    if first["ranks"] != world_size():
-        raise ValueError(f"{last}: saved by {first['ranks']} ranks, resumed by {world_size()}; "
-                         "the number of ranks must stay the same")
-    for name, value in asdict(config).items():
-        before = first["config"].get(name)
-        if before != value and name not in ("resume", "save_every", "workers", "cache", "out"):
-            raise ValueError(f"{last}: saved with --{name} {before!r}, resumed with {value!r}")
+    saved, now = first["config"] | {"ranks": first["ranks"]}, asdict(config) | {"ranks": world_size()}
+    for name in now.keys() - {"resume", "save_every", "workers", "cache", "out"}:
+        if saved.get(name) != now[name]:
+            raise ValueError(f"{last}: saved with {name} {saved.get(name)!r}, resumed with {now[name]!r}")
     state = torch.load(last / f"rank-{rank()}.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     set_random_state(state["random"])
@@ -853,16 +742,11 @@ def open_run(config, start: int):
 
 
 def save_run(config, vlm, results: dict):
-    """The finished run directory. Written beside it first, so that a run that fails leaves no half of one."""
-    out, partial = Path(config.out), Path(f"{config.out}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    vlm.save(partial, asdict(config), with_llm=config.stage == "instruct")
-    (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    """The finished run directory. config.json comes last: only with it is this a run, never half of one."""
+    out = Path(config.out)
     shutil.rmtree(out / "llm", ignore_errors=True)  # of a run that was stopped right here
-    names = [entry.name for entry in partial.iterdir() if entry.name != "config.json"]
-    for name in [*names, "config.json"]:  # the last: only with it is this a run directory
-        os.replace(partial / name, out / name)
-    partial.rmdir()
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    vlm.save(out, asdict(config), with_llm=config.stage == "instruct")
 
 
 def set_last_run(folder):
@@ -881,28 +765,31 @@ def train_stage(config: Config, device):
     ensure_data(config)
     plan = outline(config, load_vit_config(config.vit), load_llm_config(config.llm))
     samples = load_samples(config, plan)
-    steps = count_steps(config, len(samples))
+    steps = data.count_steps(config, len(samples))
     print_plan(config, plan, device, dtype, steps)
     vlm = load_model(config, device, dtype)
     optimizer, scales = build_optimizer(config, vlm, device)
     start = load_checkpoint(config, optimizer) if config.resume else 0
     loader = iter(make_loader(config, samples, vlm, start, steps, device))
-    print_sample(samples[0], samples.tokenizer)
+    say("first sample:", repr(data.marked_text(samples[0], samples.tokenizer)))
 
     bar = tqdm(range(start, steps), desc=config.stage, initial=start, total=steps, disable=rank() > 0)
     for step in bar:
         step_began = time.time()
         lr = learning_rate(step, steps, config)
-        micro_batches = [next(loader) for _ in range(split_batch(config)[1])]
+        micro_batches = [next(loader) for _ in range(data.split_batch(config, world_size())[1])]
         line = {"step": step, **train_step(vlm, scales, optimizer, micro_batches, config, lr)}
         line |= {"ms": round(1000 * (time.time() - step_began), 1), "memory_mib": peak_memory(device)}
         bar.set_postfix({key: f"{line[key]:.3f}" for key in ("generative", *scales)})
         if step == 0:
-            say(f"first step: {line['tokens']} tokens carry loss, {line['tokens'] / config.batch:.1f} a sample; "
-                f"loss {line['generative']:.2f}, a uniform guess {math.log(vlm.llm.config.vocab_size):.2f}")
+            tokens, guess = line["tokens"], math.log(vlm.llm.config.vocab_size)
+            say(f"first step: {tokens} tokens carry loss, {tokens / config.batch:.1f} a sample; loss "
+                f"{line['generative']:.2f}, a uniform guess {guess:.2f}")
         if rank() == 0:
             if step == start:  # only now: a run that fails before leaves what was there
                 open_run(config, start)
+            if step == lr == 0 and config.stage == "align":  # at rate 0 the projector is still what it was
+                vlm.save(Path(config.out) / "unaligned", asdict(config), with_llm=False)
             with open(Path(config.out) / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
         if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < steps:
@@ -922,43 +809,23 @@ def peak_memory(device) -> int:
 
 
 def run_all(given: dict, device):
-    """Align, instruct, and ScienceQA before, between and after, asked of eval.py: what each stage adds."""
+    """Align, instruct, and eval.py's ScienceQA before, between and after: what each stage adds."""
     root = Path(given.get("out") or f"runs/{configure('align', given).preset}")
     others = {"align": ("data_fraction", "init"), "instruct": ("contrastive", "contrastive_weight", "prompt")}
-    configs = {}
     for stage in ("align", "instruct"):  # each without the options that are the other's alone
         options = {key: value for key, value in given.items() if key not in others[stage]}
-        configs[stage] = configure(stage, options | {"out": str(root / stage), "init": str(root / "align")})
-        train_stage(configs[stage], device)
-    if rank() > 0:
-        return
+        where = {"out": str(root / stage), "init": str(root / "align")}
+        train_stage(configure(stage, options | where), device)
     set_last_run(root / "instruct")
-    save_unaligned(configs["align"], root / "unaligned")
-    names, scores = ("unaligned", "align", "instruct"), {}
-    asked = subprocess.run([sys.executable, ROOT / "eval.py", "--bench", "scienceqa", "--ckpt",
-                            *[root / name for name in names]], stdout=subprocess.PIPE, text=True, check=True)
-    lines = [json.loads(line) for line in asked.stdout.splitlines() if line.startswith("{")]
-    say("\nScienceQA, test split, percent right        all   with image")
-    for name, line in zip(names, lines, strict=True):
-        say(f"  {name:<34}{line['accuracy']:>10.1f}{line['accuracy_img']:>13.1f}")
-        scores[f"{name}_img"] = line["accuracy_img"]
-    say(json.dumps({"out": str(root), "contrastive": configs["align"].contrastive, **scores,
-                    "data_fraction": configs["instruct"].data_fraction, "peak_memory_mib": peak_memory(device)}))
-
-
-def save_unaligned(config, folder):
-    """The run that `config` started from: its projector's initial weights; config.json says where the towers
-    are."""
-    vlm = outline(config, load_vit_config(config.vit), load_llm_config(config.llm))
-    torch.manual_seed(config.seed)  # as in load_model, where the projector is the only one to draw from it
-    vlm.projector = build_projector(config.projector, vlm.vit.num_patches, vlm.vit.config.hidden_size,
-                                    vlm.llm.config.hidden_size)
-    vlm.save(folder, asdict(config), with_llm=False)
+    if rank() == 0:
+        runs = [root / name for name in ("align/unaligned", "align", "instruct") if (root / name).is_dir()]
+        asked = subprocess.run([sys.executable, ROOT / "eval.py", "--bench", "scienceqa", "--ckpt", *runs])
+        sys.exit(asked.returncode)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if "compare" in argv:
+    if ("--stage", "compare") in zip(argv, argv[1:]):
         sys.exit("train.py: --stage compare has moved; `python -m lab.compare` compares the losses")
     given = parse_args(argv)
     if given.get("dry_run"):  # a benchmark, and so a script beside the others
@@ -974,7 +841,7 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError) and rank() > 0:
             sys.exit(1)  # every rank misses the same file; rank 0 says so
-        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")  # a loader process sends a whole traceback
+        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")  # a loader process sends a traceback
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; --resume goes on from the last checkpoint, if there is one")
     finally:

@@ -58,8 +58,7 @@ BICUBIC = 3  # Pillow's number for bicubic resampling, which transformers uses t
 
 @dataclass
 class ViTConfig:
-    """Sizes of the tower under the names of Hugging Face's config.json. The defaults are CLIP
-    ViT-L/14-336."""
+    """Sizes of the tower, named as in Hugging Face's config.json. The defaults are CLIP ViT-L/14-336."""
 
     image_size: int = 336  # pixels a side
     patch_size: int = 14
@@ -217,8 +216,7 @@ class ViT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_id, feature_layer: int = -2, dtype=torch.float32, device="cpu"):
-        """The frozen tower of a folder of CLIP, SigLIP or DINOv2 as Hugging Face writes it, text half or not.
-        Strict: see `load_strictly`."""
+        """The frozen tower of a folder of CLIP, SigLIP or DINOv2. Strict: see `load_strictly`."""
         folder = resolve_model(folder_or_id)
         with torch.device("meta"):  # shapes only; the weights come from the files
             vit = cls(load_vit_config(folder), feature_layer)
@@ -230,7 +228,8 @@ class ViT(nn.Module):
         architecture = self.config.family.architecture
         if architecture is None:
             raise ValueError(f"a tower of type {self.config.model_type} is read, not written")
-        write_weights(dict(self.named_parameters()), folder, asdict(self.config) | {"architectures": [architecture]})
+        config = asdict(self.config) | {"architectures": [architecture]}
+        write_weights(dict(self.named_parameters()), folder, config)
         write_preprocessor_config(self.config, folder)
 
 
@@ -252,8 +251,8 @@ def vit_config_from_dict(config: dict, folder: Path) -> ViTConfig:
         config["intermediate_size"] = config["hidden_size"] * config["mlp_ratio"]
     file = folder / "preprocessor_config.json"
     preprocessor = read_json(file) if file.exists() else {}
-    for key in ("image_mean", "image_std", "resample"):
-        config[key] = preprocessor.get(key)
+    config |= {key: preprocessor.get(key) for key in ("image_mean", "image_std", "resample")}
+    config["vision_use_head"] = False
     return config_from_dict(ViTConfig, config, folder)
 
 
@@ -311,9 +310,9 @@ def resolve(folder_or_id, patterns) -> Path:
         if folder.is_dir():
             return folder
     from huggingface_hub import snapshot_download  # imported late: only those who download need it
-    ignored = ["consolidated*"]  # the same weights in Mistral's own form
-    try:
-        return Path(snapshot_download(str(folder_or_id), allow_patterns=list(patterns), ignore_patterns=ignored))
+    try:  # consolidated*: the same weights in Mistral's own form
+        return Path(snapshot_download(str(folder_or_id), allow_patterns=list(patterns),
+                                      ignore_patterns=["consolidated*"]))
     except Exception as error:  # whatever the network says, the reader needs the name that was not found
         raise FileNotFoundError(f"{folder_or_id}: no such folder, and the Hub does not give it "
                                 f"({type(error).__name__}: {str(error).strip().splitlines()[0]})") from error
@@ -352,8 +351,7 @@ def read_config(folder: Path, families) -> dict:
 
 
 def config_from_dict(config_class, values: dict, folder):
-    """The dataclass from those of `values` that are set and that it has a field for; config.json holds
-    more."""
+    """The dataclass, from those of `values` that are set and that it has a field for."""
     known = {key: values[key] for key in config_class.__dataclass_fields__ if values.get(key) is not None}
     try:
         return config_class(**known)
@@ -404,13 +402,15 @@ def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32, devic
 
     Strict both ways: a tensor without a parameter, a parameter without a tensor and a shape that differs are
     each a ValueError naming it and `source`. A head left random because its name was new costs a training
-    run. """
+    run.
+    """
     kind, wanted = type(module).__name__, {name: p.shape for name, p in module.named_parameters()}
     for name, tensor in tensors:
         if name not in wanted:
             raise ValueError(f"{source}: {name!r} has no place in {kind}, or came twice")
         if tensor.shape != wanted[name]:
-            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, {kind} needs {tuple(wanted[name])}")
+            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, {kind} needs "
+                             f"{tuple(wanted[name])}")
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
         del wanted[name]

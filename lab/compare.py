@@ -52,6 +52,7 @@ ABLATIONS = {  # name: (options of the align stage, the losses they are tried wi
     "prompt none": (dict(prompt="none"), ("prompt",)),
     "prompt describe in the captioning pass alone": (dict(prompt="describe"), ("none", "patch")),
 }
+OTHER_STAGE = {"align": ("template",), "instruct": ("prompt",)}  # options that are the other stage's alone
 SET_HERE = {"stage", "preset", "annotations", "images", "benchmarks", "init", "seed", "data_fraction",
             "contrastive", "contrastive_weight", "epochs", "steps", "lr", "save_every", "resume", "dry_run"}
 
@@ -186,13 +187,18 @@ def planned_runs(size: dict) -> int:
 def train_and_score(out: Path, run: str, stage: str, world: Path, split: str, options: dict, device) -> dict:
     """Train the run, unless its folder is there, and score it. What it prints goes to runs.log."""
     folder = out / "runs" / run
-    options = options | {"preset": "tiny", "annotations": str(world / f"{stage}.json"),
-                         "images": str(world / "images"), "benchmarks": str(world), "out": str(folder),
-                         "save_every": 0}
+    where = {"annotations": str(world / f"{stage}.json"), "images": str(world / "images"),
+             "benchmarks": str(world), "out": str(folder), "save_every": 0, "preset": "tiny"}
+    options = without_other_stage(stage, options) | where
     with open(out / "runs.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         if not (folder / "config.json").exists():
             train.train_stage(train.configure(stage, options), device)
         return score_run(folder, world, split, device)
+
+
+def without_other_stage(stage: str, options: dict) -> dict:
+    """Align is always told in the plain template, and only there do words stand before the caption."""
+    return {key: value for key, value in options.items() if key not in OTHER_STAGE[stage]}
 
 
 def score_run(folder: Path, world: Path, split: str, device) -> dict:
@@ -231,7 +237,7 @@ def open_cells(out: Path, protocol: list) -> dict:
 
 def fingerprint(world: Path, given: dict) -> str:
     """A hash of the towers and the data of a comparison: cells of two worlds must not meet in one table."""
-    config = train.configure("align", given | {"preset": "tiny"})
+    config = train.configure("align", without_other_stage("align", given) | {"preset": "tiny"})
     towers = [config.vit, config.llm]
     for options, _ in ABLATIONS.values():
         towers += [options[name] for name in ("vit", "llm") if name in options]

@@ -63,7 +63,7 @@ def random_batch(config, vlm, number: int = 0, text: int = 0) -> dict:
     a typical sample of the stage has)."""
     c, samples, text = vlm.llm.config, [], text or train.TEXT_TOKENS[config.stage]
     size, rng = vlm.vit.config.image_size, torch.Generator().manual_seed(1000 * number + rank())
-    for i in range(train.split_batch(config)[0]):
+    for i in range(data.split_batch(config, world_size())[0]):
         ids = torch.randint(3, c.vocab_size, (text,), generator=rng).tolist()
         samples.append({"ids": [1, data.IMAGE_MARKER, *ids], "roles": [data.CONTEXT] * 2 + [data.ANSWER] * text,
                         "pixels": torch.randn(3, size, size, generator=rng), "text_ids": [1, *ids],
@@ -104,7 +104,7 @@ def dry_run(config, device):
     optimizer, scales = train.build_optimizer(config, vlm, device)
     seconds = []
     for _ in tqdm(range(3), desc=f"dry run, {config.stage}", disable=rank() > 0):
-        micro_batches = [random_batch(config, vlm, part) for part in range(train.split_batch(config)[1])]
+        micro_batches = [random_batch(config, vlm, part) for part in range(data.split_batch(config, world_size())[1])]
         began = time.time()
         train.train_step(vlm, scales, optimizer, micro_batches, config, config.lr)
         seconds.append(time.time() - began)

@@ -1,18 +1,27 @@
-"""Shared by all tests: repeatable arithmetic, the project on the path, and tiny random folders of transformers' own."""
+"""Shared by all tests: repeatable arithmetic, the project on the path, a small toy world, tiny random models of
+transformers' own on disk, and processes for the tests of several ranks."""
 
 import os
+import pickle
 import sys
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach a network
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are faster so, here and in every process that a test starts
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 
 import data
+import train
 from lab import toy_world
 
 transformers.logging.set_verbosity_error()
@@ -20,7 +29,7 @@ transformers.logging.disable_progress_bar()
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "real: needs real weights and packages beyond requirements.txt; run with -m real")
+    config.addinivalue_line("markers", "real: needs real weights and packages beyond requirements.txt; see test_real")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -30,13 +39,29 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def repeatable():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+# ---- on disk -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "toy"
+    toy_world.write_world(folder, align=40, instruct=40, text=10, test=40)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(llama_folder):
+    """The toy world's."""
+    return data.load_tokenizer(llama_folder)
 
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
-    """A CLIP vision tower of transformers, random, on disk: 16 patches of an image of 32, width 32, 3 blocks."""
+    """A random CLIP vision tower of transformers: 16 patches of an image of 32, width 32, 3 blocks."""
     torch.manual_seed(1)
     config = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
                                            num_attention_heads=4, image_size=32, patch_size=8)
@@ -47,23 +72,33 @@ def clip_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory):
-    """A Llama of transformers, random, on disk, with the toy world's tokenizer: width 32, 2 blocks, 4 heads on 2."""
-    folder = tmp_path_factory.mktemp("llama")
+    """A random Llama of transformers, with the toy world's tokenizer: width 32, 2 blocks, 4 heads on 2."""
+    return random_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def tied_llama_folder(tmp_path_factory):
+    """The same with a head that is the embedding table itself."""
+    return random_llama(tmp_path_factory.mktemp("tied-llama"), tie_word_embeddings=True)
+
+
+def random_llama(folder, **changes):
     toy_world.write_tokenizer(folder)
-    vocabulary = len(data.load_tokenizer(folder))
-    shaken(transformers.LlamaForCausalLM(llama_config(vocab_size=vocabulary))).save_pretrained(folder)
+    config = llama_config(vocab_size=toy_world.VOCABULARY, **changes)
+    shaken(transformers.LlamaForCausalLM(config)).save_pretrained(folder)
     return folder
 
 
 def llama_config(**changes):
-    sizes = dict(vocab_size=75, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, rope_theta=10000.0,
-                 bos_token_id=1, eos_token_id=2)
+    sizes = dict(vocab_size=75, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5,
+                 rope_theta=10000.0, bos_token_id=1, eos_token_id=2)
     return transformers.LlamaConfig(**(sizes | changes))
 
 
 def shaken(model):
-    """The model with every parameter moved: a norm left at 1 and a bias left at 0 would hide that nobody loads them."""
+    """The model with every parameter moved: a norm left at 1, a bias left at 0 would hide that nobody loads
+    it."""
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -75,3 +110,86 @@ def assert_close(ours, theirs, tolerance=1e-5):
     """Largest difference, relative to the largest value."""
     difference = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)
     assert difference < tolerance, f"relative difference {difference:.1e}"
+
+
+# ---- several ranks -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """`ranks(world, function, *args)`: what `function(rank, world, *args)` returns on each of `world` ranks.
+
+    The processes are started once, by the first test that asks: to start one, and to import PyTorch in it,
+    takes seconds. Each test gets a process group of its own. `function` must be one that another process can
+    import.
+    """
+    pool = Ranks(tmp_path_factory.mktemp("rendezvous"))
+    yield pool.run
+    pool.stop()
+
+
+class Ranks:
+    def __init__(self, folder, most=4):
+        self.folder, self.most, self.groups, self.workers = folder, most, 0, []
+
+    def run(self, world, function, *args, seconds=120):
+        if not self.workers:
+            self.start()
+        self.groups += 1  # each group meets at a file of its own
+        task = pickle.dumps((function, world, args, f"file://{self.folder}/{self.groups}"))
+        connections = [connection for _, connection in self.workers[:world]]
+        for connection in connections:
+            connection.send_bytes(task)
+        try:
+            return self.collect(connections, time.monotonic() + seconds)
+        except BaseException:
+            self.stop()  # the other ranks may wait for one that is gone; the next test gets new processes
+            raise
+
+    def collect(self, connections, deadline):
+        """What the ranks send, in their order; the first error that one of them sends."""
+        results = {}
+        while len(results) < len(connections):
+            awaited = [connection for connection in connections if connection not in results]
+            ready = wait(awaited, max(0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f"no answer of ranks {[connections.index(c) for c in awaited]}")
+            for connection in ready:
+                is_error, results[connection] = pickle.loads(connection.recv_bytes())  # EOFError: it has died
+                if is_error:
+                    raise RuntimeError(f"rank {connections.index(connection)} failed:\n{results[connection]}")
+        return [results[connection] for connection in connections]
+
+    def start(self):
+        context = torch.multiprocessing.get_context("spawn")
+        for rank in range(self.most):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=serve, args=(rank, theirs), daemon=True)
+            worker.start()
+            theirs.close()
+            self.workers.append((worker, ours))
+
+    def stop(self):
+        for worker, connection in self.workers:
+            worker.kill()
+            worker.join()
+            connection.close()
+        self.workers = []
+
+
+def serve(rank, connection):
+    """The life of a process of the pool: one task after another, until it is killed."""
+    torch.set_num_threads(1)
+    while True:
+        task = connection.recv_bytes()
+        try:
+            function, world, args, place = pickle.loads(task)
+            dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world,
+                                    timeout=timedelta(seconds=100))
+            result = function(rank, world, *args)
+            dist.barrier()  # nobody leaves while another still listens: gloo may abort then
+            train.leave_ranks()
+            answer = pickle.dumps((False, result))
+        except BaseException:
+            answer = pickle.dumps((True, traceback.format_exc()))
+        connection.send_bytes(answer)

@@ -1,39 +1,29 @@
-"""From files to batches: pictures against CLIPImageProcessor, labels against LLaVA's own vectors, the toy world."""
+"""From files to batches: pictures against CLIPImageProcessor, labels against what LLaVA's own code makes, the
+order of the records."""
 
-import hashlib
+import itertools
 import json
+import math
 import random
-import subprocess
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 import data
+from data import ANSWER, CONTEXT, END, IMAGE_MARKER
 from lab import toy_world
-from data import ANSWER, CONTEXT, END
+from train import Config
 from vit import ViTConfig
 
 TOWER = ViTConfig(image_size=32, patch_size=8)  # CLIP's normalisation
-
-
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world") / "toy"
-    toy_world.write_world(folder, align=40, instruct=40, text=10, test=40)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    toy_world.write_tokenizer(folder)
-    return data.load_tokenizer(folder)
 
 
 def record(*turns, **fields):
@@ -92,54 +82,90 @@ def test_other_extension_of_the_same_stem(tmp_path):
     assert data.load_image(tmp_path / "a.jpg").size == (8, 8)
 
 
-# ---- templates and labels: LLaVA's own functions on the Llama-2 vocabulary -----------------------------------------
+# ---- templates and labels: what LLaVA's own functions make, on the Llama-2 vocabulary ----------------------
 
-HEAD = [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892,
-        13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889, 3148, 1001, 29901]
 CAPTION = record("Render a concise summary of the photo.\n<image>", "the roof of the old town hall", image="x")
-COLOR = record("<image>\nWhat color is the bus?\nAnswer the question using a single word or phrase.", "Red", image="x")
+COLOR = record("<image>\nWhat color is the bus?\nAnswer the question using a single word or phrase.", "Red",
+               image="x")
 CHAT = record("<image>\nWhat is the man doing?", "He is riding a horse.", "Is he wearing a hat?", "Yes, he is.",
               "What color is it?", "Black.", image="x")
 TEXT = record("Name two primary colors.", "Red and blue.", "One more?", "Yellow.")
 
-ASSISTANT = [319, 1799, 9047, 13566, 29901]
-VECTORS = [  # template, record, legacy, ids, positions with loss
-    ("plain", CAPTION, False, [1, -200, 278, 17526, 310, 278, 2030, 4726, 12713, 13], range(2, 10)),
-    ("plain", COLOR, False, [1, -200, 4367, 13], range(2, 4)),
-    ("v1", CAPTION, False, HEAD + [29871, -200, 29871, 13, 10716, 263, 3022, 895, 15837, 310, 278, 15373, 29889]
-     + ASSISTANT + [278, 17526, 310, 278, 2030, 4726, 12713, 2], range(52, 60)),
-    ("v1", COLOR, False, HEAD + [29871, -200, 29871, 13, 5618, 2927, 338, 278, 3593, 29973, 13, 22550, 278, 1139, 773,
-                                 263, 2323, 1734, 470, 16549, 29889] + ASSISTANT + [4367, 2], range(60, 62)),
-    ("v1", CHAT, False, HEAD + [29871, -200, 29871, 13, 5618, 338, 278, 767, 2599, 29973] + ASSISTANT
-     + [940, 338, 364, 4821, 263, 10435, 29889, 2, 11889, 29901, 1317, 540, 591, 4362, 263, 3056, 29973] + ASSISTANT
-     + [3869, 29892, 540, 338, 29889, 2, 11889, 29901, 1724, 2927, 338, 372, 29973] + ASSISTANT + [6054, 29889, 2],
-     [*range(49, 57), *range(71, 77), *range(89, 92)]),
-    ("v1", TEXT, False, HEAD + [4408, 1023, 7601, 11955, 29889] + ASSISTANT
-     + [4367, 322, 7254, 29889, 2, 11889, 29901, 3118, 901, 29973] + ASSISTANT + [612, 4743, 29889, 2],
-     [*range(44, 49), *range(59, 63)]),
-    ("v1", CHAT, True, 94, [*range(49, 57), *range(72, 78), *range(91, 94)]),
-    ("v1", TEXT, True, 64, [*range(44, 49), *range(60, 64)]),
-]
+# What they become: (text, its ids, whether they carry loss). A text-only pass, or one behind an image, opens with
+# SentencePiece's own space.
+BOS, END_TOKEN, PICTURE = ("<s>", [1], False), ("</s>", [2], True), ("<image>", [IMAGE_MARKER], False)
+HEAD = [BOS, (" A chat between a curious user and an artificial intelligence assistant.", [
+    319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889], False),
+        (" The assistant gives helpful, detailed, and polite answers to the user's questions.", [
+            450, 20255, 4076, 8444, 29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155,
+            29889], False),
+        (" USER:", [3148, 1001, 29901], False)]
+NEXT_QUESTION = ("USER:", [11889, 29901], False)
+TO_ANSWER = (" ASSISTANT:", [319, 1799, 9047, 13566, 29901], False)
+VECTORS = {
+    "plain, caption": ("plain", CAPTION, [
+        BOS, PICTURE,
+        (" the roof of the old town hall", [278, 17526, 310, 278, 2030, 4726, 12713], True), ("\n", [13], True)]),
+    "plain, one word": ("plain", COLOR, [BOS, PICTURE, (" Red", [4367], True), ("\n", [13], True)]),
+    "v1, caption": ("v1", CAPTION, [
+        *HEAD, (" ", [29871], False), PICTURE,
+        (" \nRender a concise summary of the photo.", [
+            29871, 13, 10716, 263, 3022, 895, 15837, 310, 278, 15373, 29889], False), TO_ANSWER,
+        (" the roof of the old town hall", [278, 17526, 310, 278, 2030, 4726, 12713], True), END_TOKEN]),
+    "v1, one word": ("v1", COLOR, [
+        *HEAD, (" ", [29871], False), PICTURE,
+        (" \nWhat color is the bus?", [29871, 13, 5618, 2927, 338, 278, 3593, 29973], False),
+        ("\nAnswer the question using a single word or phrase.", [
+            13, 22550, 278, 1139, 773, 263, 2323, 1734, 470, 16549, 29889], False), TO_ANSWER,
+        (" Red", [4367], True), END_TOKEN]),
+    "v1, three rounds": ("v1", CHAT, [
+        *HEAD, (" ", [29871], False), PICTURE,
+        (" \nWhat is the man doing?", [29871, 13, 5618, 338, 278, 767, 2599, 29973], False), TO_ANSWER,
+        (" He is riding a horse.", [940, 338, 364, 4821, 263, 10435, 29889], True), END_TOKEN,
+        NEXT_QUESTION, (" Is he wearing a hat?", [1317, 540, 591, 4362, 263, 3056, 29973], False), TO_ANSWER,
+        (" Yes, he is.", [3869, 29892, 540, 338, 29889], True), END_TOKEN,
+        NEXT_QUESTION, (" What color is it?", [1724, 2927, 338, 372, 29973], False), TO_ANSWER,
+        (" Black.", [6054, 29889], True), END_TOKEN]),
+    "v1, text only": ("v1", TEXT, [
+        *HEAD, (" Name two primary colors.", [4408, 1023, 7601, 11955, 29889], False), TO_ANSWER,
+        (" Red and blue.", [4367, 322, 7254, 29889], True), END_TOKEN,
+        NEXT_QUESTION, (" One more?", [3118, 901, 29973], False), TO_ANSWER,
+        (" Yellow.", [612, 4743, 29889], True), END_TOKEN]),
+}
 
 
 def llama2(legacy):
-    """Llama 2's tokenizer, cut down to the tokens and merges that these vectors touch; its ids are the real ones."""
+    """Llama 2's tokenizer, cut down to bytes and to the tokens and merges that these vectors touch; its ids are
+    the real ones. `legacy`: SentencePiece's own space also behind every special token."""
     spec = json.loads((Path(__file__).parent / "llama2_subset.json").read_text())
+    spec["model"]["vocab"] |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}  # of what is no token itself
     if not legacy:
         spec["normalizer"] = None
-        spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-    from tokenizers import Tokenizer
+        spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first",
+                                 "split": False}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token="<s>",
                                    eos_token="</s>", unk_token="<unk>")
 
 
-@pytest.mark.parametrize("template, sample, legacy, ids, loss", VECTORS)
-def test_llava_vectors(template, sample, legacy, ids, loss):
+def text_of(ids, tokenizer):
+    """As written in the vocabulary: SentencePiece's space shows, wherever it stands."""
+    names = [data.IMAGE if i == IMAGE_MARKER else tokenizer.convert_ids_to_tokens(i) for i in ids]
+    return "".join(names).replace("▁", " ").replace("<0x0A>", "\n")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["new", "legacy"])
+@pytest.mark.parametrize("name", VECTORS)
+def test_ids_and_loss_are_those_of_llava(name, legacy):
+    template, sample, parts = VECTORS[name]
     tokenizer = llama2(legacy)
+    if legacy:  # a space opens the text behind </s>, too
+        parts = [HEAD[-1] if part == NEXT_QUESTION else part for part in parts]
+    for text, ids, _ in parts:
+        assert text_of(ids, tokenizer) == text  # the text beside the ids above is true
     pieces = data.TEMPLATES[template](data.clean_turns(sample), tokenizer)
-    ours, roles = data.tokenise(pieces, tokenizer, "image" in sample)
-    assert len(ours) == ids if isinstance(ids, int) else ours == ids
-    assert [i for i, role in enumerate(roles) if role != CONTEXT] == list(loss)
+    ids, roles = data.tokenise(pieces, tokenizer, "image" in sample)
+    assert ids == [i for _, part, _ in parts for i in part]
+    assert [role != CONTEXT for role in roles] == [has_loss for _, part, has_loss in parts for _ in part]
 
 
 @pytest.mark.parametrize("answer, first", [("5", 29871), ("\nA b", 29871)])
@@ -162,6 +188,14 @@ def test_supervised_ids_decode_to_the_answers(toy, tokenizer):
         assert tokenizer.unk_token_id not in ids
         said = tokenizer.decode([i for i, role in zip(ids, roles) if role != CONTEXT])
         assert said == " ".join(turn["value"] + " </s>" for turn in sample["conversations"][1::2])
+
+
+def test_marked_text_shows_what_carries_loss(tokenizer):
+    turns = [("human", f"{data.IMAGE}\nIs the shape red?"), ("gpt", "Yes"), ("human", "Is it large?"), ("gpt", "No")]
+    ids, roles = data.tokenise(data.v1(turns, tokenizer), tokenizer, True)
+    shown = data.marked_text({"ids": ids, "roles": roles}, tokenizer)
+    assert shown.count(data.IMAGE) == 1
+    assert re.findall(r"\[\[ (.*?)\]\]", shown) == ["Yes </s>", "No </s>"]
 
 
 def test_a_boundary_inside_a_token_is_an_error(tokenizer):
@@ -298,6 +332,28 @@ def test_grouped_order_is_a_permutation_of_single_modality_batches():
     assert [set(one[s : s + 8]) for s in range(0, 96, 8)] == [set(batch) for batch in batches]
 
 
+def test_every_rank_count_takes_the_same_records():
+    """Six steps of eight: two passes over 21 records, and a part of a third. On each step, the ranks one after
+    another, each with its micro-batches of two, take what one rank takes at once."""
+    config, lengths = Config(batch=8, micro_batch=2, epochs=2.0, seed=3), [1] * 21
+    steps = data.count_steps(config, len(lengths))
+    assert steps == math.ceil(42 / 8)
+    whole = data.micro_batches(replace(config, micro_batch=8), lengths, steps, rank=0, world=1)
+    order = [i for batch in whole for i in batch]
+    assert sorted(order[:21]) == list(range(21)) == sorted(order[21:42])
+    for world in (1, 2, 4):
+        parts = 4 // world  # micro-batches of a rank in each step
+        per_rank = [data.micro_batches(config, lengths, steps, rank, world) for rank in range(world)]
+        for step, batch in enumerate(whole):
+            taken = [i for mine in per_rank for part in mine[step * parts : (step + 1) * parts] for i in part]
+            assert taken == batch
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="batch of 8 does not divide into 3 ranks"):
+        data.split_batch(Config(batch=8, micro_batch=2), 3)
+
+
 # ---- ScienceQA -----------------------------------------------------------------------------------------------------
 
 
@@ -337,9 +393,9 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^
          r"\s+(?!\S)|\s+")
 
 
-def byte_level(template, bos, eos, specials):
-    """A byte-level BPE like Llama 3's and Qwen's, trained on a few words."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def byte_level(template, bos, eos, specials, is_trimmed=False):
+    """A byte-level BPE like Llama 3's and Qwen's, trained on a few words. `is_trimmed`: as in some, the place that
+    it gives of a token is without the space in front."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(SPLIT), "isolated"),
@@ -348,28 +404,34 @@ def byte_level(template, bos, eos, specials):
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(["What color is the shape? It is a red circle.\n user assistant\n\n"] * 3, trainer)
+    behind = [processors.ByteLevel(trim_offsets=True)] if is_trimmed else []
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+        behind.append(processors.TemplateProcessing(single=f"{bos} $A",
+                                                    special_tokens=[(bos, tokenizer.token_to_id(bos))]))
+    tokenizer.post_processor = processors.Sequence(behind)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=template)
 
 
 def chat_tokenizer(family):
+    """Of one of FAMILIES, or "mistral"."""
     if family == "mistral":
         tokenizer = llama2(False)
         tokenizer.chat_template = MISTRAL
         return tokenizer
+    family, is_trimmed = family.removesuffix(", trimmed"), family.endswith(", trimmed")
     if family == "llama3":
         specials = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
-        return byte_level(LLAMA3, *specials[:2], specials)
-    return byte_level(CHATML if family == "chatml" else THINKING, None, "<|im_end|>", ["<|im_start|>", "<|im_end|>"])
+        return byte_level(LLAMA3, *specials[:2], specials, is_trimmed)
+    template = CHATML if family == "chatml" else THINKING
+    return byte_level(template, None, "<|im_end|>", ["<|im_start|>", "<|im_end|>"], is_trimmed)
 
 
+FAMILIES = ["chatml", "chatml, trimmed", "llama3", "llama3, trimmed", "thinking"]
 CHAT_TURNS = [("human", "<image>\nWhat color is the shape?"), ("gpt", "It is red."), ("human", "Is it a circle?"),
               ("gpt", "A ring, I see.")]
 
 
-@pytest.mark.parametrize("family", ["chatml", "llama3", "mistral", "thinking"])
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral"])
 def test_chat_labels_are_the_answers_and_their_ends(family):
     """For each kind of tokenizer: the ids are those of the rendered chat, the supervised ones decode to the answers."""
     tokenizer = chat_tokenizer(family)
@@ -391,7 +453,7 @@ def test_chat_labels_are_the_answers_and_their_ends(family):
     assert found.count(tokenizer.bos_token_id) == (tokenizer.bos_token is not None)
 
 
-@pytest.mark.parametrize("family", ["chatml", "llama3", "thinking"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("caption", ["A red circle", "A red circle.", "A red circle.\n", "It is!"])
 def test_plain_labels_where_a_stop_and_a_newline_are_one_token(family, caption):
     tokenizer = chat_tokenizer(family)
@@ -404,7 +466,7 @@ def test_plain_labels_where_a_stop_and_a_newline_are_one_token(family, caption):
 
 @pytest.mark.parametrize("answer", ["\nA red circle.", "k", "think", " A\n\nred \n"])
 def test_chat_answers_lose_the_space_around_them(answer):
-    for family in ("chatml", "llama3", "thinking"):
+    for family in FAMILIES:
         tokenizer = chat_tokenizer(family)
         ids, roles = data.tokenise(data.chat([("human", "What?"), ("gpt", answer)], tokenizer), tokenizer, False)
         said = tokenizer.decode([i for i, role in zip(ids, roles) if role != data.CONTEXT])
@@ -415,6 +477,39 @@ def test_a_question_ends_with_what_training_put_before_the_answer():
     tokenizer = chat_tokenizer("thinking")
     asked, = data.chat(CHAT_TURNS[:1], tokenizer)
     assert asked == data.chat(CHAT_TURNS, tokenizer)[0] and asked[0].endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+BORDERS = [  # pieces; "end" is the tokenizer's own end token
+    [("What is 😀", CONTEXT), (" 😀 é", ANSWER), ("end", END)],
+    [("😀", CONTEXT), ("😀", ANSWER), ("\n", END)],
+    [("é:", CONTEXT), ("  red ", ANSWER), ("end", END), ("B:", CONTEXT), (" 5😀", ANSWER), ("end", END)],
+    [("", CONTEXT), ("a red circle", ANSWER), ("\n", END)],
+]
+
+
+@pytest.mark.parametrize("pieces", BORDERS)
+@pytest.mark.parametrize("name", ["llama2", "llama2, legacy", *FAMILIES])
+def test_roles_follow_the_text_where_characters_take_several_tokens(name, pieces):
+    """An emoji is four bytes, and four tokens, on either side of a border; a space belongs to the word behind it."""
+    tokenizer = llama2(name.endswith("legacy")) if "llama2" in name else chat_tokenizer(name)
+    pieces = [(tokenizer.eos_token if text == "end" else text, role) for text, role in pieces]
+    ids, roles = data.tokenise(pieces, tokenizer, False)
+    start, found = 1 if tokenizer.bos_token else 0, []
+    for role, same in itertools.groupby(roles[start:]):
+        stop = start + len(list(same))
+        found.append((tokenizer.decode(ids[start:stop]), role))
+        start = stop
+    if "llama2" in name:  # its decoder drops the space that a text opens with
+        found, pieces = ([(text.strip(" "), role) for text, role in rows] for rows in (found, pieces))
+    assert found == [piece for piece in pieces if piece[0]]
+
+
+@pytest.mark.parametrize("pieces", BORDERS)
+def test_trimmed_places_of_tokens_change_no_label(pieces):
+    trimmed, plain = chat_tokenizer("chatml, trimmed"), chat_tokenizer("chatml")
+    places = [t("It is red", return_offsets_mapping=True).offset_mapping for t in (trimmed, plain)]
+    assert places == [[(0, 2), (3, 5), (6, 9)], [(0, 2), (2, 5), (5, 9)]]  # or nothing is tested here
+    assert data.tokenise(pieces, trimmed, False) == data.tokenise(pieces, plain, False)
 
 
 def test_chat_templates_that_fit_no_labels_are_refused():
@@ -436,14 +531,16 @@ def test_chat_templates_that_fit_no_labels_are_refused():
 # ---- check ---------------------------------------------------------------------------------------------------------
 
 
-def test_check_lists_faults_and_writes_a_clean_list(toy, tmp_path):
+def test_check_lists_faults_and_writes_a_clean_list(toy, tmp_path, monkeypatch, capsys):
     records = json.loads((toy / "align.json").read_text())[:4]
     records[1]["image"] = "gone.png"
     records[2]["conversations"] = []
     (tmp_path / "d.json").write_text(json.dumps(records))
-    run = subprocess.run([sys.executable, ROOT / "data.py", "check", tmp_path / "d.json", toy / "images"],
-                         capture_output=True, text=True)
-    assert run.returncode == 1
-    assert "record 1" in run.stdout and "gone.png" in run.stdout and "record 2" in run.stdout
-    assert "2 of 4 records are good" in run.stdout
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(tmp_path / "d.json"), str(toy / "images")])
+    with pytest.raises(SystemExit) as end:
+        data.main()
+    printed = capsys.readouterr().out
+    assert end.value.code == 1
+    assert "record 1" in printed and "gone.png" in printed and "record 2" in printed
+    assert "2 of 4 records are good" in printed
     assert len(data.load_records(tmp_path / "d.clean.json")) == 2

@@ -87,22 +87,14 @@ def run(name, world, micro, checkpointing, shard, rank=0) -> list:
     return lines
 
 
-def run_rank(rank, world, folder, *way):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    lines = run(*way, rank=rank)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(lines))
-    torch.distributed.barrier()
-    train.leave_ranks()
+def run_rank(rank, world, *way):
+    return run(*way, rank=rank)
 
 
 @pytest.mark.parametrize("name, world, micro, checkpointing, shard", WAYS)
-def test_the_log_is_the_golden_one(tmp_path, name, world, micro, checkpointing, shard):
+def test_the_log_is_the_golden_one(ranks, name, world, micro, checkpointing, shard):
     golden, way = json.loads((GOLDEN / f"{name}.json").read_text()), (name, world, micro, checkpointing, shard)
-    if world == 1:
-        found = [run(*way)]
-    else:
-        torch.multiprocessing.spawn(run_rank, (world, tmp_path, *way), nprocs=world)
-        found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
+    found = [run(*way)] if world == 1 else ranks(world, run_rank, *way)
     for lines in found:
         for ours, theirs in zip(lines, golden, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)
@@ -114,8 +106,8 @@ def orders() -> dict:
     found = {}
     for grouped in (False, True):
         config = train.Config(batch=8, micro_batch=2, epochs=2.0, data_fraction=0.7, seed=3, group_by_length=grouped)
-        steps = train.count_steps(config, len(lengths))
-        found["grouped" if grouped else "plain"] = train.micro_batches_of_rank(config, lengths, steps)
+        steps = data.count_steps(config, len(lengths))
+        found["grouped" if grouped else "plain"] = data.micro_batches(config, lengths, steps, 0, 1)
     return found
 
 

@@ -184,7 +184,8 @@ def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_
     ablations = {"projector linear": (dict(projector="linear"), ("none", "patch"))}
     monkeypatch.setattr(compare, "ABLATIONS", ablations)
     monkeypatch.chdir(tmp_path)
-    given = {"vit": str(clip_folder), "llm": str(llama_folder), "batch": 8, "micro_batch": 8}
+    given = {"vit": str(clip_folder), "llm": str(llama_folder), "batch": 8, "micro_batch": 8,
+             "prompt": "describe", "template": "v1"}  # the last two are each one stage's alone
     trained, train_stage = [], train.train_stage
 
     def counted(config, device):

@@ -1,35 +1,43 @@
 """The optimizer, data parallelism and checkpointing against PyTorch's own; the step against itself cut up in other
 ways; the script as people run it."""
 
+import functools
+import gc
+import io
 import json
 import math
 import os
+import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+import weakref
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
+import bench_step
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import ROOT
+from safetensors.torch import load_file
 from torch import nn
 
 import data
-from lab import toy_world
+import eval as evaluation
 import losses
 import train
-from projector import VLM
+from lab import toy_world
+from llm import LLM
+from projector import IMAGE_TOKEN_ID, VLM
 from train import Config, DataParallelAdamW
 
+CPU = torch.device("cpu")
 
-# ---- the command line ----------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------------------
 
 
 def test_options_become_config():
@@ -56,14 +64,28 @@ def test_presets_name_existing_fields():
                 assert isinstance(getattr(config, field.name), field.type), field.name
 
 
-def test_the_prompt_comes_with_its_loss_or_when_asked_for():
-    prompts = [train.configure("align", {"preset": "tiny"} | given).prompt for given in (
-        {}, {"contrastive": "prompt"}, {"contrastive": "both", "prompt": "none"}, {"prompt": "one-word"})]
-    assert prompts == ["none", "describe", "none", "one-word"]
+@pytest.mark.parametrize("given, prompt", [
+    ({}, "none"), ({"contrastive": "prompt"}, "describe"), ({"contrastive": "both", "prompt": "none"}, "none"),
+    ({"prompt": "one-word"}, "one-word"), ({"prompt": "So: | In short:"}, "So: | In short:")])
+def test_the_prompt_comes_with_its_loss_or_when_asked_for(given, prompt):
+    assert train.configure("align", {"preset": "tiny"} | given).prompt == prompt
+
+
+def test_the_instruct_stage_has_no_prompt():
     assert train.configure("instruct", {"preset": "tiny"}).prompt == "none"
 
 
-# ---- the learning rate ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("call, new", [
+    (lambda: train.main(["--stage", "compare", "--quick"]), "train.py: .*`python -m lab.compare`"),
+    (lambda: data.main(), "data.py: .*`python -m lab.toy_world data/toy`")], ids=["compare", "toy"])
+def test_a_call_that_has_moved_ends_in_one_line_that_names_the_new_one(monkeypatch, call, new):
+    monkeypatch.setattr(sys, "argv", ["data.py", "toy", "data/toy"])
+    with pytest.raises(SystemExit) as end:
+        call()
+    assert re.match(new, end.value.code) and "\n" not in end.value.code
+
+
+# ---- the learning rate ---------------------------------------------------------------------------------------
 
 
 def test_learning_rate_of_llava():
@@ -73,11 +95,12 @@ def test_learning_rate_of_llava():
     assert rate(66 + 2115 // 2) == pytest.approx(5e-4, rel=1e-2) and 0 < rate(2180) < 1e-8
 
 
-# ---- the optimizer -------------------------------------------------------------------------------------------------
+# ---- the optimizer -------------------------------------------------------------------------------------------
 
 
 class Odd(nn.Module):
-    """What goes wrong in data parallelism: odd sizes, a module used twice, a parameter that is never used."""
+    """What goes wrong in data parallelism: odd sizes, a module used twice, a parameter that is never used, one that
+    is frozen among others that learn."""
 
     def __init__(self):
         super().__init__()
@@ -85,9 +108,19 @@ class Odd(nn.Module):
         self.twice = nn.Linear(3, 3)
         self.out = nn.Linear(3, 5)
         self.unused = nn.Parameter(torch.randn(7))
+        self.twice.bias.data.fill_(0.1)  # the same for all: only what learns comes from rank 0
+        self.twice.bias.requires_grad_(False)
 
     def forward(self, x):
         return self.out(self.twice(torch.tanh(self.twice(self.table[x]))))
+
+    def learning(self):
+        return [p for p in self.parameters() if p.requires_grad]
+
+
+def flat(tensors):
+    """All numbers of the tensors in a row: a copy."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 def odd_batch(step):
@@ -95,61 +128,97 @@ def odd_batch(step):
     return torch.randint(0, 577, (8,), generator=generator), torch.randint(0, 5, (8,), generator=generator)
 
 
-def odd_run(rank, world, folder, shard, micro, steps=10):
-    """Ten steps of this rank; saves weights and gradient norms. Every rank starts from other weights on purpose."""
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+def odd_step(rank, world, model, optimizer, step, micro):
+    """One step of this rank on its share of the batch; the gradient's norm."""
+    share = 8 // world
+    x, y = (part[rank * share : (rank + 1) * share] for part in odd_batch(step))
+    pieces = list(zip(x.split(micro), y.split(micro)))
+    for i, (x, y) in enumerate(pieces):
+        if i == len(pieces) - 1:
+            optimizer.last_backward()
+        loss = nn.functional.cross_entropy(model(x), y, reduction="sum") / 8
+        (optimizer.loss_scale * loss).backward()
+    return optimizer.step(1e-2)
+
+
+def odd_run(rank, world, shard, micro, steps=10):
+    """Ten steps of this rank. Every rank starts from other weights on purpose.
+
+    -> (whether the optimizer changed them, the weights before and after every step, gradient norms)
+    """
     torch.manual_seed(rank)
     model = Odd().double()
-    optimizer = DataParallelAdamW(model.parameters(), weight_decay=0.1, clip=0.5, shard=shard, bucket_size=100)
-    norms, share = [], 8 // world
+    before = flat(model.parameters())
+    optimizer = DataParallelAdamW(model.learning(), weight_decay=0.1, clip=0.5, shard=shard, bucket_size=100)
+    weights, norms = [flat(model.parameters())], []
     for step in range(steps):
-        x, y = (part[rank * share : (rank + 1) * share] for part in odd_batch(step))
-        pieces = list(zip(x.split(micro), y.split(micro)))
-        for i, (x, y) in enumerate(pieces):
-            if i == len(pieces) - 1:
-                optimizer.last_backward()
-            (nn.functional.cross_entropy(model(x), y, reduction="sum") / 8).backward()
-        norms.append(optimizer.step(1e-2))
-    torch.save((model.state_dict(), norms), f"{folder}/{rank}.pt")
-    if world > 1:
-        dist.barrier()  # nobody leaves while another still listens: gloo may abort then
-        train.leave_ranks()
+        norms.append(odd_step(rank, world, model, optimizer, step, micro))
+        weights.append(flat(model.parameters()))
+    return not torch.equal(before, weights[0]), weights, norms
 
 
 def torch_run(steps=10):
-    """The same ten steps with torch.optim.AdamW and clip_grad_norm_."""
+    """The same ten steps with torch.optim.AdamW and clip_grad_norm_: (weights before and after each, norms)."""
     torch.manual_seed(0)
     model, norms = Odd().double(), []
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=1e-2)
+    matrices = [p for p in model.learning() if p.ndim > 1]
+    vectors = [p for p in model.learning() if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
+                                   {"params": vectors, "weight_decay": 0.0}], lr=1e-2)
+    weights = [flat(model.parameters())]
     for step in range(steps):
         x, y = odd_batch(step)
         optimizer.zero_grad(set_to_none=False)
         nn.functional.cross_entropy(model(x), y, reduction="sum").div(8).backward()
         model.unused.grad = torch.zeros_like(model.unused)
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        norms.append(nn.utils.clip_grad_norm_(model.learning(), 0.5).item())
         optimizer.step()
-    return model.state_dict(), norms
+        weights.append(flat(model.parameters()))
+    return weights, norms
 
 
 @pytest.mark.parametrize("world, shard, micro", [(1, False, 8), (1, True, 3), (2, False, 4), (2, True, 2),
                                                  (4, False, 1), (4, True, 2)])
-def test_equals_torch_adamw_on_any_number_of_ranks(tmp_path, world, shard, micro):
-    """Weights after ten steps and all gradient norms, whatever the ranks, shards and micro-batches, in fp64."""
-    if world == 1:
-        odd_run(0, 1, tmp_path, shard, micro)
-    else:
-        torch.multiprocessing.spawn(odd_run, (world, tmp_path, shard, micro), nprocs=world)
+def test_equals_torch_adamw_on_any_number_of_ranks(ranks, world, shard, micro):
+    """Weights after every step and all gradient norms, whatever the ranks, shards and micro-batches, in fp64. The
+    weights of all ranks are one, bit for bit, from the start."""
+    found = [odd_run(0, 1, shard, micro)] if world == 1 else ranks(world, odd_run, shard, micro)
     weights, norms = torch_run()
-    for rank in range(world):
-        ours, our_norms = torch.load(tmp_path / f"{rank}.pt")
+    assert [was_changed for was_changed, _, _ in found] == [False] + [True] * (world - 1)  # rank 0's are everybody's
+    for _, our_weights, our_norms in found:
         assert our_norms == pytest.approx(norms, rel=1e-12)
-        for name, tensor in weights.items():
-            assert torch.allclose(ours[name], tensor, rtol=1e-10, atol=1e-12), name
+        assert torch.equal(torch.stack(our_weights), torch.stack(found[0][1]))
+        assert torch.allclose(torch.stack(our_weights), torch.stack(weights), rtol=1e-10, atol=1e-12)
+
+
+def odd_resumed(rank, world, shard, dtype, steps=4):
+    """(weights of eight steps in a row, those of four, a file, and four of another model and optimizer)."""
+    models, optimizers = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(Odd().to(dtype))
+        optimizers.append(DataParallelAdamW(models[-1].learning(), 0.1, 0.5, shard=shard, bucket_size=100))
+    for step in range(steps):
+        odd_step(rank, world, models[0], optimizers[0], step, 2)
+    file = io.BytesIO()
+    torch.save(optimizers[0].state_dict(), file)
+    file.seek(0)
+    optimizers[1].load_state_dict(torch.load(file, weights_only=True))
+    for step in range(steps, 2 * steps):
+        for model, optimizer in zip(models, optimizers):
+            odd_step(rank, world, model, optimizer, step, 2)
+    assert optimizers[0].loss_scale == optimizers[1].loss_scale
+    assert optimizers[0].good_steps == optimizers[1].good_steps
+    return [flat(model.parameters()) for model in models]
+
+
+@pytest.mark.parametrize("world, shard, dtype", [(1, False, torch.float16), (1, False, torch.bfloat16),
+                                                 (2, True, torch.bfloat16), (2, True, torch.float64)])
+def test_state_dict_brings_every_bit_back(ranks, world, shard, dtype):
+    """Moments, steps and masters (of more bits than the weights), whole or in shards; through a file."""
+    found = [odd_resumed(0, 1, shard, dtype)] if world == 1 else ranks(world, odd_resumed, shard, dtype)
+    for in_a_row, resumed in found:
+        assert torch.equal(in_a_row, resumed) and torch.equal(in_a_row, found[0][0])
 
 
 class Witness(DataParallelAdamW):
@@ -173,6 +242,24 @@ def test_buckets_leave_while_backward_goes_on():
     assert optimizer.sent == [4, 2, 0]
 
 
+def test_an_optimizer_out_of_scope_is_freed():
+    """Its hooks stay on the parameters and must not keep it, with all its buffers, in memory. No garbage collector
+    is needed. A backward of these parameters afterwards says what is wrong."""
+    layer = nn.Linear(2, 2)
+    optimizer = DataParallelAdamW(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step(1e-2)
+    parts = [weakref.ref(optimizer), *map(weakref.ref, optimizer.buckets)]
+    gc.disable()
+    try:
+        del optimizer
+        assert [part() for part in parts] == [None] * 3
+    finally:
+        gc.enable()
+    with pytest.raises(ReferenceError):
+        layer(torch.ones(1, 2)).sum().backward()
+
+
 def test_second_step_remembers_no_gradient():
     layer = nn.Linear(3, 3)
     optimizer = DataParallelAdamW(layer.parameters())
@@ -189,8 +276,9 @@ def test_small_updates_survive_bfloat16():
     for _ in range(10):
         weight.float().sum().backward()
         optimizer.step(2e-5)
-    assert torch.allclose(optimizer.buckets[0].master, torch.tensor(0.02).bfloat16().float() - 2e-4, atol=1e-7)
-    assert torch.equal(weight.data, optimizer.buckets[0].master.bfloat16())
+    master = optimizer.buckets[0].master
+    assert torch.allclose(master, torch.tensor(0.02).bfloat16().float() - 2e-4, atol=1e-7)
+    assert torch.equal(weight.data, master.bfloat16())
 
 
 def test_float16_skips_a_step_that_overflows():
@@ -198,7 +286,7 @@ def test_float16_skips_a_step_that_overflows():
     optimizer = DataParallelAdamW([weight])
     (weight.float().sum() * math.inf).backward()
     assert not math.isfinite(optimizer.step(1e-2))
-    assert optimizer.loss_scale == 2.0**15 and (weight == 1).all() and optimizer.steps == 0
+    assert optimizer.loss_scale == 2.0**15 and (weight == 1).all() and not optimizer.adamw.state
     (optimizer.loss_scale * (weight.float() * 1e-9).sum()).backward()  # 1e-9 alone is zero in float16
     assert optimizer.step(1e-2) == pytest.approx(2e-9, rel=1e-2)
     assert (weight < 1).all()
@@ -214,7 +302,7 @@ def test_gradients_that_are_not_finite_change_nothing():
     assert torch.equal(layer.weight, before)
 
 
-# ---- gradient checkpointing ----------------------------------------------------------------------------------------
+# ---- gradient checkpointing ----------------------------------------------------------------------------------
 
 
 class Layer(nn.Module):
@@ -256,21 +344,14 @@ def test_checkpointing_changes_no_bit(shared, needs_grad):
     assert plain[3] == ours[3] == len(plain[2])
 
 
-def test_checkpointing_keeps_autocast():
-    layer, x = Layer(), torch.randn(8, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = train.checkpointed(layer.eval().forward)(x, 1.0)
-    y.sum().backward()  # outside autocast: the second run must still compute in bfloat16
-    ours = layer.up.weight.grad.clone()
-    layer.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x, 1.0)
-    y.sum().backward()
-    assert torch.equal(ours, layer.up.weight.grad)
+def test_checkpointing_leaves_the_random_state_alone():
+    """What is drawn after a step does not depend on whether its blocks ran twice."""
+    drawn = [(chain(checkpointing), torch.rand(3))[1] for checkpointing in (False, True)]
+    assert torch.equal(*drawn)
 
 
 def saved_bytes(llm, ids):
-    """Bytes that autograd holds between forward and backward."""
+    """(bytes that autograd holds between forward and backward, gradients)."""
     storages = {}
 
     def pack(tensor):
@@ -284,7 +365,6 @@ def saved_bytes(llm, ids):
 
 
 def test_checkpointing_saves_memory_in_the_llm(llama_folder):
-    from llm import LLM
     ids, held, gradients = torch.randint(0, 75, (4, 64)), {}, {}
     for which in ("none", "every-other", "every"):
         llm = LLM.from_pretrained(llama_folder).requires_grad_()
@@ -296,12 +376,11 @@ def test_checkpointing_saves_memory_in_the_llm(llama_folder):
         assert all(torch.equal(a, b) for a, b in zip(gradients["none"], gradients[which], strict=True))
 
 
-# ---- one step, cut up in other ways --------------------------------------------------------------------------------
+# ---- one step, cut up in other ways --------------------------------------------------------------------------
 
 
 def conversation_samples(tokenizer, template, text_only=()):
     """Eight samples of different lengths from toy scenes; those numbered in `text_only` have no image."""
-    import random
     rng, scenes, samples = random.Random(0), toy_world.scenes()["train"], []
     for number in range(8):
         scene = scenes[number // 2]  # pairs share a scene, so some captions come twice
@@ -309,101 +388,110 @@ def conversation_samples(tokenizer, template, text_only=()):
         answer = answer if template == "v1" else toy_world.CAPTION.format(**scene)
         has_image = number not in text_only
         turns = [("human", f"{data.IMAGE}\n{question}" if has_image else question), ("gpt", answer)]
-        ids, roles = data.tokenise(data.make_template(template, tokenizer)(turns), tokenizer, has_image)
+        ids, roles = data.tokenise(data.TEMPLATES[template](turns, tokenizer), tokenizer, has_image)
         pixels = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(number)) if has_image else None
-        summary = tokenizer(answer + "\n" + toy_world.DESCRIBE[number % 2]).input_ids  # of two lengths
-        samples.append({"ids": ids, "roles": roles, "pixels": pixels, "summary_ids": summary, "name": str(number)})
+        text_ids = tokenizer(answer + "\n" + toy_world.DESCRIBE[number % 2]).input_ids  # of two lengths
+        samples.append({"ids": ids, "roles": roles, "pixels": pixels, "text_ids": text_ids, "name": str(number)})
     return samples
 
 
-def contrastive_scales(contrastive):
-    return torch.nn.ModuleDict({name: losses.ContrastiveScale() for name in losses.TERMS[contrastive]})
+def collated(samples):
+    return data.collate(samples, 16, IMAGE_TOKEN_ID, 0, 32)
 
 
 class Recorder(DataParallelAdamW):
     """Keeps the summed, unclipped gradients of every step; of this rank's slices where they are sharded."""
 
-    def update(self, lr, shrink):
-        self.gradients = getattr(self, "gradients", []) + [[b.total.clone() for b in self.buckets]]
-        super().update(lr, shrink)
+    def update(self, lr, norm):
+        self.gradients = getattr(self, "gradients", []) + [[b.master.grad.clone() for b in self.buckets]]
+        super().update(lr, norm)
 
 
-def three_steps(clip_folder, llama_folder, options, micro, shard=False, text_only=(), rank=0, world=1):
-    """(log lines of three steps on one batch, gradients of the first) of this rank, in fp64."""
+def three_steps(rank, world, folders, options, micro, shard=False, text_only=()):
+    """(log lines of three steps on one batch, gradients of the first, weights before and after each) of this rank,
+    in fp64. Every rank starts from another projector on purpose."""
     config = Config(**options, contrastive_weight=0.7)
-    stage = config.stage
-    torch.manual_seed(0)
-    vlm = VLM.from_towers(clip_folder, llama_folder, "mlp2x_gelu", dtype=torch.float64)
-    vlm.llm.requires_grad_(stage == "instruct")
+    torch.manual_seed(rank)
+    vlm = train.choose_learning(config, VLM.from_towers(*folders, "mlp2x_gelu", dtype=torch.float64))
     train.checkpoint_blocks(vlm.llm.model.layers, "every")
-    scales, tokenizer = contrastive_scales(config.contrastive).double(), data.load_tokenizer(llama_folder)
-    samples = conversation_samples(tokenizer, "plain" if stage == "align" else "v1", text_only)
-    optimizer = Recorder([p for p in [*vlm.parameters(), *scales.parameters()] if p.requires_grad], shard=shard)
-    share = 8 // world
+    scales = nn.ModuleDict({name: losses.ContrastiveScale() for name in losses.CONTRASTIVE[config.contrastive]})
+    learning = [p for p in [*vlm.parameters(), *scales.double().parameters()] if p.requires_grad]
+    optimizer = Recorder(learning, shard=shard)
+    template, share = "plain" if config.stage == "align" else "v1", 8 // world
+    samples = conversation_samples(data.load_tokenizer(folders[1]), template, text_only)
     mine = samples[rank * share : (rank + 1) * share]
-    batches = [data.collate(mine[i : i + micro], 16, -200, 0, 32) for i in range(0, share, micro)]
-    lines = [train.train_step(vlm, scales, optimizer, batches, config, lr=1e-3) for _ in range(3)]
-    return lines, optimizer.gradients[0]
-
-
-def steps_of_rank(rank, world, folder, *args):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    torch.save(three_steps(*args, rank, world), f"{folder}/{rank}.pt")
-    dist.barrier()  # nobody leaves while another still listens: gloo may abort then
-    train.leave_ranks()
+    batches = [collated(mine[i : i + micro]) for i in range(0, share, micro)]
+    lines, weights = [], [flat(learning)]
+    for _ in range(3):
+        lines.append(train.train_step(vlm, scales, optimizer, batches, config, lr=1e-3))
+        weights.append(flat(learning))
+    return lines, optimizer.gradients[0], weights
 
 
 def assert_same_steps(one, others):
-    """Log lines and gradients of one process against those of the ranks, given in order."""
-    for other in others:
-        for ours, theirs in zip(other[0], one[0], strict=True):
+    """Log lines, gradients and weights of one process against those of the ranks, given in order."""
+    for lines, _, weights in others:
+        for ours, theirs in zip(lines, one[0], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+        assert torch.equal(torch.stack(weights), torch.stack(others[0][2]))  # of all ranks: bit for bit
     for number, whole in enumerate(one[1]):
-        parts = [other[1][number] for other in others]
+        parts = [gradients[number] for _, gradients, _ in others]
         found = torch.cat(parts) if len(parts[0]) < len(whole) else parts[0]  # slices, or the whole on each
         assert (found[: len(whole)] - whole).norm() <= 1e-10 * whole.norm()
 
 
 INSTRUCT = {"stage": "instruct"}
-ALIGN = {name: {"stage": "align", "contrastive": name} for name in losses.TERMS}
-LARGEST = ALIGN["patch"] | {"pool": "max", "reduce": "max"}
+ALIGN = {name: {"stage": "align", "contrastive": name} for name in losses.CONTRASTIVE}
+whole_batch = functools.lru_cache(lambda folders, name, text_only: three_steps(
+    0, 1, folders, ALIGN.get(name, INSTRUCT), 8, text_only=text_only))
 
 
-@pytest.mark.parametrize("options", [INSTRUCT, *ALIGN.values(), LARGEST], ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("name", ["instruct", *ALIGN])
 @pytest.mark.parametrize("micro", [1, 3, 4])
-def test_micro_batches_change_nothing(clip_folder, llama_folder, options, micro):
-    text_only = (2, 5) if options == INSTRUCT else ()
-    whole = three_steps(clip_folder, llama_folder, options, 8, text_only=text_only)
+def test_micro_batches_change_nothing(clip_folder, llama_folder, name, micro):
+    text_only, folders = (2, 5) if name == "instruct" else (), (clip_folder, llama_folder)
+    whole = whole_batch(folders, name, text_only)
     assert whole[0][0]["grad_norm"] > 0 and whole[0][2]["loss"] < whole[0][0]["loss"]
-    assert_same_steps(whole, [three_steps(clip_folder, llama_folder, options, micro, text_only=text_only)])
+    options = ALIGN.get(name, INSTRUCT)
+    assert_same_steps(whole, [three_steps(0, 1, folders, options, micro, text_only=text_only)])
 
 
-@pytest.mark.parametrize("options, world, shard", [
-    *((options, world, False) for options in (ALIGN["patch"], ALIGN["prompt"], ALIGN["both"], LARGEST)
-      for world in (2, 4)), (INSTRUCT, 2, False), (INSTRUCT, 2, True), (INSTRUCT, 4, True)],
-    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else str(value))
-def test_ranks_change_nothing(clip_folder, llama_folder, tmp_path, options, world, shard):
+@pytest.mark.parametrize("name, world, shard", [
+    ("patch", 2, False), ("patch", 4, False), ("prompt", 2, False), ("prompt", 4, False), ("both", 2, False),
+    ("both", 4, False), ("instruct", 2, False), ("instruct", 2, True), ("instruct", 4, True)])
+def test_ranks_change_nothing(clip_folder, llama_folder, ranks, name, world, shard):
     """Losses, scale, norm and gradients; with micro-batches of 2, equal captions on different ranks, checkpointing
     on, and in the instruct stage a last rank whose batch has no image at all."""
-    text_only = (4, 5, 6, 7) if options == INSTRUCT else ()
-    whole = three_steps(clip_folder, llama_folder, options, 8, text_only=text_only)
-    torch.multiprocessing.spawn(
-        steps_of_rank, (world, tmp_path, clip_folder, llama_folder, options, 2, shard, text_only), nprocs=world)
-    assert_same_steps(whole, [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)])
+    text_only, folders = (4, 5, 6, 7) if name == "instruct" else (), (clip_folder, llama_folder)
+    options = ALIGN.get(name, INSTRUCT)
+    found = ranks(world, three_steps, folders, options, 2, shard, text_only)
+    assert_same_steps(whole_batch(folders, name, text_only), found)
 
 
-def test_the_image_vector_knows_the_prompt_and_not_the_caption(clip_folder, llama_folder):
-    """Other captions of other lengths after the same picture and prompt: the same vector; another prompt: another."""
-    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), data.load_tokenizer(llama_folder)
-    pixels, vectors = torch.randn(3, 32, 32), {}
+@pytest.mark.parametrize("shard", [False, True])
+def test_ranks_change_nothing_where_the_head_is_the_embedding_table(clip_folder, tied_llama_folder, ranks, shard):
+    """One weight, two gradients: it must be sent when both are in."""
+    folders = clip_folder, tied_llama_folder
+    found = ranks(2, three_steps, folders, INSTRUCT, 2, shard, (4, 5, 6, 7))
+    assert_same_steps(whole_batch(folders, "instruct", (4, 5, 6, 7)), found)
+
+
+@pytest.fixture
+def linear_vlm(clip_folder, llama_folder):
+    return VLM.from_towers(clip_folder, llama_folder, "linear")
+
+
+def test_the_image_vector_knows_the_prompt_and_not_the_caption(linear_vlm, llama_folder):
+    """Other captions of other lengths after the same picture and prompt: the same vector; another prompt:
+    another."""
+    tokenizer, pixels, vectors = data.load_tokenizer(llama_folder), torch.randn(3, 32, 32), {}
     long = "the picture has a large " * 3
     for prompt, caption in (("Describe the picture.", "a red ring"), ("Describe the picture.", long),
                             ("What size is it?", "a red ring"), ("", "a red ring"), ("", "blue")):
-        pieces = data.plain([("human", data.IMAGE), ("gpt", caption)], tokenizer.eos_token, prompt)
+        pieces = data.plain([("human", data.IMAGE), ("gpt", caption)], tokenizer, prompt)
         ids, roles = data.tokenise(pieces, tokenizer, True)
-        batch = data.collate([{"ids": ids, "roles": roles, "pixels": pixels, "name": "x"}], 16, -200, 0, 32)
-        _, vector = train.caption_pass(vlm, batch, vlm.encode(batch["pixels"]))
+        batch = collated([{"ids": ids, "roles": roles, "pixels": pixels, "name": "x"}])
+        _, vector = losses.caption_pass(linear_vlm, batch, linear_vlm.encode(batch["pixels"]))
         vectors.setdefault(prompt, []).append(vector)
     for same in vectors.values():
         assert all(torch.allclose(same[0], other, atol=1e-5) for other in same)
@@ -411,13 +499,13 @@ def test_the_image_vector_knows_the_prompt_and_not_the_caption(clip_folder, llam
     assert not torch.allclose(firsts[0], firsts[1], atol=0.1) and not torch.allclose(firsts[0], firsts[2], atol=0.1)
 
 
-@pytest.mark.parametrize("rows", [slice(None), slice(3, 4)])  # among others; alone, with collate's dummy image
-def test_the_contrastive_loss_needs_an_image_with_each_caption(clip_folder, llama_folder, rows):
-    vlm = VLM.from_towers(clip_folder, llama_folder, "linear")
-    samples = conversation_samples(data.load_tokenizer(llama_folder), "v1", (3,))[rows]
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 4)], ids=["among others", "alone, with a dummy image"])
+def test_the_contrastive_loss_needs_an_image_with_each_caption(linear_vlm, llama_folder, rows):
+    samples = conversation_samples(data.load_tokenizer(llama_folder), "v1", text_only=(3,))[rows]
+    optimizer = DataParallelAdamW(linear_vlm.projector.parameters())
     with pytest.raises(ValueError, match="a record here has none"):
-        train.train_step(vlm, contrastive_scales("patch"), DataParallelAdamW(vlm.projector.parameters()),
-                         [data.collate(samples, 16, -200, 0, 32)], Config(stage="align", contrastive="patch"), 1e-3)
+        train.train_step(linear_vlm, {"patch": losses.ContrastiveScale()}, optimizer, [collated(samples)],
+                         Config(stage="align", contrastive="patch"), 1e-3)
 
 
 def test_the_clamp_of_the_scale_holds_in_the_optimizer():
@@ -432,83 +520,277 @@ def test_the_clamp_of_the_scale_holds_in_the_optimizer():
     assert scale().item() == pytest.approx(100)
 
 
-def test_a_step_without_supervised_tokens_is_an_error(clip_folder, llama_folder):
-    vlm = VLM.from_towers(clip_folder, llama_folder, "linear")
-    batch = data.collate(conversation_samples(data.load_tokenizer(llama_folder), "plain"), 16, -200, 0, 32)
+def test_a_step_without_supervised_tokens_is_an_error(linear_vlm, llama_folder):
+    batch = collated(conversation_samples(data.load_tokenizer(llama_folder), "plain"))
     batch["labels"].fill_(data.IGNORE)
+    optimizer = DataParallelAdamW(linear_vlm.projector.parameters())
     with pytest.raises(ValueError, match="no token"):
-        train.train_step(vlm, contrastive_scales("none"), DataParallelAdamW(vlm.projector.parameters()), [batch],
-                         Config(stage="align"), 1e-3)
+        train.train_step(linear_vlm, {}, optimizer, [batch], Config(stage="align"), 1e-3)
 
 
-# ---- which records make which step ---------------------------------------------------------------------------------
-
-
-def test_every_rank_count_takes_the_same_records(monkeypatch):
-    config = Config(batch=8, micro_batch=2, epochs=2.0, seed=3)
-    steps = train.count_steps(config, 21)
-    assert steps == math.ceil(42 / 8)
-    whole = [i for batch in train.micro_batches_of_rank(replace(config, micro_batch=8), [1] * 21, steps) for i in batch]
-    assert sorted(whole[:21]) == list(range(21)) == sorted(whole[21:42])
-    for world in (2, 4):
-        monkeypatch.setattr(train, "world_size", lambda: world)
-        per_rank = []
-        for rank in range(world):
-            monkeypatch.setattr(train, "rank", lambda: rank)
-            batches = train.micro_batches_of_rank(config, [1] * 21, steps)
-            parts = len(batches) // steps
-            per_rank.append([sum(batches[s * parts : (s + 1) * parts], []) for s in range(steps)])
-        assert [i for step in zip(*per_rank) for part in step for i in part] == whole
-    monkeypatch.setattr(train, "world_size", lambda: 3)
-    with pytest.raises(ValueError, match="batch of 8 does not divide into 3 ranks"):
-        train.split_batch(config)
-
-
-# ---- the script ----------------------------------------------------------------------------------------------------
+# ---- the script, called in this process ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, clip_folder, llama_folder):
-    """A folder to run in: a small toy world, and random towers under the names of the options."""
+    """A folder to run in: a small toy world where the tiny preset looks for it. And options: random towers."""
     folder = tmp_path_factory.mktemp("run")
-    toy_world.write_world(folder / "toy", align=24, instruct=24, text=4, test=8)
-    return folder, ["--preset", "tiny", "--vit", clip_folder, "--llm", llama_folder, "--batch", "8", "--micro_batch",
-                    "4", "--images", folder / "toy/images", "--epochs", "2"]
+    toy_world.write_world(folder / "data/toy", align=24, instruct=24, text=4, test=8)
+    return folder, ["--preset", "tiny", "--vit", clip_folder, "--llm", llama_folder, "--batch", "8",
+                    "--micro_batch", "4", "--epochs", "2"]
+
+
+def called(main, folder, *args):
+    """What the script whose `main` is given prints in `folder` with these arguments."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.chdir(folder)
+        main([str(arg) for arg in args])
+    return out.getvalue()
+
+
+def trained(world, *args):
+    return called(train.main, world[0], *world[1], *args)
+
+
+def asked(world, *args):
+    """The JSON lines that eval.py prints."""
+    lines = called(evaluation.main, world[0], *args).splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def how_it_ends(main, folder, *args):
+    """The one line with which the script refuses."""
+    with pytest.raises(SystemExit) as end:
+        called(main, folder, *args)
+    return str(end.value.code)
+
+
+def log_of(folder):
+    """The lines of the run's log, without what differs from one time to the next."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("ms", "memory_mib")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def both_stages(world):
+    """(the folder of the two runs, what align printed, what instruct printed); eval.py's last run is instruct's."""
+    printed = [trained(world, "--stage", stage) for stage in ("align", "instruct")]
+    return world[0] / "runs/tiny", *printed
+
+
+def test_align_leaves_a_run_directory_and_says_what_it_does(both_stages):
+    runs, printed, _ = both_stages
+    assert "vit" in printed and "projector" in printed and "tokens carry loss" in printed
+    assert "first sample: '<s>" in printed.replace(" <s>", "<s>") and "[[" in printed  # what carries loss
+    files = {file.name for file in (runs / "align").iterdir()}
+    assert {"config.json", "projector.safetensors", "log.jsonl", "results.json"} <= files
+    log = log_of(runs / "align")
+    assert len(log) == 6
+    assert {"generative", "patch", "patch_scale", "patch_retrieval", "grad_norm"} <= log[0].keys()
+
+
+def test_instruct_goes_on_from_aligns_projector_and_keeps_the_llm(both_stages):
+    runs, _, printed = both_stages
+    assert "loaded projector.0.weight, projector.0.bias, projector.2.weight, projector.2.bias" in printed
+    assert (runs / "instruct/llm/model.safetensors").exists()
+
+
+def test_the_unaligned_run_is_what_align_started_from(both_stages, world):
+    """Bit for bit the projector that load_model makes; and not the one that align ended with."""
+    config = train.configure("align", train.parse_args([*map(str, world[1])]))
+    fresh = train.load_model(config, CPU, torch.float32).projector.state_dict()
+    started = load_file(both_stages[0] / "align/unaligned/projector.safetensors")
+    ended = load_file(both_stages[0] / "align/projector.safetensors")
+    assert fresh.keys() == started.keys() == ended.keys()
+    assert all(torch.equal(fresh[name], started[name]) for name in fresh)
+    assert not any(torch.equal(fresh[name], ended[name]) for name in fresh)
+
+
+@pytest.mark.parametrize("bench, key", [("scienceqa", "accuracy_img"), ("pope", "f1"), ("mme", "accuracy_plus"),
+                                        ("retrieval", "image_to_text_r1")])
+def test_eval_scores_the_last_run_on_its_own_benchmarks(both_stages, world, bench, key):
+    result, = asked(world, "--bench", bench)
+    assert key in result and result["ckpt"] == "runs/tiny/instruct" and result["bench"] == bench
+    saved = json.loads((both_stages[0] / f"instruct/{bench}.json").read_text())
+    assert saved.get("scores", saved) == result
+    if bench == "scienceqa":
+        assert result["questions"] == len(saved["predictions"]) == 8 and result["questions_img"] == 6
+
+
+def test_eval_scores_runs_that_are_named_one_line_each(both_stages, world):
+    names = ["runs/tiny/align/unaligned", "runs/tiny/align"]
+    results = asked(world, "--bench", "scienceqa", "--data", "data/toy/ScienceQA", "--split", "val", "--ckpt", *names)
+    assert [(result["ckpt"], result["split"]) for result in results] == [(name, "val") for name in names]
+
+
+def test_eval_asks_one_question(both_stages, world):
+    image = next((world[0] / "data/toy/images").iterdir())
+    result, = asked(world, "--ask", image, "What color is the shape?")
+    assert result["question"] == "What color is the shape?" and isinstance(result["answer"], str)
+
+
+def test_a_finished_run_is_moved_aside(world, tmp_path):
+    trained(world, "--stage", "align", "--out", tmp_path / "a", "--steps", "2")
+    before = (tmp_path / "a/projector.safetensors").read_bytes()
+    printed = trained(world, "--stage", "align", "--out", tmp_path / "a", "--steps", "1")
+    assert f"is now {tmp_path}/a.old" in printed
+    assert (tmp_path / "a.old/projector.safetensors").read_bytes() == before  # nothing was lost
+    assert (tmp_path / "a/projector.safetensors").read_bytes() != before
+
+
+def test_own_words_stand_behind_the_image_and_the_caption(world, monkeypatch):
+    """--prompt "a | b", with the prompted loss and, its first part, without it."""
+    monkeypatch.chdir(world[0])
+    options = ["--prompt", "What size is it? | Where is the shape?", "--contrastive"]
+    seen = {}
+    for contrastive in ("prompt", "none"):
+        config = train.configure("align", train.parse_args([*map(str, world[1]), *options, contrastive]))
+        vlm = train.outline(config, bench_step.load_vit_config(config.vit), bench_step.load_llm_config(config.llm))
+        samples = train.load_samples(config, vlm)
+        caption = samples.records[0]["conversations"][1]["value"]
+        seen[contrastive] = sample = samples[0]
+        text = samples.tokenizer.decode([i for i in sample["ids"] if i != data.IMAGE_MARKER])
+        assert sample["ids"][1] == data.IMAGE_MARKER and text == f"<s> \n What size is it? {caption} \n"
+    assert samples.tokenizer.decode(seen["prompt"]["text_ids"]) == f"<s> {caption} \n Where is the shape?"
+    assert "text_ids" not in seen["none"]
+
+
+def test_loader_workers_change_nothing(world, tmp_path):
+    """Samples read by two loader processes, or kept in memory, make the run that reading them in place makes."""
+    ways = {"none": ["--cache", "False"], "workers": ["--workers", "2", "--cache", "False"],
+            "cache": ["--cache", "True"]}
+    for name, more in ways.items():
+        trained(world, "--stage", "align", "--contrastive", "both", "--prompt", "describe", "--out",
+                tmp_path / name, *more)
+        assert log_of(tmp_path / name) == log_of(tmp_path / "none")
+
+
+def test_the_toy_world_is_written_where_it_is_missing(world, tmp_path, monkeypatch):
+    """By a command of its own, which finds the project from any folder."""
+    started = []
+
+    def run(command, env, **_):
+        started.append((command[1:], env["PYTHONPATH"]))
+        toy_world.write_world(command[-1], align=8, instruct=8, text=1, test=4)
+
+    monkeypatch.setattr(train.subprocess, "run", run)
+    for _ in range(2):
+        trained((tmp_path, world[1]), "--stage", "align", "--steps", "1")
+    assert started == [(["-m", "lab.toy_world", "data/toy"], str(ROOT))]
+
+
+def test_what_cannot_fit_is_refused_before_loading(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--preset", "13b", "--stage", "instruct", "--dry_run"])
+    with pytest.raises(SystemExit, match="^train.py: .*needs about"):
+        bench_step.main()
+    assert "13,015,864,320" in capsys.readouterr().out  # parameters of the LLM: the plan came first
+
+
+def test_missing_data_names_data_set_and_ways_on(tmp_path):
+    last = how_it_ends(train.main, tmp_path, "--preset", "7b", "--stage", "align")
+    for part in ("blip_laion_cc_sbu_558k.json", "liuhaotian/LLaVA-Pretrain", "--dry_run", "--preset tiny"):
+        assert part in last
+
+
+def test_a_run_stopped_while_it_was_saved_can_be_saved_again(linear_vlm, tmp_path):
+    """Its llm/ is already in place, its config.json is not."""
+    (tmp_path / "out/llm").mkdir(parents=True)
+    (tmp_path / "out/llm/old").touch()
+    train.save_run(Config(stage="instruct", out=str(tmp_path / "out")), linear_vlm, {})
+    VLM.from_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out/llm/old").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_run_that_fails_while_it_is_saved_is_no_run(linear_vlm, tmp_path, monkeypatch):
+    """Whatever fails: config.json, by which a run is known, is written last."""
+    def fail(*_):
+        assert not (tmp_path / "config.json").exists()
+        raise OSError("no space left")
+
+    monkeypatch.setattr(LLM, "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space left"):
+        train.save_run(Config(stage="instruct", out=str(tmp_path)), linear_vlm, {})
+    assert not (tmp_path / "config.json").exists()
+
+
+NO_IMAGE = r"record 'align-\d+': /nowhere/align-\d+.png: no such image"
+BAD_INPUT = [
+    (["--batch", "7", "--micro_batch", "2"], "batch of 7 does not divide"),
+    (["--vit", "no/such-tower"], "no/such-tower"),
+    (["--images", "/nowhere"], NO_IMAGE),
+    (["--data_fraction", "0"], "data_fraction is 0"),
+    (["--steps", "-5"], "--steps, --save_every not below"),
+    (["--contrastive", "prompt", "--template", "v1"], "need --template plain"),
+    (["--contrastive", "prompt", "--prompt", "none", "--template", "v1"], "need --template plain"),
+    (["--contrastive", "none", "--prompt", "describe", "--template", "v1"], "need --template plain"),
+    (["--prompt", "So:"], "--prompt 'So:': not none, one-word, compress, describe, nor 'text | text'"),
+    (["--prompt", "a | b | c"], "nor 'text | text'"),
+]
+
+
+@pytest.mark.parametrize("args, message", BAD_INPUT, ids=lambda value: " ".join(value) if value else "")
+def test_bad_input_ends_in_one_line(world, tmp_path, args, message):
+    last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", *args, "--out", tmp_path / "out")
+    assert last.startswith("train.py: ") and re.search(message, last) and "\n" not in last
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("args", [["--contrastive", "prompted"], ["--template", "v2"]])
+def test_an_unknown_choice_ends_the_program(world, tmp_path, args, capsys):
+    assert how_it_ends(train.main, world[0], *world[1], "--stage", "align", *args) == "2"
+    assert f"invalid choice: '{args[1]}'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_instruct_refuses_what_does_not_fit(world, tmp_path):
+    instruct = [*world[1], "--stage", "instruct", "--init"]
+    missing = how_it_ends(train.main, world[0], *instruct, tmp_path / "none")
+    assert "no align run to start from" in missing
+    trained(world, "--stage", "align", "--steps", "1", "--projector", "linear", "--out", tmp_path / "linear")
+    other = how_it_ends(train.main, world[0], *instruct, tmp_path / "linear")
+    assert "made with projector 'linear', this run has 'mlp2x_gelu'" in other
+
+
+def test_a_run_is_not_resumed_with_other_options(world, tmp_path):
+    options = ["--stage", "align", "--out", tmp_path / "a", "--save_every", "1"]
+    trained(world, *options, "--steps", "3")
+    (tmp_path / "a/config.json").unlink()  # as if it had been stopped
+    end = how_it_ends(train.main, world[0], *world[1], *options, "--steps", "3", "--lr", "0.5", "--resume")
+    assert "checkpoint-0000002: saved with lr 0.002, resumed with 0.5" in end
+
+
+# ---- the script as people start it: processes that are killed, several ranks, several nodes ------------------
 
 
 HERE = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # a rendezvous of one agent, on any free port
 
 
-def command(world, *args, name="train.py", launch=()):
-    """train.py with the options of `world`, or eval.py; as `python` or, with `launch`, as torchrun starts it."""
-    folder, options = world
+def command(world, *args, launch=()):
+    """How `python train.py` is started, or, with `launch`, torchrun; with the options and in the folder of
+    `world`."""
     launch = ["-m", "torch.distributed.run", *launch] if launch else []
-    parts = [sys.executable, *launch, ROOT / name, *(options if name == "train.py" else []), *args]
-    return {"args": [str(part) for part in parts], "cwd": folder}
+    parts = [sys.executable, *launch, ROOT / "train.py", *world[1], *args]
+    return {"args": [str(part) for part in parts], "cwd": world[0]}
 
 
-def script(world, *args, check=True, **how):
+def script(world, *args, launch=(), check=True):
     """Run to the end; an exit status other than 0 fails the test, unless that is what it is about."""
-    run = subprocess.run(**command(world, *args, **how), capture_output=True, text=True, timeout=240)
+    run = subprocess.run(**command(world, *args, launch=launch), capture_output=True, text=True, timeout=240)
     assert not check or run.returncode == 0, run.stderr[-3000:]
     return run
 
 
-def start(world, *args, **how):
+def start(world, *args, launch=()):
     """Run in the background, in a process group of its own."""
-    return subprocess.Popen(**command(world, *args, **how), start_new_session=True, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL)
+    return subprocess.Popen(**command(world, *args, launch=launch), start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def stage_options(world, stage):
-    return ["--stage", stage, "--annotations", world[0] / f"toy/{stage}.json"]
-
-
-def wait_for(pattern, folder):
+def wait_for_checkpoint(folder):
+    """Until there are at least two, so that the next one removes the oldest while we kill."""
     deadline = time.time() + 120
-    while not list(folder.glob(pattern)):
-        assert time.time() < deadline, f"no {pattern} in {folder}"
-        time.sleep(0.01)
+    while len(list(folder.glob("checkpoint-???????"))) < 2:
+        assert time.time() < deadline, f"no checkpoints in {folder}"
+        time.sleep(0.005)
 
 
 def free_port():
@@ -517,166 +799,84 @@ def free_port():
         return s.getsockname()[1]
 
 
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def stage_of_rank(rank, world, folder, argv):
+    """train.py, in a process that is one of several ranks already."""
+    os.chdir(folder)
+    given = train.parse_args([str(arg) for arg in argv])
+    train.train_stage(train.configure(given["stage"], given), CPU)
 
 
-def without_times(lines):
-    return [{k: v for k, v in line.items() if k not in ("ms", "memory_mib")} for line in lines]
-
-
-def test_align_instruct_eval_as_scripts(world):
-    """The three commands in order, each finding what the one before left."""
-    folder = world[0]
-    out = script(world, *stage_options(world, "align")).stdout
-    assert "vit" in out and "projector" in out and "tokens carry loss" in out
-    align = folder / "runs/tiny/align"
-    assert {"config.json", "projector.safetensors", "log.jsonl", "results.json"} <= {f.name for f in align.iterdir()}
-    log = log_of(align)
-    assert len(log) == 6 and {"generative", "patch", "patch_scale", "patch_retrieval", "grad_norm"} <= log[0].keys()
-    out = script(world, *stage_options(world, "instruct")).stdout
-    assert "loaded projector.0.weight, projector.0.bias, projector.2.weight, projector.2.bias" in out
-    assert (folder / "runs/tiny/instruct/llm/model.safetensors").exists()
-    scored = script(world, "--bench", "scienceqa", "--data", folder / "toy/scienceqa", name="eval.py")
-    result = json.loads(scored.stdout.splitlines()[-1])
-    assert result["questions"] == 8 and result["questions_img"] == 6 and result["ckpt"] == "runs/tiny/instruct"
-    saved = json.loads((folder / "runs/tiny/instruct/scienceqa.json").read_text())
-    assert saved["scores"] == result and len(saved["predictions"]) == 8
-    captions = ["--data", folder / "toy/captions.json", "--images", folder / "toy/images"]
-    for bench, key in (("pope", "f1"), ("mme", "accuracy_plus"), ("retrieval", "image_to_text_r1"), ("gap", "tacs")):
-        where = captions if bench in ("retrieval", "gap") else ["--data", folder / "toy" / bench]
-        result = json.loads(script(world, "--bench", bench, *where, name="eval.py").stdout.splitlines()[-1])
-        assert key in result and (folder / f"runs/tiny/instruct/{bench}.json").exists()
-    before = (align / "projector.safetensors").read_bytes()
-    assert "is now runs/tiny/align.old" in script(world, *stage_options(world, "align"), "--steps", "1").stdout
-    assert (folder / "runs/tiny/align.old/projector.safetensors").read_bytes() == before  # nothing was lost
-    image = next((folder / "toy/images").iterdir())
-    drawn = script(world, "--bench", "heatmap", "--image", image, "--text", "a red circle", "--ckpt", "runs/tiny/align",
-                   "runs/tiny/instruct", "--out", "map.png", name="eval.py")
-    assert len(json.loads(drawn.stdout.splitlines()[-1])["runs"]) == 2 and (folder / "map.png").exists()
-    asked = script(world, "--ask", image, "What color is the shape?", name="eval.py")
-    assert json.loads(asked.stdout.splitlines()[-1])["question"] == "What color is the shape?"
-
-
-@pytest.mark.parametrize("stage, ranks, shard", [("align", 1, False), ("align", 2, False), ("instruct", 1, False),
-                                                 ("instruct", 2, True)])
-def test_killed_and_resumed_equals_uninterrupted(world, tmp_path, stage, ranks, shard):
-    """Six steps = some steps, kill -9, --resume: every logged number and every weight, bit for bit."""
-    if stage == "instruct" and not (world[0] / "runs/tiny/align").exists():
-        script(world, *stage_options(world, "align"))
-    options = [*stage_options(world, stage), "--shard", str(shard), "--save_every", "1", "--checkpointing", "every"]
-    launch = ["--nproc_per_node=2", *HERE] if ranks == 2 else []
-    script(world, *options, "--out", tmp_path / "whole", launch=launch)
-    killed = start(world, *options, "--out", tmp_path / "cut", launch=launch)
-    wait_for("checkpoint-000000[23]", tmp_path / "cut")
+@pytest.mark.parametrize("stage, world_size", [("align", 1), ("align", 2), ("instruct", 1), ("instruct", 2)])
+def test_killed_and_resumed_equals_uninterrupted(world, both_stages, ranks, tmp_path, stage, world_size):
+    """Twelve steps = some steps, kill -9, --resume: every logged number and every weight, bit for bit. On two ranks
+    the instruct stage is sharded."""
+    options = ["--stage", stage, "--epochs", "4", "--save_every", "1", "--checkpointing", "every", "--shard",
+               str(stage == "instruct" and world_size == 2), "--out"]
+    launch = ["--nproc_per_node=2", *HERE] if world_size == 2 else []
+    killed = start(world, *options, tmp_path / "cut", launch=launch)
+    wait_for_checkpoint(tmp_path / "cut")
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "cut/config.json").exists()  # it was stopped before it could finish
-    resumed = script(world, *options, "--out", tmp_path / "cut", "--resume", launch=launch)
+    resumed = script(world, *options, tmp_path / "cut", "--resume", launch=launch)
     assert "resumed from" in resumed.stdout
-    assert without_times(log_of(tmp_path / "cut")) == without_times(log_of(tmp_path / "whole"))
+    whole = [*world[1], *options, tmp_path / "whole"]
+    if world_size == 1:
+        called(train.main, world[0], *whole)
+    else:
+        ranks(2, stage_of_rank, world[0], whole)
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
     for file in (tmp_path / "whole").rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "cut" / file.relative_to(tmp_path / "whole")).read_bytes()
     assert len(list((tmp_path / "cut").glob("checkpoint-*"))) == 2
 
 
-def test_loader_workers_change_nothing(world, tmp_path):
-    """Samples read by two loader processes, or kept in memory, make the run that reading them in place makes."""
-    options = [*stage_options(world, "align"), "--contrastive", "both", "--prompt", "describe", "--out"]
-    script(world, *options, tmp_path / "none", "--cache", "False")
-    for name, more in (("workers", ["--workers", "2", "--cache", "False"]), ("cache", ["--cache", "True"])):
-        script(world, *options, tmp_path / name, *more)
-        assert without_times(log_of(tmp_path / name)) == without_times(log_of(tmp_path / "none"))
-
-
 def test_two_nodes_log_what_one_process_logs(world, tmp_path):
     """Two agents with a rendezvous, as on two machines; every logged number equals that of one process."""
-    options = [*stage_options(world, "align"), "--out"]
-    launch = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}"]
+    options = ["--stage", "align", "--out"]
+    launch = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+              f"--rdzv_endpoint=localhost:{free_port()}"]
     agents = [start(world, *options, tmp_path / "two", launch=launch) for _ in range(2)]
-    script(world, *options, tmp_path / "one")
+    trained(world, *options, tmp_path / "one")
     assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
     for ours, theirs in zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True):
-        assert without_times([ours])[0] == pytest.approx(without_times([theirs])[0], rel=1e-4)
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_max_restarts_continues_by_itself(world, tmp_path):
     """A worker is killed; torchrun starts it again; the log is that of an undisturbed run."""
-    options = [*stage_options(world, "align"), "--epochs", "4", "--save_every", "1", "--out"]
+    options = ["--stage", "align", "--epochs", "8", "--save_every", "1", "--out"]
     agent = start(world, *options, tmp_path / "cut", launch=["--nproc_per_node=1", "--max-restarts=1", *HERE])
-    wait_for("checkpoint-000000[23]", tmp_path / "cut")
+    wait_for_checkpoint(tmp_path / "cut")
     worker, = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     os.kill(int(worker), signal.SIGKILL)
-    script(world, *options, tmp_path / "whole")
+    trained(world, *options, tmp_path / "whole")
     assert agent.wait(timeout=120) == 0
-    assert without_times(log_of(tmp_path / "cut")) == without_times(log_of(tmp_path / "whole"))
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+
+
+def test_python_train_py_makes_both_runs_and_scores_them(world, tmp_path):
+    """Without --stage: align, instruct, and eval.py before, between and after."""
+    run = script(world, "--steps", "2", "--out", tmp_path)
+    results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    names = [str(tmp_path / name) for name in ("align/unaligned", "align", "instruct")]
+    assert [result["ckpt"] for result in results] == names and all("accuracy_img" in line for line in results)
 
 
 def test_dry_run_reads_and_writes_nothing(tmp_path):
-    for stage in ("align", "instruct"):
-        run = script((tmp_path, ["--preset", "tiny"]), "--stage", stage, "--dry_run")
-        report = json.loads(run.stdout.splitlines()[-1])
-        assert report["ms_per_step_fastest_of_2"] > 0 and report["predicted_gib"] > 0 and "EFLOP" in run.stdout
-    assert not list(tmp_path.iterdir())
+    """Both stages, one after the other."""
+    run = script((tmp_path, ["--preset", "tiny"]), "--dry_run")
+    reports = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert [report["dry_run"] for report in reports] == ["tiny align", "tiny instruct"]
+    assert all(report["ms_per_step_fastest_of_2"] > 0 and report["predicted_gib"] > 0 for report in reports)
+    assert "PFLOP" in run.stdout and not list(tmp_path.iterdir())
 
 
-def test_what_cannot_fit_is_refused_before_loading(tmp_path):
-    run = script((tmp_path, ["--preset", "13b"]), "--stage", "instruct", "--dry_run", check=False)
-    assert run.returncode != 0 and "13,015,864,320" in run.stdout  # parameters of the LLM: the plan came first
-    assert "needs about" in run.stderr.splitlines()[-1]
-
-
-def test_missing_data_names_data_set_and_ways_on(tmp_path):
-    run = script((tmp_path, ["--preset", "7b"]), "--stage", "align", check=False)
-    last = run.stderr.strip().splitlines()[-1]
-    assert all(part in last for part in ("blip_laion_cc_sbu_558k.json", "liuhaotian/LLaVA-Pretrain", "--dry_run",
-                                         "--preset tiny"))
-
-
-def test_a_run_stopped_while_it_was_saved_can_be_saved_again(clip_folder, llama_folder, tmp_path, monkeypatch):
-    """Its llm/ is already in place, its config.json is not."""
-    monkeypatch.chdir(tmp_path)
-    vlm = VLM.from_towers(clip_folder, llama_folder, "linear")
-    (tmp_path / "out/llm").mkdir(parents=True)
-    (tmp_path / "out/llm/old").touch()
-    train.save_run(Config(stage="instruct", out=str(tmp_path / "out")), vlm, {})
-    VLM.from_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out/llm/old").exists() and not (tmp_path / "out.partial").exists()
-
-
-BAD_INPUT = [
-    (["--batch", "7", "--micro_batch", "2"], "batch of 7 does not divide"),
+@pytest.mark.parametrize("args, message", [
     (["--annotations", "none.json"], "none.json: no such file"),
-    (["--vit", "no/such-tower"], "no/such-tower"),
-    (["--images", "/nowhere"], r"record 'align-\d+': /nowhere/align-\d+.png: no such image"),
-    (["--images", "/nowhere", "--workers", "1"], r"record 'align-\d+': /nowhere/align-\d+.png: no such image"),
-    (["--contrastive", "prompted"], "invalid choice: 'prompted'"),
-    (["--template", "v2"], "invalid choice: 'v2'"),
-    (["--data_fraction", "0"], "data_fraction is 0"),
-    (["--steps", "-5"], "--steps and --save_every not below"),
-    (["--contrastive", "prompt", "--template", "v1"], "need --template plain"),
-    (["--contrastive", "prompt", "--prompt", "none", "--template", "v1"], "need --template plain"),
-    (["--contrastive", "none", "--prompt", "describe", "--template", "v1"], "need --template plain"),
-    (["--prompt_text", "So:"], "belong to --contrastive prompt or both"),
-]
-
-
-@pytest.mark.parametrize("args, message", BAD_INPUT)
-def test_bad_input_ends_in_one_line(world, tmp_path, args, message):
-    run = script(world, *stage_options(world, "align"), *args, "--out", tmp_path / "out", check=False)
-    last = run.stderr.strip().splitlines()[-1]
+    (["--images", "/nowhere", "--workers", "1"], NO_IMAGE)], ids=["in this process", "in a loader's"])
+def test_bad_input_ends_the_process_in_one_line(world, tmp_path, args, message):
+    """The rest of bad input is tested above, in this process."""
+    run = script(world, "--stage", "align", *args, "--out", tmp_path / "out", check=False)
     assert run.returncode != 0 and "Traceback" not in run.stderr
-    assert re.search(message, last) and not (tmp_path / "out").exists()
-
-
-def test_instruct_refuses_what_does_not_fit(world, tmp_path):
-    missing = script(world, *stage_options(world, "instruct"), "--init", tmp_path / "none", check=False)
-    assert "no align run to start from" in missing.stderr and missing.returncode != 0
-    script(world, *stage_options(world, "align"), "--out", tmp_path / "linear", "--projector", "linear")
-    other = script(world, *stage_options(world, "instruct"), "--init", tmp_path / "linear", check=False)
-    assert "made with projector 'linear', this run has 'mlp2x_gelu'" in other.stderr
-
-
-def test_eval_without_a_run_says_what_to_do(tmp_path):
-    run = script((tmp_path, []), "--bench", "scienceqa", name="eval.py", check=False)
-    assert run.returncode != 0 and run.stderr.strip().splitlines()[-1].startswith("eval.py: no run to score yet")
+    assert re.search(message, run.stderr.strip().splitlines()[-1]) and not (tmp_path / "out").exists()
