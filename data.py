@@ -262,7 +262,8 @@ def tokenise(pieces, tokenizer, has_image: bool) -> tuple:
 
     A tokenizer may treat a word differently inside a sentence and at its start, so a piece cannot be
     tokenised on its own. All pieces between two images are one text, and the tokenizer tells where in it each
-    token stands. """
+    token stands.
+    """
     chunks = [[]]  # lists of pieces, cut where an image stands; without images, the marker is mere text
     for text, role in pieces:
         first, *rest = text.split(IMAGE) if has_image and role == CONTEXT else [text]
@@ -474,7 +475,8 @@ def grouped_order(lengths: list, batch: int, chunks: int, seed: int, epoch: int)
     lengths.
 
     `lengths` are signed (see `Conversations.lengths`). Per modality: shuffle, cut into batches. Then shuffle
-    the batches, and deal each, longest first, into even chunks; what is left over comes last. """
+    the batches, and deal each, longest first, into even chunks; what is left over comes last.
+    """
     rng, batches, rest, order = np.random.default_rng([seed, epoch]), [], [], []
     for is_text in (False, True):
         members = [i for i, length in enumerate(lengths) if (length < 0) == is_text]

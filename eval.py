@@ -10,20 +10,18 @@ or that the official rule cannot read counts as wrong and stays in the denominat
 numbers of one and the same checkpoint differ by ten points, mostly because of prompts, parsing and
 denominators.
 
-The last line printed is one JSON object with the scores (one line for each run, where several are named).
-Every prediction goes to BENCH.json in the run directory, and the first few with their pictures to BENCH.png.
+The last line printed is one JSON object with the scores (one line a run, where several are named). Every
+prediction goes to BENCH.json in the run directory.
 """
 
 import argparse
 import json
-import math
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
@@ -229,44 +227,23 @@ def answer_bench(vlm, tokenizer, template, name, folder, split=None) -> tuple:
 
 
 def run_bench(name, ckpt, folder, split, device) -> dict:
-    """Score a run directory; write BENCH.json and BENCH.png (the first questions with a picture) into it."""
+    """Score a run directory; write scores and every prediction to its BENCH.json."""
     vlm, tokenizer, config = load_run(ckpt, device)
     if not folder and not config.get("benchmarks"):
         raise ValueError(f"{ckpt}: its config.json names no folder of benchmarks; give {name}'s with --data")
     folder = folder or Path(config["benchmarks"]) / BENCHES[name].folder
     split = BENCHES[name].split if split is None else split
-    template = config["template"]
+    template, predictions = config["template"], []
     scores, questions, answers, choices = answer_bench(vlm, tokenizer, template, name, folder, split)
-    result, predictions = {"ckpt": str(ckpt), "bench": name, "split": split, **scores}, []
+    result = {"ckpt": str(ckpt), "bench": name, "split": split, **scores}
     for question, text, choice in zip(questions, answers, choices):
-        predictions.append({"id": question["id"], "prompt": question["prompt"], "text": text,
-                            "answer": question["answer"], "choice": choice})
+        image = str(question["image"]) if question["image"] else None
+        predictions.append(question | {"image": image, "text": text, "choice": choice})
     out = {"scores": result, "predictions": predictions}
     (Path(ckpt) / f"{name}.json").write_text(json.dumps(out, indent=1))
-    contact_sheet(questions, answers, choices, Path(ckpt) / f"{name}.png")
     print(f"{name} of {ckpt}: {len(questions)} questions, {scores.get('unparsed', 0)} answers that the rule "
           "cannot read; these count as wrong")
     return result
-
-
-def contact_sheet(questions, answers, choices, file, columns: int = 4, rows: int = 2):
-    """A PNG of the first questions with a picture: picture, prompt, answer in green where it is right."""
-    shown = [row for row in zip(questions, answers, choices) if row[0]["image"]][: columns * rows]
-    if not shown:
-        return
-    side, height, line = 250, 110, 15  # pixels: a cell's side, the height of a picture and of a line of text
-    sheet = Image.new("RGB", (columns * side, math.ceil(len(shown) / columns) * side), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for i, (question, answer, choice) in enumerate(shown):
-        x, y = i % columns * side + 8, i // columns * side + 8
-        image = data.load_image(question["image"])
-        sheet.paste(image.resize((max(1, height * image.width // image.height), height)), (x, y))
-        asked = question["prompt"].removeprefix(f"{data.IMAGE}\n")
-        asked = asked.removesuffix(data.LETTER_ANSWER).removesuffix(data.SHORT_ANSWER).split("\n")[:6]
-        colors = ["black"] * len(asked) + ["green" if choice == question["answer"] else "red"]
-        for number, text in enumerate([*asked, answer.replace("\n", " ")]):
-            draw.text((x, y + height + 6 + number * line), text[:38], colors[number], font)
-    sheet.save(file)
 
 
 # ------------------------------------------------------------------------------------------------------------

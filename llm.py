@@ -18,6 +18,7 @@ Module names are those of the Hugging Face checkpoints. Read next: projector.py.
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -302,8 +303,9 @@ class LLM(nn.Module):
         folder = resolve_model(folder_or_id)
         with torch.device("meta"):  # shapes only; the weights come from the files
             llm = cls(load_llm_config(folder))
-        tensors = llm_tensors(folder, llm.config.tie_word_embeddings)
-        return load_strictly(llm, tensors, folder, dtype, device).requires_grad_(False).eval()
+        rename = partial(our_llm_name, is_tied=llm.config.tie_word_embeddings)
+        load_strictly(llm, read_weights(folder), folder, dtype, device, rename)
+        return llm.requires_grad_(False).eval()
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which transformers opens as what it was loaded from."""
@@ -379,10 +381,7 @@ def llm_config_to_dict(config: LLMConfig) -> dict:
                              "rope_parameters": rope, "sliding_window": None}
 
 
-def llm_tensors(folder: Path, is_tied: bool):
-    """Yield (name, tensor) of the LLM in a folder, without what we compute or hold already."""
-    for name, tensor in read_weights(folder):
-        is_computed = name.endswith("rotary_emb.inv_freq")  # old files store what rope_frequencies computes
-        is_copy = is_tied and name == "lm_head.weight"  # of the embedding table
-        if not is_computed and not is_copy:
-            yield name, tensor
+def our_llm_name(name: str, is_tied: bool) -> str:
+    """The name itself; "" for what we compute (old files store RoPE's) or hold already (the embedding
+    table)."""
+    return "" if name.endswith("inv_freq") or (is_tied and name.endswith("lm_head.weight")) else name

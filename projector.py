@@ -18,13 +18,14 @@ import math
 import re
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm import LLM, llm_config_from_dict, llm_config_to_dict
+from llm import LLM, llm_config_from_dict, llm_config_to_dict, our_llm_name
 from vit import (TOKENIZER_FILES, ViT, load_strictly, read_config, read_json, read_shard, read_weights,
                  resolve, resolve_model, vit_config_from_dict, write_preprocessor_config,
                  write_weights)
@@ -237,16 +238,8 @@ def load_llava(folder: Path, _, dtype, device) -> VLM:
         raise ValueError(f"{folder}: vision_feature_select_strategy {strategy!r} does not drop just the "
                          "class token")
     vlm.image_token_id = config.get("image_token_index") or config["image_token_id"]
-    return load_strictly(vlm, llava_tensors(folder, llm.config.tie_word_embeddings), folder, dtype, device)
-
-
-def llava_tensors(folder: Path, is_tied: bool):
-    """Yield (our name, tensor) of such a folder, without what we compute or hold already."""
-    for name, tensor in read_weights(folder):
-        is_copy = is_tied and name.endswith("lm_head.weight")  # of the embedding table
-        is_unused = name.endswith(("position_ids", "inv_freq")) or ".head." in name
-        if not is_copy and not is_unused:
-            yield our_name(name), tensor
+    rename = partial(our_name, is_tied=llm.config.tie_word_embeddings)
+    return load_strictly(vlm, read_weights(folder), folder, dtype, device, rename)
 
 
 PREFIXES = (  # theirs, ours; the first that fits is replaced, so the form that we write comes first
@@ -256,9 +249,12 @@ PREFIXES = (  # theirs, ours; the first that fits is replaced, so the form that 
     ("multi_modal_projector.linear_1.", "projector.0."), ("multi_modal_projector.linear_2.", "projector.2."))
 
 
-def our_name(name: str) -> str:
-    """Of a tensor in transformers' LLaVA format, in the older or the newer form, the name in VLM."""
-    name = name.removeprefix("model.")  # the newer form
+def our_name(name: str, is_tied: bool = False) -> str:
+    """Of a tensor in transformers' LLaVA format, in the older or the newer form, the name in VLM; "" for what
+    we compute, hold already or do not need."""
+    name = our_llm_name(name.removeprefix("model."), is_tied)  # the newer form has that prefix
+    if name.endswith("position_ids") or ".head." in name:
+        return ""
     for theirs, ours in PREFIXES:
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)

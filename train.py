@@ -94,8 +94,8 @@ class Config:
     group_by_length: bool = option(False, "batches of one modality and similar lengths (LLaVA's stage 2)")
 
 
-# The tiny numbers come from the validation split of the toy world; 7b and 13b are LLaVA-1.5's recipe, with
-# the patch loss in its first stage; the rates of small are a guess.
+# tiny: from the validation split of the toy world. 7b, 13b: LLaVA-1.5's recipe, with the patch loss in stage
+# 1.
 LLAVA = {
     "common": dict(vit="openai/clip-vit-large-patch14-336", llm="lmsys/vicuna-7b-v1.5", benchmarks="data",
                    workers=4, checkpointing="every", save_every=500),
@@ -184,8 +184,8 @@ def start_ranks() -> torch.device:
 
 
 def leave_ranks():
-    """Leave the process group, if there is one. First goes what still holds a message's end in a cycle of
-    references: where it did not, two of eight processes aborted at exit."""
+    """Leave the process group. First goes what still holds a message's end in a cycle of references: where it
+    did not, two of eight processes aborted at exit."""
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
@@ -263,8 +263,8 @@ class DataParallelAdamW:
     1. `backward` fills the buckets: a hook on each parameter adds its gradient to the bucket's fp32 buffer.
     2. During the last backward (`last_backward()` was called) a bucket whose parameters are all in is sent at
        once, while backward goes on with earlier layers. Sums, not means: see losses.py, "Reduction".
-    3. `step` sends what is left (parameters without a gradient count as zero), waits, clips by the norm of
-       all and updates fp32 masters; the weights are their rounded copies: in bfloat16 alone, updates of 2e-5 on
+    3. `step` sends what is left (parameters without a gradient count as zero), waits, clips by the norm of all
+       and updates fp32 masters; the weights are their rounded copies: in bfloat16 alone, updates of 2e-5 on
        weights of 0.02 would mostly round to nothing.
 
     With `shard` (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054) the sum is a reduce-scatter: each rank
@@ -274,7 +274,8 @@ class DataParallelAdamW:
 
     float16 has so little range that small gradients vanish. So losses are multiplied by `loss_scale` before
     backward and gradients divided by it here; a step that overflows is skipped and halves the scale, 2000
-    good ones double it. Elsewhere the scale is 1, and a gradient that is not finite is an error. """
+    good ones double it. Elsewhere the scale is 1, and a gradient that is not finite is an error.
+    """
 
     def __init__(self, parameters, weight_decay=0.0, clip=0.0, betas=(0.9, 0.999), shard=False,
                  bucket_size=2**22):
@@ -417,7 +418,8 @@ def checkpointed(function):
     While it runs, each tensor that autograd wants to save is replaced by its number. When backward asks for
     the first of them, the function runs a second time, and what autograd saves then is given out under these
     numbers. (The older way, an autograd.Function that calls backward inside its own, fires a shared module's
-    hooks twice.) """
+    hooks twice.)
+    """
     def run(*args):
         if not torch.is_grad_enabled():
             return function(*args)
@@ -530,8 +532,8 @@ def memory_sum(config, vlm, dtype) -> dict:
     held = parts if "prompt" in losses.CONTRASTIVE[config.contrastive] else 1  # passes that await backward
     patches = 4 * size * parts * vlm.num_image_tokens * c.hidden_size * e  # patches, leaves, their gradients
     largest = max(2**22, *(p.numel() for p in vlm.parameters() if p.requires_grad))  # elements of a bucket
-    state = learning * (8 if e == 4 else 12) / ranks  # two moments and, unless the weights are fp32, a master
-    sums = {"weights": count_weights(vlm) * e, "masters and moments": state,
+    kept = learning * (8 if e == 4 else 12) / ranks  # two moments and, unless the weights are fp32, a master
+    sums = {"weights": count_weights(vlm) * e, "masters and moments": kept,
             "gradients": learning * 4 / ranks + (3 * 4 * largest if ranks > 1 else 0),  # see send
             "activations": held * (blocks + logits) + block + patches}
     return {name: size / 2**30 for name, size in sums.items()}

@@ -220,7 +220,10 @@ class ViT(nn.Module):
         folder = resolve_model(folder_or_id)
         with torch.device("meta"):  # shapes only; the weights come from the files
             vit = cls(load_vit_config(folder), feature_layer)
-        return load_strictly(vit, vit_tensors(folder), folder, dtype, device).requires_grad_(False).eval()
+        tensors = ((name, tensor.squeeze() if name in DINOV2_ROWS else tensor)
+                   for name, tensor in read_weights(folder))
+        load_strictly(vit, tensors, folder, dtype, device, our_vit_name)
+        return vit.requires_grad_(False).eval()
 
     def save_pretrained(self, folder):
         """Write config.json, preprocessor_config.json and model.safetensors, which transformers opens as the
@@ -271,6 +274,7 @@ def write_preprocessor_config(config: ViTConfig, folder):
 # What a folder holds beside the tower: a text half, SigLIP's pooling head, DINOv2's training mask.
 NOT_OURS = re.compile(r"text_model\.|text_projection\.|visual_projection\.|logit_(scale|bias)"
                       r"|(vision_model\.)?head\.|embeddings\.mask_token|.*position_ids$")
+DINOV2_ROWS = ("embeddings.cls_token", "embeddings.position_embeddings")  # these have a batch axis of one
 DINOV2_NAMES = (  # a part of their name, ours; no name of CLIP or SigLIP holds one of these parts
     ("cls_token", "class_embedding"), ("position_embeddings", "position_embedding.weight"),
     ("patch_embeddings.projection", "patch_embedding"), ("encoder.layer.", "encoder.layers."),
@@ -280,20 +284,13 @@ DINOV2_NAMES = (  # a part of their name, ours; no name of CLIP or SigLIP holds 
 
 
 def our_vit_name(name: str) -> str:
-    """Our name of a tensor in a folder of any family."""
+    """Our name of a tensor in a folder of any family; "" for what is not the tower's."""
+    if NOT_OURS.match(name):
+        return ""
     name = name.removeprefix("vision_model.")
     for theirs, ours in DINOV2_NAMES:
         name = name.replace(theirs, ours)
     return f"post_{name}" if name.startswith("layernorm.") else name  # DINOv2's last norm
-
-
-def vit_tensors(folder: Path):
-    """Yield (our name, tensor) of the vision tower in a folder, one shard in memory at a time."""
-    for name, tensor in read_weights(folder):
-        if not NOT_OURS.match(name):
-            if name in ("embeddings.cls_token", "embeddings.position_embeddings"):
-                tensor = tensor.squeeze()  # DINOv2 keeps a batch axis there
-            yield our_vit_name(name), tensor
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -397,19 +394,23 @@ def read_shard(path: Path):
         raise ValueError(f"{path}: not a safetensors file: {error}") from None
 
 
-def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32, device="cpu"):
+def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32, device="cpu", rename=str):
     """Set every parameter of `module` (built on the meta device) from (name, tensor) pairs, and return it.
+    `rename` gives our name of a tensor, or "" for one that we compute or do not need.
 
     Strict both ways: a tensor without a parameter, a parameter without a tensor and a shape that differs are
     each a ValueError naming it and `source`. A head left random because its name was new costs a training
     run.
     """
     kind, wanted = type(module).__name__, {name: p.shape for name, p in module.named_parameters()}
-    for name, tensor in tensors:
+    for theirs, tensor in tensors:
+        name = rename(theirs)
+        if not name:
+            continue
         if name not in wanted:
-            raise ValueError(f"{source}: {name!r} has no place in {kind}, or came twice")
+            raise ValueError(f"{source}: {theirs!r} has no place in {kind}, or came twice")
         if tensor.shape != wanted[name]:
-            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, {kind} needs "
+            raise ValueError(f"{source}: {theirs} has shape {tuple(tensor.shape)}, {kind} needs "
                              f"{tuple(wanted[name])}")
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))

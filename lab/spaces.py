@@ -107,7 +107,7 @@ def heat_map(runs, path, text, file, device) -> dict:
     sheet: that of the largest cosine."""
     maps, picture = [], data.load_image(path)
     for run in runs:
-        vlm, tokenizer, _ = load_run(run, device)
+        vlm, tokenizer, _ = evaluation.load_run(run, device)
         maps.append(word_maps(vlm, tokenizer, picture, text))
     largest = max(cosine.abs().max().item() for words in maps for cosine in words.values())
     cell, gap, head, margin = 132, 6, 24, 150  # pixels

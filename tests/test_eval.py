@@ -1,32 +1,32 @@
-"""The benchmarks' rules as tables, the denominators, and the diagnostics against plain loops."""
+"""The benchmarks' folders, their rules as tables, the denominators; retrieval; what is asked, and where it ends."""
 
 import json
-import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import data
 import eval as evaluation
-import losses
+from lab import toy_world
 from projector import VLM
+
+# ---- ScienceQA, POPE, MME ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text, choice", [
     ("B", "B"), ("B. New Hampshire", "B"), ("The answer is B.", "B"), ("red. The answer is B.", "B"),
     ("The answer is B !", "B"),  # the official pattern's last dot is any character
     ("B.", None), ("(B)", None), ("b", None), ("B) x", None), ("Answer: B", None), ("The answer is B", None),
-    ("The answer is A. The answer is B.", None), ("", None), ("D", None), ("The answer is E.", None), ("E. x", None),
-    ("A. The answer is B.", "A"),
+    ("The answer is A. The answer is B.", None), ("", None), ("D", None), ("The answer is E.", None),
+    ("E. x", None), ("A. The answer is B.", "A"),
 ])
 def test_parse_choice(text, choice):
-    assert evaluation.parse_choice(text, num_choices=3) == choice
+    assert evaluation.parse_choice(text, {"num_choices": 3}) == choice
 
 
 def test_an_unreadable_answer_is_wrong_and_stays_in_the_denominator():
-    questions = [{"id": str(i), "image": "x" if i < 3 else None, "num_choices": 2, "answer": "A"} for i in range(5)]
+    questions = [{"image": "x" if i < 3 else None, "answer": "A"} for i in range(5)]
     scores = evaluation.score_scienceqa(questions, ["A", None, None, "A", "B"])
     assert scores == {"accuracy": 40.0, "accuracy_img": 33.33, "accuracy_txt": 50.0, "questions": 5,
                       "questions_img": 3, "unparsed": 2}
@@ -38,6 +38,47 @@ def test_an_unreadable_answer_is_wrong_and_stays_in_the_denominator():
 ])
 def test_yes_or_no(text, pope, mme):
     assert evaluation.parse_pope(text) == pope and evaluation.parse_mme(text) == mme
+
+
+def test_pope_and_mme_folders(toy):
+    questions = evaluation.load_pope(toy / "POPE")
+    assert len(questions) == 20 and all(q["image"].exists() for q in questions)
+    assert [q["answer"] for q in questions[:4]] == ["yes", "no", "yes", "no"]
+    prompt = questions[0]["prompt"]
+    assert prompt.startswith("<image>\nIs there a ") and prompt.endswith(data.SHORT_ANSWER)
+    assert evaluation.load_pope(toy / "POPE", "random") == questions
+    pairs = evaluation.load_mme(toy / toy_world.MME)
+    assert len(pairs) == 40 and {q["category"] for q in pairs} == set(toy_world.VALUES)
+    for first, second in zip(pairs[::2], pairs[1::2]):
+        assert (first["answer"], second["answer"]) == ("yes", "no")
+        assert first["image"] == second["image"] and first["image"].suffix == ".png" and first["image"].exists()
+    assert len(evaluation.load_mme(toy / toy_world.MME, "color")) == 10
+
+
+def test_mme_has_another_layout_two_spaces_and_pictures_with_other_endings(tmp_path):
+    (tmp_path / "scene/images").mkdir(parents=True)
+    (tmp_path / "scene/questions_answers_YN").mkdir()
+    (tmp_path / "scene/images/7.jpg").touch()
+    (tmp_path / "scene/questions_answers_YN/7.txt").write_text(
+        "Is it a hall?  Please answer yes or no.\tYes\nIs it a bar? Please answer yes or no.\tNo\n")
+    first, _ = evaluation.load_mme(tmp_path)
+    assert first["prompt"] == f"<image>\nIs it a hall?{data.SHORT_ANSWER}" and first["image"].name == "7.jpg"
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("x_pope_random.json", '{"question_id": 1, "image": "a.png", "text": "?"}\n', "line 1 is not a POPE question"),
+    ("color/a.txt", "Is it red?\tYes\n", "not two lines")])
+def test_bad_yes_no_files(tmp_path, name, text, message):
+    (tmp_path / "color").mkdir()
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        (evaluation.load_pope if "pope" in name else evaluation.load_mme)(tmp_path)
+
+
+@pytest.mark.parametrize("load", [evaluation.load_pope, evaluation.load_mme])
+def test_a_folder_without_questions_is_named(tmp_path, load):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path.name}: no "):
+        load(tmp_path)
 
 
 def test_pope_scores_f1_of_yes_by_category():
@@ -55,27 +96,62 @@ def test_mme_adds_accuracy_and_pairs():
     assert (scores["perception"], scores["others"], scores["accuracy"], scores["accuracy_plus"]) == (125, 25, 50, 25)
 
 
-def test_a_llava_folder_is_asked_in_vicunas_form(clip_folder, llama_folder, tmp_path):
-    """Not in its own chat template, which takes pictures where our marker would be lost. Its answers end where its
-    tokenizer says, too."""
+# ---- asking ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llava_folder(clip_folder, llama_folder, tmp_path):
+    """In transformers' format: its own chat template takes pictures where our marker would be lost, and its LLM's
+    config has another end token than its tokenizer."""
     VLM.from_towers(clip_folder, llama_folder, "mlp2x_gelu").export(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content[0].text }}{% endfor %}")
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["eos_token_id"] = 7
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "generation_config.json").unlink()
-    vlm, tokenizer, config = evaluation.load_run(tmp_path, torch.device("cpu"))
-    assert tokenizer.chat_template and config["template"] == "v1"
-    assert vlm.llm.config.eos_token_id == [7, tokenizer.eos_token_id]
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
-    question = {"id": 1, "prompt": "<image>\nWhat color is the shape?", "image": tmp_path / "x.png"}
-    assert len(evaluation.ask(vlm, tokenizer, [question], config["template"], 4)) == 1
+    return tmp_path
+
+
+@pytest.mark.parametrize("said, tokens", [("of the config", 1), ("of the tokenizer", 1), ("any other", 4)])
+def test_a_llava_folder_is_asked_in_vicunas_form(llava_folder, monkeypatch, said, tokens):
+    """Not in its own. Its answers end with either end token."""
+    vlm, tokenizer, config = evaluation.load_run(llava_folder, torch.device("cpu"))
+    assert tokenizer.chat_template and config["template"] == "v1" and vlm.llm.config.eos_token_id == 7
+    token, drawn = {"of the config": 7, "of the tokenizer": tokenizer.eos_token_id, "any other": 9}[said], []
+
+    def choose(logits, temperature, top_p):
+        drawn.append(token)
+        return torch.full((len(logits),), token)
+
+    monkeypatch.setattr("llm.choose", choose)
+    question = {"id": 1, "prompt": "<image>\nWhat color is the shape?", "image": llava_folder / "x.png"}
+    answer, = evaluation.ask(vlm, tokenizer, [question], config["template"], 4)
+    assert len(drawn) == tokens
+    assert answer == tokenizer.decode([token] * tokens, skip_special_tokens=True).strip()
 
 
 def test_no_run_yet(tmp_path, monkeypatch):
+    """As a function, and as one line of the script."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="python train.py"):
         evaluation.last_run()
+    with pytest.raises(SystemExit, match="^eval.py: no run to score yet.*$"):
+        evaluation.main(["--bench", "scienceqa"])
+
+
+@pytest.mark.parametrize("argv", [[], ["--bench", "pope", "--ask", "a.png", "What?"], ["--bench", "vqa"],
+                                  ["--ask", "a.png", "What?", "--temperature", "-1"]])
+def test_bad_options_end_the_program(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluation.main(argv)
+    assert end.value.code == 2 and ": error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--bench", "gap"], ["--bench", "heatmap", "--image", "a.png", "--text", "red"]])
+def test_a_measure_that_has_moved_ends_in_one_line_that_names_the_new_call(argv):
+    with pytest.raises(SystemExit, match="^eval.py: .*`python -m lab.spaces.*`.*$"):
+        evaluation.main(argv)
 
 
 # ---- pictures against captions -------------------------------------------------------------------------------------
@@ -88,40 +164,3 @@ def test_retrieval_counts_equal_captions_once_and_any_of_their_pictures():
     scores = evaluation.score_retrieval(image, text, keys)
     assert scores["image_to_text_r1"] == 50.0 and scores["text_to_image_r1"] == 100.0
     assert scores["image_to_text_r5"] == scores["text_to_image_r5"] == 100.0
-
-
-def test_gap_against_plain_formulas():
-    image, text, keys = losses.unit(torch.randn(6, 4)), torch.randn(6, 4), torch.tensor([1, 2, 3, 4, 1, 5])
-    scores, t = evaluation.score_gap(image, text, keys), losses.unit(text)
-    others = [float(image[i] @ t[j]) for i in range(6) for j in range(6) if keys[i] != keys[j]]
-    pairs = [(image[i] - image[j]).square().sum() for i in range(6) for j in range(i)]
-    assert scores["negative_cosine"] == pytest.approx(sum(others) / len(others), abs=1e-4)
-    assert scores["alignment"] == pytest.approx(2 - 2 * scores["positive_cosine"], abs=3e-4)  # |v-t|^2 of unit vectors
-    assert scores["uniformity_image"] == pytest.approx(
-        math.log(sum(torch.exp(-2 * d).item() for d in pairs) / len(pairs)), abs=1e-4)
-    assert scores["centroid_distance"] == pytest.approx((image.mean(0) - t.mean(0)).norm().item(), abs=1e-4)
-
-
-def test_patches_against_words(clip_folder, llama_folder):
-    vlm = VLM.from_towers(clip_folder, llama_folder, "linear")
-    patches, embeds = torch.randn(2, 16, 32), torch.randn(2, 3, 32)
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    scores = evaluation.score_tokens(vlm, [(patches, embeds, mask)])
-    words = vlm.llm.model.embed_tokens.weight.detach()
-    nearest = [min((patch - word).norm().item() for word in words) for row in patches for patch in row]
-    assert scores["nearest_word_distance"] == pytest.approx(sum(nearest) / len(nearest), abs=1e-3)
-    tacs = []
-    for row, tokens in zip(patches, (embeds[0], embeds[1, :1])):
-        best = sorted(max(F.cosine_similarity(patch, token, dim=0).item() for token in tokens) for patch in row)
-        tacs.append(sum(best[-10:]) / 10)
-    assert scores["tacs"] == pytest.approx(sum(tacs) / 2, abs=1e-4)
-
-
-def test_word_maps_are_cosines_in_reading_order(clip_folder, llama_folder):
-    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), data.load_tokenizer(llama_folder)
-    picture = Image.effect_noise((32, 32), 90).convert("RGB")
-    maps = evaluation.word_maps(vlm, tokenizer, picture, "a red circle")
-    assert [word for word, _ in maps] == ["a", "red", "circle"] and maps[0][1].shape == (4, 4)
-    patches = vlm.encode(data.preprocess(picture, 32, "crop")[None])[0]
-    red = vlm.llm.embed(torch.tensor(tokenizer("red", add_special_tokens=False).input_ids))[0]
-    assert maps[1][1][1, 2] == pytest.approx(F.cosine_similarity(patches[6], red, dim=0).item(), abs=1e-6)

@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 from conftest import assert_close, llama_config, shaken
+from PIL import Image
 from torch import nn
 
 import data
 from lab import toy_world
-from projector import IMAGE_TOKEN_ID, VLM, build_projector, num_tokens
+from projector import IMAGE_TOKEN_ID, VLM, build_projector, our_name, their_name
 
 
 @pytest.fixture
@@ -21,24 +22,41 @@ def vlm(clip_folder, llama_folder):
 
 
 def row(before, images, after, length=60):
-    """ids with one image of 16 placeholders for each image, right-padded."""
+    """Ids: so many of text, 16 placeholders for each image, so many of text, padding up to `length`."""
     ids = [1] * before + [IMAGE_TOKEN_ID] * 16 * images + [5] * after
     return ids + [0] * (length - len(ids))
 
 
-def test_projectors():
-    assert [tuple(p.shape) for p in build_projector("linear", 16, 8, 12).parameters()] == [(12, 8), (12,)]
-    mlp = build_projector("mlp2x_gelu", 16, 8, 12)
-    assert list(mlp.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]  # LLaVA's names
-    assert isinstance(mlp[1], nn.GELU) and mlp[1].approximate == "none"
-    assert list(build_projector("mlp3x_gelu", 16, 8, 12).state_dict())[-1] == "4.bias"
-    for kind in ("linear", "mlp1x_gelu", "mlp3x_gelu", "pixel_shuffle", "resampler"):
-        out = build_projector(kind, 16, 8, 12)(torch.randn(2, 16, 8))
-        assert out.shape == (2, num_tokens(kind, 16), 12)
-    with pytest.raises(ValueError, match="'mlpx_gelu' is none of linear"):
-        build_projector("mlpx_gelu", 16, 8, 12)
-    with pytest.raises(ValueError, match="3 in a row cannot be halved"):
-        build_projector("pixel_shuffle", 9, 8, 12)
+# ---- projectors --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, names", [
+    ("linear", ["weight", "bias"]), ("mlp1x_gelu", ["0.weight", "0.bias"]),
+    ("mlp2x_gelu", ["0.weight", "0.bias", "2.weight", "2.bias"]),
+    ("mlp3x_gelu", ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"])])
+def test_linear_layers_have_llavas_names_and_exact_gelus_between_them(kind, names):
+    """From width 8 to width 12, and then 12 to 12; a token for each of the 16 patches."""
+    projector = build_projector(kind, 16, 8, 12)
+    assert list(projector.state_dict()) == names
+    shapes = [tuple(p.shape) for p in projector.parameters()]
+    assert shapes == [(12, 8), (12,)] + [(12, 12), (12,)] * (len(names) // 2 - 1)
+    between = [part for part in projector.children() if not isinstance(part, nn.Linear)]
+    assert len(between) == len(names) // 2 - 1
+    assert all(isinstance(part, nn.GELU) and part.approximate == "none" for part in between)
+    assert projector(torch.randn(2, 16, 8)).shape == (2, 16, 12) and projector.num_tokens == 16
+
+
+@pytest.mark.parametrize("kind", ["pixel_shuffle", "resampler"])
+def test_others_make_a_token_of_four_patches(kind):
+    projector = build_projector(kind, 16, 8, 12)
+    assert projector(torch.randn(2, 16, 8)).shape == (2, 4, 12) and projector.num_tokens == 4
+
+
+@pytest.mark.parametrize("kind, patches, message", [
+    ("mlpx_gelu", 16, "'mlpx_gelu' is none of linear"), ("pixel_shuffle", 9, "3 in a row cannot be halved")])
+def test_what_cannot_be_built_is_refused(kind, patches, message):
+    with pytest.raises(ValueError, match=message):
+        build_projector(kind, patches, 8, 12)
 
 
 def test_pixel_shuffle_joins_neighbours():
@@ -67,11 +85,14 @@ def test_resampler_is_attention_over_a_set():
 def test_fewer_tokens_than_patches(clip_folder, llama_folder, tmp_path, kind):
     """The model says how many placeholders an image takes, and a run directory brings the projector back."""
     vlm = VLM.from_towers(clip_folder, llama_folder, kind).eval()
-    assert vlm.num_image_tokens == 4 and vlm.vit.num_tokens == 16
+    assert vlm.num_image_tokens == 4 and vlm.vit.num_patches == 16
     ids, pixels = torch.tensor([[1] + [IMAGE_TOKEN_ID] * 4 + [5, 6]]), torch.randn(1, 3, 32, 32)
     logits = vlm(ids, pixels)
     vlm.save(tmp_path / "run", {}, with_llm=False)
     assert torch.equal(VLM.from_pretrained(tmp_path / "run")(ids, pixels), logits)
+
+
+# ---- the model -----------------------------------------------------------------------------------------------
 
 
 def test_splice_equals_a_plain_loop(vlm):
@@ -108,9 +129,11 @@ def test_encode_gives_the_frozen_vit_no_gradient(vlm):
 
 
 def test_batched_generation_equals_each_prompt_alone(vlm):
+    """Two with an image each, and one with none: alone, it comes with no pixels at all."""
     pixels = torch.randn(2, 3, 32, 32)
     prompts = [row(2, 1, 3, length=21), row(1, 1, 9, length=26), row(4, 0, 3, length=7)]
-    alone = [vlm.generate(torch.tensor([p]), pixels[i : i + 1], max_new_tokens=8) for i, p in enumerate(prompts)]
+    images = [pixels[:1], pixels[1:], pixels[:0]]
+    alone = [vlm.generate(torch.tensor([p]), x, max_new_tokens=8) for p, x in zip(prompts, images)]
     ids = torch.tensor([[0] * (26 - len(p)) + p for p in prompts])
     mask = torch.tensor([[False] * (26 - len(p)) + [True] * len(p) for p in prompts])
     batch = vlm.generate(ids, pixels, max_new_tokens=8, mask=mask)
@@ -181,54 +204,93 @@ def test_a_llava_folder_loads_with_equal_logits(tmp_path, vision):
         assert_close(ours(ids, pixels), expected)
 
 
-def test_newer_and_older_names_of_the_llava_format():
-    from projector import our_name, their_name
-    for older, newer, ours in (
-            ("language_model.model.norm.weight", "model.language_model.norm.weight", "llm.model.norm.weight"),
-            ("language_model.lm_head.weight", "lm_head.weight", "llm.lm_head.weight"),
-            ("vision_tower.vision_model.x", "model.vision_tower.x", "vit.x"),
-            ("multi_modal_projector.linear_2.bias", "model.multi_modal_projector.linear_2.bias", "projector.2.bias")):
-        assert our_name(older) == our_name(newer) == ours and their_name(ours) == older
+@pytest.mark.parametrize("older, newer, ours", [
+    ("language_model.model.norm.weight", "model.language_model.norm.weight", "llm.model.norm.weight"),
+    ("language_model.lm_head.weight", "lm_head.weight", "llm.lm_head.weight"),
+    ("vision_tower.vision_model.x", "model.vision_tower.x", "vit.x"),
+    ("multi_modal_projector.linear_2.bias", "model.multi_modal_projector.linear_2.bias", "projector.2.bias")])
+def test_newer_and_older_names_of_the_llava_format(older, newer, ours):
+    assert our_name(older) == our_name(newer) == ours and their_name(ours) == older
 
 
-@pytest.mark.parametrize("family", ["llama", "tied", "qwen2"])
-def test_what_we_export_opens_in_transformers(clip_folder, llama_folder, tmp_path, family):
-    """Equal logits and the same greedy answer; the processor makes the very ids that our data path makes."""
-    llm, vocabulary = llama_folder, len(data.load_tokenizer(llama_folder))
-    if family != "llama":
-        kind, config = ((transformers.LlamaForCausalLM, llama_config(vocab_size=vocabulary, tie_word_embeddings=True))
-                        if family == "tied" else (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(
-                            vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                            num_attention_heads=4, num_key_value_heads=2, eos_token_id=2)))
-        llm = tmp_path / "llm"
-        shaken(kind(config)).save_pretrained(llm)
-        toy_world.write_tokenizer(llm)
+def llm_of_family(family, folder):
+    """A random LLM on disk, with the toy world's tokenizer."""
+    sizes = dict(vocab_size=toy_world.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, eos_token_id=2)
+    toy_world.write_tokenizer(folder)
+    if family == "qwen2":
+        shaken(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))).save_pretrained(folder)
+    else:
+        config = llama_config(**sizes, tie_word_embeddings=family == "tied")
+        shaken(transformers.LlamaForCausalLM(config)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["llama", "tied", "qwen2"])
+def exported(request, clip_folder, tmp_path_factory):
+    """(our model, transformers' model of the folder that it was exported to, that folder)."""
+    folder = tmp_path_factory.mktemp("exported")
+    llm = llm_of_family(request.param, folder / "llm")
     vlm = VLM.from_towers(clip_folder, llm, "mlp2x_gelu").eval()
-    vlm.export(tmp_path / "out")
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    image, pixels = tokenizer.convert_tokens_to_ids("<image>"), torch.randn(1, 3, 32, 32)
-    assert image == theirs.config.image_token_index == vocabulary
-    ids = torch.tensor([[1] + [IMAGE_TOKEN_ID] * 16 + [5, 6, 7]])
-    their_ids = ids.masked_fill(ids == IMAGE_TOKEN_ID, image)
-    assert_close(vlm(ids, pixels), theirs(input_ids=their_ids, pixel_values=pixels).logits[..., :vocabulary])
-    text = torch.tensor([[1, 5, 6, 7]])
-    assert_close(vlm(text, pixels), theirs(input_ids=text).logits[..., :vocabulary])
-    answer = theirs.generate(input_ids=their_ids, pixel_values=pixels, max_new_tokens=8, do_sample=False)[0, 20:]
-    assert vlm.generate(ids, pixels, 8)[0].tolist() == answer.tolist()
-    again = VLM.from_pretrained(tmp_path / "out")
-    assert_close(again(their_ids, pixels)[..., :vocabulary], vlm(ids, pixels))
-    processor = json.loads((tmp_path / "out/processor_config.json").read_text())
+    vlm.export(folder / "out")
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "out").eval()
+    return vlm, theirs, folder / "out"
+
+
+WITH_IMAGE = torch.tensor([[1] + [IMAGE_TOKEN_ID] * 16 + [5, 6, 7]])
+
+
+def in_their_ids(ids, theirs):
+    """Their placeholder is a token of the vocabulary."""
+    return ids.masked_fill(ids == IMAGE_TOKEN_ID, theirs.config.image_token_index)
+
+
+def test_the_exported_placeholder_is_a_token_of_its_own_behind_the_vocabulary(exported):
+    _, theirs, folder = exported
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    placeholder = tokenizer.convert_tokens_to_ids("<image>")
+    assert placeholder == theirs.config.image_token_index == toy_world.VOCABULARY
+
+
+def test_what_we_export_has_equal_logits_in_transformers(exported):
+    """With an image, and without; their vocabulary is larger by the placeholder."""
+    vlm, theirs, _ = exported
+    pixels, text = torch.randn(1, 3, 32, 32), torch.tensor([[1, 5, 6, 7]])
+    expected = theirs(input_ids=in_their_ids(WITH_IMAGE, theirs), pixel_values=pixels).logits
+    assert_close(vlm(WITH_IMAGE, pixels), expected[..., : toy_world.VOCABULARY])
+    assert_close(vlm(text, pixels), theirs(input_ids=text).logits[..., : toy_world.VOCABULARY])
+
+
+def test_what_we_export_gives_the_same_answer_in_transformers(exported):
+    vlm, theirs, _ = exported
+    pixels = torch.randn(1, 3, 32, 32)
+    whole = theirs.generate(input_ids=in_their_ids(WITH_IMAGE, theirs), pixel_values=pixels, max_new_tokens=8,
+                            do_sample=False)
+    assert vlm.generate(WITH_IMAGE, pixels, 8)[0].tolist() == whole[0, WITH_IMAGE.shape[1] :].tolist()
+
+
+def test_what_we_export_is_what_we_read_again(exported):
+    vlm, theirs, folder = exported
+    pixels, again = torch.randn(1, 3, 32, 32), VLM.from_pretrained(folder)
+    assert_close(again(in_their_ids(WITH_IMAGE, theirs), pixels)[..., : toy_world.VOCABULARY],
+                 vlm(WITH_IMAGE, pixels))
+
+
+def test_the_exported_processor_makes_the_ids_that_our_data_path_makes(exported):
+    vlm, theirs, folder = exported
+    settings = json.loads((folder / "processor_config.json").read_text())
     processor = transformers.LlavaProcessor(
-        transformers.CLIPImageProcessor.from_pretrained(tmp_path / "out"), tokenizer,
-        patch_size=processor["patch_size"],
-        vision_feature_select_strategy=processor["vision_feature_select_strategy"],
-        num_additional_image_tokens=processor["num_additional_image_tokens"])
-    from PIL import Image
-    batch = processor(images=Image.new("RGB", (40, 40)), text="<image>\nWhat color is the shape?", return_tensors="pt")
-    mine, roles = data.tokenise([("<image>\nWhat color is the shape?", data.CONTEXT)], data.load_tokenizer(llm), True)
-    mine = data.collate([{"ids": mine, "roles": roles, "pixels": pixels[0], "name": ""}], 16, image, 0, 32)
-    assert batch.input_ids.tolist() == mine["ids"].tolist() and batch.pixel_values.shape == (1, 3, 32, 32)
+        transformers.CLIPImageProcessor.from_pretrained(folder),
+        transformers.AutoTokenizer.from_pretrained(folder), patch_size=settings["patch_size"],
+        vision_feature_select_strategy=settings["vision_feature_select_strategy"],
+        num_additional_image_tokens=settings["num_additional_image_tokens"])
+    question = "<image>\nWhat color is the shape?"
+    expected = processor(images=Image.new("RGB", (40, 40)), text=question, return_tensors="pt")
+    ids, roles = data.tokenise([(question, data.CONTEXT)], data.load_tokenizer(vlm.sources["llm"]), True)
+    sample = {"ids": ids, "roles": roles, "pixels": torch.zeros(3, 32, 32), "name": ""}
+    ours = data.collate([sample], 16, theirs.config.image_token_index, 0, 32)
+    assert expected.input_ids.tolist() == ours["ids"].tolist()
+    assert expected.pixel_values.shape == (1, 3, 32, 32)
 
 
 def test_only_what_transformers_knows_is_exported(clip_folder, llama_folder, tmp_path):

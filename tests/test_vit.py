@@ -14,7 +14,7 @@ import data
 from vit import TOKENIZER_FILES, ViT, ViTConfig, load_vit_config, our_vit_name, resolve, resolve_model
 
 
-@pytest.mark.parametrize("layer", [-1, -2, -4, 0, 2])
+@pytest.mark.parametrize("layer", [-1, -4, 0, 2])  # -2 for each family below
 def test_patch_features_equal_clip(clip_folder, layer):
     theirs = transformers.CLIPVisionModel.from_pretrained(clip_folder)
     pixels = torch.randn(2, 3, 32, 32)
@@ -104,14 +104,6 @@ def test_whole_clip_folder_loads(tmp_path):
     pixels = torch.randn(1, 3, 16, 16)
     expected = theirs.vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     assert_close(ViT.from_pretrained(tmp_path)(pixels), expected)
-
-
-def test_save_opens_in_transformers(tmp_path):
-    ours = ViT(ViTConfig(32, 8, 32, 64, 3, 4)).eval()
-    ours.save_pretrained(tmp_path)
-    pixels = torch.randn(1, 3, 32, 32)
-    theirs = transformers.CLIPVisionModel.from_pretrained(tmp_path)
-    assert_close(ours(pixels), theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:])
 
 
 def damaged(folder, to, change):
