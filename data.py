@@ -112,8 +112,7 @@ def load_records(file) -> list:
     for number, record in enumerate(records):
         if problem := find_problem(record):
             name = record.get("id") if isinstance(record, dict) else None
-            raise ValueError(f"{file}: record {number} (id {name!r}) {problem}; `python data.py check {file} "
-                             "IMAGES` writes a list without such records")
+            raise ValueError(f"{file}: record {number} (id {name!r}) {problem}; `data.py check` lists all")
     return records
 
 
@@ -145,8 +144,7 @@ def plain(turns, tokenizer, prompt: str = "") -> list:
     `prompt` comes between the two; the prompted contrastive loss reads the LLM's state at its end.
     """
     if len(turns) != 2 or IMAGE not in turns[0][1]:
-        raise ValueError(f"the plain template takes one question with {IMAGE} and one answer, not "
-                         f"{len(turns)} turns")
+        raise ValueError(f"the plain template takes one {IMAGE} and one answer, not {len(turns)} turns")
     context, caption = (f"{IMAGE}\n{prompt}", f" {turns[1][1]}") if prompt else (IMAGE, turns[1][1])
     return [(context, CONTEXT), (caption, ANSWER), ("\n", END)]
 
@@ -253,8 +251,7 @@ def check_vocabulary(tokenizer, size: int):
     later do not count: LLaVA's tokenizer serves Vicuna, which has no row for its <image> and <pad>.)"""
     largest = max(tokenizer.vocab_size - 1, tokenizer.pad_token_id, tokenizer.eos_token_id)
     if largest >= size:
-        raise ValueError(f"{tokenizer.name_or_path}: this tokenizer has ids up to {largest}, the LLM has "
-                         f"{size} embeddings")
+        raise ValueError(f"{tokenizer.name_or_path}: ids up to {largest}, the LLM has {size} embeddings")
 
 
 def tokenise(pieces, tokenizer, has_image: bool) -> tuple:
@@ -292,8 +289,7 @@ def tokenise_text(pieces, tokenizer) -> tuple:
         # the space that SentencePiece adds at a start covers no character: it goes with the next
         covered = set(role_of[start:stop]) or {role_of[min(start, len(text) - 1)]}
         if CONTEXT in covered and len(covered) > 1:
-            raise ValueError(f"the tokenizer joins {text[start:stop]!r} across the border of an answer: no "
-                             "boundary for labels")
+            raise ValueError(f"the tokenizer joins {text[start:stop]!r}: no boundary for labels")
         roles.append(ANSWER if ANSWER in covered else covered.pop())
     return tokens.input_ids, roles
 
@@ -536,8 +532,7 @@ def load_scienceqa(folder, split: str = "test") -> list:
         if problem is None or not {"question", "choices", "answer", "hint", "image"} <= problem.keys():
             raise ValueError(f"{folder / 'problems.json'}: problem {pid!r} is missing or incomplete")
         if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
-            raise ValueError(f"{folder / 'problems.json'}: problem {pid!r} has answer {problem['answer']} of "
-                             f"{len(problem['choices'])} choices")
+            raise ValueError(f"{folder / 'problems.json'}: problem {pid!r} has no choice {problem['answer']}")
         image = folder / "images" / split / pid / problem["image"] if problem["image"] else None
         questions.append({"id": pid, "prompt": scienceqa_prompt(problem), "image": image,
                           "num_choices": len(problem["choices"]), "answer": LETTERS[problem["answer"]]})

@@ -20,7 +20,6 @@ import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,17 +29,9 @@ from vit import (config_from_dict, load_strictly, read_config, read_json, read_w
                  resolve_model, write_weights)
 
 
-class Family(NamedTuple):
-    architecture: str  # the class of transformers that opens what `save_pretrained` writes
-    qkv_bias: bool  # q, k and v have a bias
-    qk_norm: bool  # q and k pass an RMSNorm over each head's own width
-
-
-FAMILIES = {  # by config.json's model_type; the columns are the fields above
-    "llama": Family("LlamaForCausalLM", False, False),
-    "mistral": Family("MistralForCausalLM", False, False),
-    "qwen2": Family("Qwen2ForCausalLM", True, False),
-    "qwen3": Family("Qwen3ForCausalLM", False, True),
+FAMILIES = {  # by config.json's model_type: transformers' class, a bias on q, k and v, a norm on q and k
+    "llama": ("LlamaForCausalLM", False, False), "mistral": ("MistralForCausalLM", False, False),
+    "qwen2": ("Qwen2ForCausalLM", True, False), "qwen3": ("Qwen3ForCausalLM", False, True),
 }
 
 
@@ -68,14 +59,9 @@ class LLMConfig:
         if self.model_type not in FAMILIES:
             raise ValueError(f"the LLM's model_type is {self.model_type!r}; known: {', '.join(FAMILIES)}")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} query heads cannot share "
-                             f"{self.num_key_value_heads} key-value heads evenly")
+            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise ValueError(f"RoPE turns pairs of dimensions; a head of {self.head_dim} has an odd one")
-
-    @property
-    def family(self) -> Family:
-        return FAMILIES[self.model_type]
 
 
 class RMSNorm(nn.Module):
@@ -155,15 +141,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: LLMConfig, layer: int):
         super().__init__()
-        self.head_dim, self.layer, family = config.head_dim, layer, config.family
+        self.head_dim, self.layer = config.head_dim, layer
+        _, has_bias, has_norm = FAMILIES[config.model_type]
         C, query_width = config.hidden_size, config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(C, query_width, family.qkv_bias)
-        self.k_proj = nn.Linear(C, key_width, family.qkv_bias)
-        self.v_proj = nn.Linear(C, key_width, family.qkv_bias)
+        self.q_proj = nn.Linear(C, query_width, has_bias)
+        self.k_proj = nn.Linear(C, key_width, has_bias)
+        self.v_proj = nn.Linear(C, key_width, has_bias)
         self.o_proj = nn.Linear(query_width, C, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if family.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if family.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
 
     def forward(self, x, cos, sin, visible, cache):
         B, S, _ = x.shape
@@ -280,8 +267,8 @@ class LLM(nn.Module):
         B, S, _ = embeds.shape
         if mask is None:
             mask = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
-        config_ends = self.config.eos_token_id
-        ends = [*(config_ends if isinstance(config_ends, list) else [config_ends]), *end_tokens]
+        ends = self.config.eos_token_id
+        ends = [*(ends if isinstance(ends, list) else [ends]), *end_tokens]
         ends = torch.tensor(ends, device=embeds.device)
         cache = KVCache(self.config, B, S + max_new_tokens, embeds.dtype, embeds.device)
         done = torch.zeros(B, dtype=torch.bool, device=embeds.device)
@@ -377,7 +364,7 @@ def llm_config_from_dict(config: dict, folder: Path) -> LLMConfig:
 def llm_config_to_dict(config: LLMConfig) -> dict:
     """The content of its config.json."""
     rope = config.rope_parameters or {"rope_type": "default", "rope_theta": config.rope_theta}
-    return asdict(config) | {"architectures": [config.family.architecture], "hidden_act": "silu",
+    return asdict(config) | {"architectures": [FAMILIES[config.model_type][0]], "hidden_act": "silu",
                              "rope_parameters": rope, "sliding_window": None}
 
 

@@ -17,7 +17,6 @@ import json
 import math
 import re
 import shutil
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from torch import nn
 
 from llm import LLM, llm_config_from_dict, llm_config_to_dict, our_llm_name
 from vit import (TOKENIZER_FILES, ViT, load_strictly, read_config, read_json, read_shard, read_weights,
-                 resolve, resolve_model, vit_config_from_dict, write_preprocessor_config,
+                 resolve, resolve_model, vit_config_from_dict, vit_config_to_dict, write_preprocessor_config,
                  write_weights)
 
 # The placeholder: N of them in a batch's ids stand for one image. LLaVA's number, chosen because it is no row
@@ -90,8 +89,7 @@ def build_projector(kind: str, P: int, D: int, C: int) -> nn.Module:
     elif kind == "resampler":
         projector, N = Resampler(P, D, C), P // 4
     else:
-        raise ValueError(f"projector {kind!r} is none of linear, mlpKx_gelu (such as mlp2x_gelu), "
-                         "pixel_shuffle, resampler")
+        raise ValueError(f"projector {kind!r} is none of linear, mlp2x_gelu, pixel_shuffle, resampler")
     projector.num_tokens = N
     return projector
 
@@ -117,7 +115,7 @@ class VLM(nn.Module):
     def encode(self, pixels):
         """Projected patches: (B, 3, H, W) -> (B, N, C). The ViT is frozen in every stage."""
         with torch.no_grad():
-            features = self.vit(pixels.to(self.vit.dtype))  # (B, P, D)
+            features = self.vit(pixels)  # (B, P, D)
         return self.projector(features)  # (B, N, C)
 
     def splice(self, ids, patches):
@@ -235,8 +233,7 @@ def load_llava(folder: Path, _, dtype, device) -> VLM:
         vlm = VLM(vit, llm, "mlp2x_gelu", {"vit": str(folder), "llm": str(folder)})
     strategy = config["vision_feature_select_strategy"]
     if (strategy == "default") != vit.config.family.class_token:
-        raise ValueError(f"{folder}: vision_feature_select_strategy {strategy!r} does not drop just the "
-                         "class token")
+        raise ValueError(f"{folder}: {strategy!r} does not drop just the class token")
     vlm.image_token_id = config.get("image_token_index") or config["image_token_id"]
     rename = partial(our_name, is_tied=llm.config.tie_word_embeddings)
     return load_strictly(vlm, read_weights(folder), folder, dtype, device, rename)
@@ -290,7 +287,8 @@ def export_llava(vlm: VLM, folder: Path):
     strategy = "default" if vit.family.class_token else "full"
     write_weights(tensors, folder, {
         "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
-        "vision_config": asdict(vit), "text_config": llm_config_to_dict(llm) | {"vocab_size": vocab_size},
+        "vision_config": vit_config_to_dict(vit),
+        "text_config": llm_config_to_dict(llm) | {"vocab_size": vocab_size},
         "image_token_index": image_token_id, "image_seq_length": vlm.num_image_tokens,
         "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
         "vision_feature_layer": vlm.vit.feature_layer, "tie_word_embeddings": llm.tie_word_embeddings,

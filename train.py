@@ -94,8 +94,7 @@ class Config:
     group_by_length: bool = option(False, "batches of one modality and similar lengths (LLaVA's stage 2)")
 
 
-# tiny: from the validation split of the toy world. 7b, 13b: LLaVA-1.5's recipe, with the patch loss in stage
-# 1.
+# tiny: from the toy world's validation split. 7b, 13b: LLaVA-1.5's recipe, with the patch loss in stage 1.
 LLAVA = {
     "common": dict(vit="openai/clip-vit-large-patch14-336", llm="lmsys/vicuna-7b-v1.5", benchmarks="data",
                    workers=4, checkpointing="every", save_every=500),
@@ -133,8 +132,8 @@ def parse_args(argv=None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        if f.metadata["heading"]:
-            group = parser.add_argument_group(f.metadata["heading"])
+        if heading := f.metadata["heading"]:
+            group = parser.add_argument_group(heading)
         # `--resume` alone means True; `--resume False` is False, not the truth of a string
         how = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
         choices, help = f.metadata["choices"], f"{f.metadata['help']} (default {f.default!r} or the preset's)"
@@ -263,9 +262,9 @@ class DataParallelAdamW:
     1. `backward` fills the buckets: a hook on each parameter adds its gradient to the bucket's fp32 buffer.
     2. During the last backward (`last_backward()` was called) a bucket whose parameters are all in is sent at
        once, while backward goes on with earlier layers. Sums, not means: see losses.py, "Reduction".
-    3. `step` sends what is left (parameters without a gradient count as zero), waits, clips by the norm of all
-       and updates fp32 masters; the weights are their rounded copies: in bfloat16 alone, updates of 2e-5 on
-       weights of 0.02 would mostly round to nothing.
+    3. `step` sends what is left (no gradient counts as zero), waits, clips by the global norm, updates fp32
+       masters, of which the weights are rounded copies: in bfloat16 alone, updates of 2e-5 on weights of 0.02
+       would mostly round to nothing.
 
     With `shard` (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054) the sum is a reduce-scatter: each rank
     keeps gradients, masters and moments of only its 1/W of every bucket, and an all-gather returns the new
@@ -455,9 +454,8 @@ def random_state() -> list:
 
 
 def set_random_state(state: list):
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state(state[1])
+    for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), state):
+        set_state(value)
 
 
 def checkpoint_blocks(blocks, which: str):
@@ -552,10 +550,8 @@ def print_plan(config, vlm, device, dtype, steps):
         part = getattr(vlm, name)
         say(f"{name:<12}{count_weights(part):>16,}{count_weights(part, True):>16,}  {getattr(config, name)}")
     say(f"{str(dtype).removeprefix('torch.')}; norms, softmax, losses and optimizer in float32")
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_ranks
-    if device.type == "cuda":
-        has = torch.cuda.get_device_properties(device).total_memory
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else has
     memory, has = memory_sum(config, vlm, dtype), has / 2**30
     parts, needs = ", ".join(f"{name} {size:.3g}" for name, size in memory.items()), sum(memory.values())
     say(f"memory of a rank, GiB: {parts}; sum {needs:.3g} of {has:.3g}")
@@ -575,8 +571,8 @@ def ensure_data(config):
                                 f"`python train.py --stage align --preset {config.preset}` makes one")
     if rank() == 0 and config.annotations.startswith("data/toy/") and not Path("data/toy").exists():
         say("writing the toy world to data/toy")
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, "-m", "lab.toy_world", "data/toy"], env=environment)
+        subprocess.run([sys.executable, "-m", "lab.toy_world", "data/toy"],
+                       env=os.environ | {"PYTHONPATH": str(ROOT)})
     barrier()
     if not Path(config.annotations).exists():
         hub = {"align": "LLaVA-Pretrain", "instruct": "LLaVA-Instruct-150K (mix665k)"}[config.stage]
@@ -763,8 +759,8 @@ def set_last_run(folder):
 
 def train_stage(config: Config, device):
     """Run align or instruct, from the files on disk to the run directory `config.out`."""
-    dtype, began = choose_dtype(device), time.time()
     ensure_data(config)
+    dtype, began = choose_dtype(device), time.time()
     plan = outline(config, load_vit_config(config.vit), load_llm_config(config.llm))
     samples = load_samples(config, plan)
     steps = data.count_steps(config, len(samples))
@@ -784,9 +780,8 @@ def train_stage(config: Config, device):
         line |= {"ms": round(1000 * (time.time() - step_began), 1), "memory_mib": peak_memory(device)}
         bar.set_postfix({key: f"{line[key]:.3f}" for key in ("generative", *scales)})
         if step == 0:
-            tokens, guess = line["tokens"], math.log(vlm.llm.config.vocab_size)
-            say(f"first step: {tokens} tokens carry loss, {tokens / config.batch:.1f} a sample; loss "
-                f"{line['generative']:.2f}, a uniform guess {guess:.2f}")
+            say(f"first step: {line['tokens']} tokens carry loss; it is {line['generative']:.2f}, a uniform guess "
+                f"{math.log(vlm.llm.config.vocab_size):.2f}")
         if rank() == 0:
             if step == start:  # only now: a run that fails before leaves what was there
                 open_run(config, start)
@@ -821,8 +816,8 @@ def run_all(given: dict, device):
     set_last_run(root / "instruct")
     if rank() == 0:
         runs = [root / name for name in ("align/unaligned", "align", "instruct") if (root / name).is_dir()]
-        asked = subprocess.run([sys.executable, ROOT / "eval.py", "--bench", "scienceqa", "--ckpt", *runs])
-        sys.exit(asked.returncode)
+        sys.exit(subprocess.run([sys.executable, ROOT / "eval.py", "--bench", "scienceqa", "--ckpt",
+                                 *runs]).returncode)
 
 
 def main(argv=None):

@@ -72,16 +72,13 @@ class ViTConfig:
     image_mean: tuple = ()  # these three, for data.preprocess, come from preprocessor_config.json;
     image_std: tuple = ()  # empty: the family's
     resample: int = BICUBIC
-    vision_use_head: bool = False  # SigLIP's pooling head, which we do not keep
 
     def __post_init__(self):
         if not isinstance(self.image_size, int) or not isinstance(self.patch_size, int):
-            raise ValueError(f"images of {self.image_size} in patches of {self.patch_size}: "
-                             "only squares are supported")
+            raise ValueError(f"images of {self.image_size}, patches of {self.patch_size}: only squares do")
         for name, known in (("model_type", FAMILIES), ("hidden_act", ACTIVATIONS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"the vision tower's {name} is {getattr(self, name)!r}; "
-                                 f"known: {', '.join(known)}")
+                raise ValueError(f"the ViT's {name} is {getattr(self, name)!r}; known: {', '.join(known)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"width {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
         self.image_mean = tuple(self.image_mean or self.family.mean)
@@ -128,9 +125,7 @@ class Attention(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         D, self.num_heads = config.hidden_size, config.num_attention_heads
-        self.q_proj = nn.Linear(D, D)
-        self.k_proj = nn.Linear(D, D)
-        self.v_proj = nn.Linear(D, D)
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
         self.out_proj = nn.Linear(D, D)
 
     def forward(self, x):
@@ -202,11 +197,8 @@ class ViT(nn.Module):
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Block(config) for _ in range(layers))})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # kept, never run
 
-    @property
-    def dtype(self):
-        return self.embeddings.patch_embedding.weight.dtype
-
     def forward(self, pixels):
+        pixels = pixels.to(self.post_layernorm.weight.dtype)  # (B, 3, H, W)
         x = self.embeddings(pixels)  # (B, L, D)
         if self.config.family.pre_norm:
             x = self.pre_layrnorm(x)
@@ -231,7 +223,7 @@ class ViT(nn.Module):
         architecture = self.config.family.architecture
         if architecture is None:
             raise ValueError(f"a tower of type {self.config.model_type} is read, not written")
-        config = asdict(self.config) | {"architectures": [architecture]}
+        config = vit_config_to_dict(self.config) | {"architectures": [architecture]}
         write_weights(dict(self.named_parameters()), folder, config)
         write_preprocessor_config(self.config, folder)
 
@@ -255,14 +247,16 @@ def vit_config_from_dict(config: dict, folder: Path) -> ViTConfig:
     file = folder / "preprocessor_config.json"
     preprocessor = read_json(file) if file.exists() else {}
     config |= {key: preprocessor.get(key) for key in ("image_mean", "image_std", "resample")}
-    config["vision_use_head"] = False
     return config_from_dict(ViTConfig, config, folder)
 
 
+def vit_config_to_dict(config: ViTConfig) -> dict:
+    return asdict(config) | {"vision_use_head": False}  # SigLIP's pooling head, which we do not keep
+
+
 def write_preprocessor_config(config: ViTConfig, folder):
-    """preprocessor_config.json, from which transformers makes a processor that resizes and crops as
-    data.preprocess does with "crop": CLIP's, for every family. (SigLIP's own squeezes pictures to
-    squares.)"""
+    """preprocessor_config.json, of which transformers makes CLIP's processor: it resizes and crops as
+    data.preprocess does with "crop", for every family. (SigLIP's own squeezes pictures to squares.)"""
     size = config.image_size
     (Path(folder) / "preprocessor_config.json").write_text(json.dumps(
         {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size},
@@ -375,23 +369,19 @@ def read_weights(folder: Path):
 
 
 def read_shard(path: Path):
-    """Yield (name, tensor) of one .safetensors or .bin file."""
+    """Yield (name, tensor) of one .safetensors or .bin file; ValueError names a damaged one."""
+    from safetensors import safe_open
     if not path.exists():
         raise FileNotFoundError(f"{path}: this shard of the weights is missing")
-    if path.suffix == ".bin":
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many kinds for a file cut short
-            raise ValueError(f"{path}: not a file of weights ({type(error).__name__})") from None
-        yield from tensors.items()
-        return
-    from safetensors import SafetensorError, safe_open
     try:
+        if path.suffix == ".bin":
+            yield from torch.load(path, map_location="cpu", weights_only=True).items()
+            return
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from None
+    except Exception as error:  # both readers raise many kinds for a file cut short
+        raise ValueError(f"{path}: not a file of weights ({type(error).__name__}: {error})") from None
 
 
 def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32, device="cpu", rename=str):
@@ -410,8 +400,8 @@ def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32, devic
         if name not in wanted:
             raise ValueError(f"{source}: {theirs!r} has no place in {kind}, or came twice")
         if tensor.shape != wanted[name]:
-            raise ValueError(f"{source}: {theirs} has shape {tuple(tensor.shape)}, {kind} needs "
-                             f"{tuple(wanted[name])}")
+            shapes = f"{tuple(tensor.shape)}, {kind} needs {tuple(wanted[name])}"
+            raise ValueError(f"{source}: {theirs} has shape {shapes}")
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
         del wanted[name]

@@ -31,7 +31,7 @@ def record(*turns, **fields):
                                          for i, turn in enumerate(turns)], **fields}
 
 
-# ---- images --------------------------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------------------
 
 
 def picture(width, height):
@@ -155,7 +155,7 @@ def text_of(ids, tokenizer):
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["new", "legacy"])
 @pytest.mark.parametrize("name", VECTORS)
-def test_ids_and_loss_are_those_of_llava(name, legacy):
+def test_llava_vectors(name, legacy):
     template, sample, parts = VECTORS[name]
     tokenizer = llama2(legacy)
     if legacy:  # a space opens the text behind </s>, too
@@ -245,7 +245,7 @@ def test_missing_image_names_record_and_file(tmp_path, tokenizer):
         samples[0]
 
 
-# ---- batches -------------------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 
 
 def sample(ids, roles, image=False):
@@ -354,7 +354,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused():
         data.split_batch(Config(batch=8, micro_batch=2), 3)
 
 
-# ---- ScienceQA -----------------------------------------------------------------------------------------------------
+# ---- ScienceQA ---------------------------------------------------------------------------------------------
 
 
 def test_scienceqa_prompt():
@@ -374,7 +374,7 @@ def test_scienceqa_folder(toy):
         data.load_scienceqa(toy / "ScienceQA", "tset")
 
 
-# ---- the LLM's own chat template ------------------------------------------------------------------------------------
+# ---- the LLM's own chat template ---------------------------------------------------------------------------
 
 CHATML = ("{% for m in messages %}{% if loop.first %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}<|im_start|>"
           "{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -528,7 +528,7 @@ def test_chat_templates_that_fit_no_labels_are_refused():
         data.chat(CHAT_TURNS, tokenizer)
 
 
-# ---- check ---------------------------------------------------------------------------------------------------------
+# ---- check -------------------------------------------------------------------------------------------------
 
 
 def test_check_lists_faults_and_writes_a_clean_list(toy, tmp_path, monkeypatch, capsys):

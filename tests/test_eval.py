@@ -154,7 +154,7 @@ def test_a_measure_that_has_moved_ends_in_one_line_that_names_the_new_call(argv)
         evaluation.main(argv)
 
 
-# ---- pictures against captions -------------------------------------------------------------------------------------
+# ---- pictures against captions -----------------------------------------------------------------------------
 
 
 def test_retrieval_counts_equal_captions_once_and_any_of_their_pictures():

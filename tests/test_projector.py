@@ -92,7 +92,7 @@ def test_fewer_tokens_than_patches(clip_folder, llama_folder, tmp_path, kind):
     assert torch.equal(VLM.from_pretrained(tmp_path / "run")(ids, pixels), logits)
 
 
-# ---- the model -----------------------------------------------------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------------------
 
 
 def test_splice_equals_a_plain_loop(vlm):
@@ -173,7 +173,7 @@ def test_bad_run_directories(vlm, tmp_path, clip_folder, llama_folder):
         VLM.from_pretrained(tmp_path)
 
 
-# ---- transformers' LLaVA format ------------------------------------------------------------------------------------
+# ---- transformers' LLaVA format ----------------------------------------------------------------------------
 
 
 def their_llava(folder, vision="clip", **text):

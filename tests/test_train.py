@@ -37,7 +37,7 @@ from train import Config, DataParallelAdamW
 
 CPU = torch.device("cpu")
 
-# ---- the command line ----------------------------------------------------------------------------------------
+# ---- the command line --------------------------------------------------------------------------------------
 
 
 def test_options_become_config():
@@ -85,7 +85,7 @@ def test_a_call_that_has_moved_ends_in_one_line_that_names_the_new_one(monkeypat
     assert re.match(new, end.value.code) and "\n" not in end.value.code
 
 
-# ---- the learning rate ---------------------------------------------------------------------------------------
+# ---- the learning rate -------------------------------------------------------------------------------------
 
 
 def test_learning_rate_of_llava():
@@ -95,7 +95,7 @@ def test_learning_rate_of_llava():
     assert rate(66 + 2115 // 2) == pytest.approx(5e-4, rel=1e-2) and 0 < rate(2180) < 1e-8
 
 
-# ---- the optimizer -------------------------------------------------------------------------------------------
+# ---- the optimizer -----------------------------------------------------------------------------------------
 
 
 class Odd(nn.Module):
@@ -302,7 +302,7 @@ def test_gradients_that_are_not_finite_change_nothing():
     assert torch.equal(layer.weight, before)
 
 
-# ---- gradient checkpointing ----------------------------------------------------------------------------------
+# ---- gradient checkpointing --------------------------------------------------------------------------------
 
 
 class Layer(nn.Module):
@@ -376,7 +376,7 @@ def test_checkpointing_saves_memory_in_the_llm(llama_folder):
         assert all(torch.equal(a, b) for a, b in zip(gradients["none"], gradients[which], strict=True))
 
 
-# ---- one step, cut up in other ways --------------------------------------------------------------------------
+# ---- one step, cut up in other ways ------------------------------------------------------------------------
 
 
 def conversation_samples(tokenizer, template, text_only=()):
@@ -528,7 +528,7 @@ def test_a_step_without_supervised_tokens_is_an_error(linear_vlm, llama_folder):
         train.train_step(linear_vlm, {}, optimizer, [batch], Config(stage="align"), 1e-3)
 
 
-# ---- the script, called in this process ----------------------------------------------------------------------
+# ---- the script, called in this process --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -758,7 +758,7 @@ def test_a_run_is_not_resumed_with_other_options(world, tmp_path):
     assert "checkpoint-0000002: saved with lr 0.002, resumed with 0.5" in end
 
 
-# ---- the script as people start it: processes that are killed, several ranks, several nodes ------------------
+# ---- the script as people start it: processes that are killed, several ranks, several nodes ----------------
 
 
 HERE = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # a rendezvous of one agent, on any free port
