@@ -162,13 +162,14 @@ def contrastive_loss(image, text, scale, keys):
     """
     B, C = image.shape
     all_image, all_text, all_keys = gather(image), gather(text), gather(keys)  # (WB, C), (WB, C), (WB,)
-    own = rank() * B + torch.arange(B, device=image.device)  # (B,) where our own pairs stand among all
+    rows = torch.arange(B, device=image.device)
+    own = rank() * B + rows  # (B,) where our own pairs stand among all
     image_to_text = scale * image @ all_text.T  # (B, WB)
     text_to_image = scale * text @ all_image.T  # (B, WB)
 
     # An equal caption elsewhere in the batch is no negative. A pair's own place stays: it is the positive.
     false_negative = keys[:, None] == all_keys[None]  # (B, WB)
-    false_negative[torch.arange(B), own] = False
+    false_negative[rows, own] = False
     image_to_text = image_to_text.masked_fill(false_negative, -torch.inf)
     text_to_image = text_to_image.masked_fill(false_negative, -torch.inf)
 

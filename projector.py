@@ -119,22 +119,19 @@ class VLM(nn.Module):
         return self.projector(features)  # (B, N, C)
 
     def splice(self, ids, patches):
-        """Embeddings (B, S, C) of `ids` (B, S), each image's N placeholders replaced by a row of `patches`
-        (I, N, C).
+        """Embeddings (B, S, C) of `ids` (B, S), each image's N placeholders replaced by a row of patches (I,
+        N, C).
 
         The images come in reading order, I of them in the whole batch. A batch without any placeholder takes
         (and ignores) one image, so that the projector gets a gradient, of zero, from a batch of text too: in
-        data parallelism (train.py) every rank must take part in every sum. ValueError where the numbers do
-        not fit.
-        """
+        data parallelism every rank must take part in every sum. ValueError where the numbers do not fit. """
         I, N, C = patches.shape
         is_image = ids == self.image_token_id  # (B, S)
-        per_row = is_image.sum(1).tolist()
-        for row, count in enumerate(per_row):
-            if count % N:
-                raise ValueError(f"row {row} of the batch has {count} placeholders; an image takes {N}")
-        if sum(per_row) not in (0, I * N):
-            raise ValueError(f"{sum(per_row)} placeholders in the batch; {I} images bring {I * N} tokens")
+        counts = is_image.sum(1)  # (B,) the placeholders of each row
+        is_sum = (counts.sum() == I * N) | (counts.sum() == 0)
+        if not ((counts % N == 0).all() & is_sum):  # one wait for the GPU
+            row = (counts % N).ne(0).int().argmax().item()
+            raise ValueError(f"row {row}: {counts.tolist()} placeholders a row; {I} images of {N} tokens")
         # The placeholder is no row of the embedding table; any row does, as what stands there is replaced.
         embeds = self.llm.embed(ids.masked_fill(is_image, 0))  # (B, S, C)
         # masked_scatter fills the True places in reading order from `patches` in reading order: row by row,
@@ -171,19 +168,16 @@ class VLM(nn.Module):
         return load(folder, config, dtype, device).requires_grad_(False).eval()
 
     def save(self, folder, config: dict, with_llm: bool):
-        """Write a run directory that `from_pretrained` opens. `config` is kept in config.json beside our own
-        keys.
-
-        Towers that no stage changed are not copied; config.json says where they are.
-        """
+        """Write a run directory that `from_pretrained` opens, config.json last. `config` is kept there beside
+        our own keys; of towers that no stage changed it says where they are, they are not copied."""
         ours = self.sources | {"projector": self.projector_kind, "feature_layer": self.vit.feature_layer}
-        write_weights(dict(self.projector.named_parameters()), folder, config | ours, "projector.safetensors")
         if with_llm:
-            self.llm.save_pretrained(folder / "llm")
+            self.llm.save_pretrained(Path(folder) / "llm")
             source = resolve(self.sources["llm"], TOKENIZER_FILES)  # the tokenizer goes where its LLM goes
             for pattern in TOKENIZER_FILES:
                 for file in source.glob(pattern):
                     shutil.copy(file, Path(folder) / "llm")
+        write_weights(dict(self.projector.named_parameters()), folder, config | ours, "projector.safetensors")
 
     def load_projector(self, folder, dtype=torch.float32, device="cpu") -> list:
         """Load projector.safetensors of a run directory, strictly; return the names of the tensors loaded."""

@@ -550,7 +550,7 @@ def print_plan(config, vlm, device, dtype, steps):
         part = getattr(vlm, name)
         say(f"{name:<12}{count_weights(part):>16,}{count_weights(part, True):>16,}  {getattr(config, name)}")
     say(f"{str(dtype).removeprefix('torch.')}; norms, softmax, losses and optimizer in float32")
-    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.getenv("LOCAL_WORLD_SIZE", 1))
     has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else has
     memory, has = memory_sum(config, vlm, dtype), has / 2**30
     parts, needs = ", ".join(f"{name} {size:.3g}" for name, size in memory.items()), sum(memory.values())
@@ -780,8 +780,8 @@ def train_stage(config: Config, device):
         line |= {"ms": round(1000 * (time.time() - step_began), 1), "memory_mib": peak_memory(device)}
         bar.set_postfix({key: f"{line[key]:.3f}" for key in ("generative", *scales)})
         if step == 0:
-            say(f"first step: {line['tokens']} tokens carry loss; it is {line['generative']:.2f}, a uniform guess "
-                f"{math.log(vlm.llm.config.vocab_size):.2f}")
+            say(f"first step: {line['tokens']} tokens carry loss; it is {line['generative']:.2f}, "
+                f"a uniform guess {math.log(vlm.llm.config.vocab_size):.2f}")
         if rank() == 0:
             if step == start:  # only now: a run that fails before leaves what was there
                 open_run(config, start)

@@ -130,9 +130,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, L, D = x.shape
-        q = self.q_proj(x).view(B, L, self.num_heads, -1).transpose(1, 2)  # (B, H, L, D / H)
-        k = self.k_proj(x).view(B, L, self.num_heads, -1).transpose(1, 2)  # (B, H, L, D / H)
-        v = self.v_proj(x).view(B, L, self.num_heads, -1).transpose(1, 2)  # (B, H, L, D / H)
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, D / H)
+        k = self.k_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, D / H)
+        v = self.v_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, D / H)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, L, D / H)
         return self.out_proj(x.transpose(1, 2).reshape(B, L, D))  # (B, L, D)
 

@@ -1,9 +1,10 @@
-"""Our data parallelism against torch's DistributedDataParallel, on two CPU processes: step times, and when we send.
+"""Our data parallelism against torch's DistributedDataParallel, on two CPU processes: step times, and when we
+send.
 
     torchrun --nproc_per_node=2 tests/bench_ddp.py
 
-Prints the median of the ratios ours / torch over pairs of steps that follow each other, and a trace of one backward:
-when each bucket left, and when backward ended. Not a test: machines vary.
+Prints the median of the ratios ours / torch over pairs of steps that follow each other, and a trace of one
+backward: when each bucket left, and when backward ended. Not a test: machines vary.
 """
 
 import statistics
@@ -30,8 +31,7 @@ class Traced(DataParallelAdamW):
     times = ()
 
     def send(self, bucket):
-        if bucket.work is None:
-            self.times = (*self.times, time.perf_counter())
+        self.times = (*self.times, time.perf_counter())
         super().send(bucket)
 
 
@@ -74,9 +74,11 @@ def main(pairs=60):
     our_optimizer.step(1e-4)
     if dist.get_rank() == 0:
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"step time, ours / torch DDP + fused AdamW: median {middle:.2f}, quartiles {low:.2f} to {high:.2f}")
+        print(f"step time, ours / torch DDP + fused AdamW: median {middle:.2f}, quartiles {low:.2f} to "
+              f"{high:.2f}")
         sent = ", ".join(f"{1000 * (t - start):.1f}" for t in our_optimizer.times)
-        print(f"all-reduces started {sent} ms after backward began; backward ended at {1000 * (end - start):.1f} ms")
+        print(f"all-reduces started {sent} ms after backward began; backward ended at "
+              f"{1000 * (end - start):.1f} ms")
     dist.destroy_process_group()
 
 

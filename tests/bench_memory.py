@@ -1,9 +1,10 @@
-"""Peak memory and time of one training step, paired: gradient checkpointing, and the contrastive losses on and off.
+"""Peak memory and time of one training step, paired: gradient checkpointing, the contrastive losses.
 
     python tests/bench_memory.py
 
-Each setting runs in a process of its own, because a process's peak never falls; several rounds, one setting after the
-other in each, so that a busy machine slows all of them. Prints medians of the ratios. Not a test: machines vary.
+Each setting runs in a process of its own, because a process's peak never falls; several rounds, one setting
+after the other in each, so that a busy machine slows all of them. Prints medians of the ratios. Not a test:
+machines vary.
 """
 
 import json
@@ -17,38 +18,37 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
+import bench_step
 import losses
 import train
-from llm import LLM, LLMConfig
-from projector import VLM
-from vit import ViT
+from llm import LLMConfig
 
-MEDIUM = LLMConfig(2000, 256, 704, 12, 8, 4, 32)  # deep enough for its activations to outweigh its weights
+MEDIUM = LLMConfig(vocab_size=2000, hidden_size=256, intermediate_size=704, num_hidden_layers=12,
+                   num_attention_heads=8, num_key_value_heads=4, head_dim=32)  # activations outweigh weights
 
 
 def one(stage: str, checkpointing: str, contrastive: str, size: str, steps: int) -> dict:
-    """Milliseconds of each step after the first, and MiB of peak memory beyond what building the model took."""
+    """Median milliseconds of the steps after the first; MiB of peak memory, in all and beyond the model's."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = train.configure(stage, {"preset": "tiny", "stage": stage, "checkpointing": checkpointing,
-                                     "contrastive": contrastive, "batch": 16 if size == "medium" else 64})
-    vlm = VLM(ViT(train.TINY_VIT), LLM(MEDIUM if size == "medium" else train.TINY_LLM), "mlp2x_gelu")
-    train.choose_learning(config, vlm)
-    train.checkpoint_blocks(vlm.llm.model.layers, checkpointing)
-    scales = torch.nn.ModuleDict({name: losses.ContrastiveScale() for name in losses.TERMS[contrastive]})
-    optimizer = train.DataParallelAdamW([p for p in [*vlm.parameters(), *scales.parameters()] if p.requires_grad])
-    text = 200 if size == "medium" else 8  # tokens of a sample
-    samples = data.RandomSamples(config.batch, text, vlm.llm.config.vocab_size, vlm.vit.config.image_size)
-    batch = data.collate([samples[i] for i in range(config.batch)], vlm.num_image_tokens, vlm.image_token_id, 0,
-                         vlm.vit.config.image_size)
-    before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    is_medium, device = size == "medium", torch.device("cpu")
+    config = train.configure(stage, {"preset": "tiny", "checkpointing": checkpointing,
+                                     "contrastive": contrastive, "batch": 16 if is_medium else 64})
+    vit_config, llm_config = bench_step.shapes_of(config)
+    shapes = vit_config, MEDIUM if is_medium else llm_config
+    vlm = bench_step.random_model(config, shapes, device, torch.float32)
+    optimizer, scales = train.build_optimizer(config, vlm, device)
+    batch = bench_step.random_batch(config, vlm, text=200 if is_medium else 8)
+    before, times = peak(), []
     for _ in range(steps + 1):
         start = time.perf_counter()
-        train.train_step(vlm, scales, optimizer, [dict(batch)], config, 1e-3)
+        train.train_step(vlm, scales, optimizer, [batch], config, 1e-3)
         times.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"ms": 1000 * statistics.median(times[1:]), "extra": (peak - before) / 1024, "peak": peak / 1024}
+    return {"ms": 1000 * statistics.median(times[1:]), "extra": peak() - before, "peak": peak()}
+
+
+def peak() -> float:
+    """Of this process, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def rounds(settings: dict, count: int) -> dict:
@@ -56,7 +56,8 @@ def rounds(settings: dict, count: int) -> dict:
     results = {name: [] for name in settings}
     for _ in range(count):
         for name, setting in settings.items():
-            out = subprocess.run([sys.executable, __file__, json.dumps(setting)], capture_output=True, text=True)
+            out = subprocess.run([sys.executable, __file__, json.dumps(setting)], stdout=subprocess.PIPE,
+                                 text=True, check=True)
             results[name].append(json.loads(out.stdout))
     return results
 
@@ -75,8 +76,10 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         print(json.dumps(one(*json.loads(sys.argv[1]))))
     else:
+        ways = ("none", "every-other", "every")
+        settings = {which: ("instruct", which, "none", "medium", 2) for which in ways}
         show("gradient checkpointing, LLM of 12 blocks of width 256, instruct: step time, memory of the step",
-             {which: ("instruct", which, "none", "medium", 2) for which in ("none", "every-other", "every")}, "none",
-             ("ms", "extra"), 3)
-        show("contrastive loss, tiny preset, align: step time, peak memory of the process",
-             {which: ("align", "none", which, "tiny", 30) for which in losses.TERMS}, "none", ("ms", "peak"), 3)
+             settings, "none", ("ms", "extra"), 3)
+        settings = {which: ("align", "none", which, "tiny", 30) for which in losses.CONTRASTIVE}
+        show("contrastive loss, tiny preset, align: step time, peak memory of the process", settings, "none",
+             ("ms", "peak"), 3)

@@ -1,10 +1,11 @@
-"""A training step at full shape: time, FLOPs, the part of the GPU's peak that is used (MFU), memory against the plan.
+"""A training step at full shape: time, FLOPs, the part of the GPU's peak that is used (MFU), memory against
+the plan.
 
     torchrun --nproc_per_node=8 train.py --preset 7b --stage align --dry_run     # train.py starts this script
     python tests/bench_step.py --preset small --stage align --batch 4 --micro_batch 4
 
-Three steps with random weights and random data; nothing is written. Takes every option of train.py. The last line
-printed is one JSON object. Not a test: machines vary.
+Three steps with random weights and random data; nothing is written. Takes every option of train.py. The last
+line printed is one JSON object. Not a test: machines vary.
 """
 
 import json
@@ -25,10 +26,10 @@ from losses import rank, world_size
 from projector import VLM, choose_dtype
 from vit import ViT, ViTConfig, load_vit_config
 
-SHAPES = {  # the towers of the presets whose folders are not at hand; those of tiny are read from their config.json
-    "small": (ViTConfig(image_size=224, patch_size=16, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                        num_attention_heads=12, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh",
-                        model_type="siglip_vision_model"),
+SHAPES = {  # the towers of the presets whose folders are not at hand; tiny's are read from their config.json
+    "small": (ViTConfig(image_size=224, patch_size=16, hidden_size=768, intermediate_size=3072,
+                        num_hidden_layers=12, num_attention_heads=12, layer_norm_eps=1e-6,
+                        hidden_act="gelu_pytorch_tanh", model_type="siglip_vision_model"),
               LLMConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                         num_attention_heads=9, num_key_value_heads=3, head_dim=64, rope_theta=100000.0,
                         max_position_embeddings=8192, tie_word_embeddings=True)),
@@ -36,7 +37,7 @@ SHAPES = {  # the towers of the presets whose folders are not at hand; those of 
     "13b": (ViTConfig(), LLMConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
                                    num_attention_heads=40, num_key_value_heads=40)),
 }
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16, by part of the name
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16, by name
 
 
 def shapes_of(config) -> tuple:
@@ -59,25 +60,27 @@ def random_model(config, shapes, device, dtype) -> VLM:
 
 
 def random_batch(config, vlm, number: int = 0, text: int = 0) -> dict:
-    """A micro-batch of this rank, through data.collate: pictures of noise, `text` random tokens each (0: as many as
-    a typical sample of the stage has)."""
+    """A micro-batch of this rank, through data.collate: pictures of noise with `text` random tokens each (0:
+    as many as a typical sample of the stage has)."""
     c, samples, text = vlm.llm.config, [], text or train.TEXT_TOKENS[config.stage]
     size, rng = vlm.vit.config.image_size, torch.Generator().manual_seed(1000 * number + rank())
     for i in range(data.split_batch(config, world_size())[0]):
         ids = torch.randint(3, c.vocab_size, (text,), generator=rng).tolist()
-        samples.append({"ids": [1, data.IMAGE_MARKER, *ids], "roles": [data.CONTEXT] * 2 + [data.ANSWER] * text,
-                        "pixels": torch.randn(3, size, size, generator=rng), "text_ids": [1, *ids],
-                        "name": f"random {i}"})
+        roles = [data.CONTEXT] * 2 + [data.ANSWER] * text
+        samples.append({"ids": [1, data.IMAGE_MARKER, *ids], "roles": roles, "text_ids": [1, *ids],
+                        "pixels": torch.randn(3, size, size, generator=rng), "name": f"random {i}"})
     return data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, 0, size,
                         min(config.max_length, c.max_position_embeddings))
 
 
 def flops_per_step(config, vlm) -> dict:
-    """Floating-point operations that one step needs, over all ranks; checkpointing's second forward not counted.
+    """Floating-point operations that one step needs, over all ranks; checkpointing's second forward not
+    counted.
 
-    A weight costs 2 operations per token forward, 2 for the gradient of its input, 2 more for its own if it learns;
-    causal attention costs 2 S^2 C a layer forward and twice that backward. "patch" is pooling and the products of
-    all images with all captions; "prompt" the same products, and a pass of the LLM over the captions alone.
+    A weight costs 2 operations per token forward, 2 for the gradient of its input, 2 more for its own if it
+    learns; causal attention costs 2 S^2 C a layer forward and twice that backward. "patch" is pooling and the
+    products of all images with all captions; "prompt" the same products, and a pass of the LLM over the
+    captions alone.
     """
     c, S, B, T = vlm.llm.config, train.row_length(config, vlm), config.batch, train.TEXT_TOKENS[config.stage]
     weights = train.count_weights(vlm.llm.model.layers)
@@ -104,7 +107,8 @@ def dry_run(config, device):
     optimizer, scales = train.build_optimizer(config, vlm, device)
     seconds = []
     for _ in tqdm(range(3), desc=f"dry run, {config.stage}", disable=rank() > 0):
-        micro_batches = [random_batch(config, vlm, part) for part in range(data.split_batch(config, world_size())[1])]
+        parts = data.split_batch(config, world_size())[1]
+        micro_batches = [random_batch(config, vlm, part) for part in range(parts)]
         began = time.time()
         train.train_step(vlm, scales, optimizer, micro_batches, config, config.lr)
         seconds.append(time.time() - began)
@@ -114,7 +118,8 @@ def dry_run(config, device):
     mfu = round(total / fastest / world_size() / peak, 3) if peak else None
     train.say(json.dumps({
         "dry_run": f"{config.preset} {config.stage}", "device": name, "ranks": world_size(),
-        "ms_per_step_fastest_of_2": round(1000 * fastest, 1), "tokens_per_s": round(tokens / fastest), "mfu": mfu,
+        "ms_per_step_fastest_of_2": round(1000 * fastest, 1), "tokens_per_s": round(tokens / fastest),
+        "mfu": mfu,
         "peak_memory_gib": round(train.peak_memory(device) / 1024, 2),
         "predicted_gib": round(sum(train.memory_sum(config, plan, dtype).values()), 2)}))
 

@@ -1,5 +1,5 @@
-"""Shared by all tests: repeatable arithmetic, the project on the path, a small toy world, tiny random models of
-transformers' own on disk, and processes for the tests of several ranks."""
+"""Shared by all tests: repeatable arithmetic, the project on the path, a small toy world, tiny random models
+of transformers' own on disk, and processes for the tests of several ranks."""
 
 import os
 import pickle
@@ -29,7 +29,7 @@ transformers.logging.disable_progress_bar()
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "real: needs real weights and packages beyond requirements.txt; see test_real")
+    config.addinivalue_line("markers", "real: needs real weights and further packages; run with -m real")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -155,7 +155,10 @@ class Ranks:
             if not ready:
                 raise TimeoutError(f"no answer of ranks {[connections.index(c) for c in awaited]}")
             for connection in ready:
-                is_error, results[connection] = pickle.loads(connection.recv_bytes())  # EOFError: it has died
+                try:
+                    is_error, results[connection] = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    is_error, results[connection] = True, "it has died"
                 if is_error:
                     raise RuntimeError(f"rank {connections.index(connection)} failed:\n{results[connection]}")
         return [results[connection] for connection in connections]

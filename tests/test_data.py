@@ -56,7 +56,8 @@ def test_pad_keeps_the_whole_picture_on_the_mean_colour(size):
     square = np.full((side, side, 3), (122, 116, 104), dtype=np.uint8)  # int(255 * mean), as in LLaVA
     top, left = (side - height) // 2, (side - width) // 2
     square[top : top + height, left : left + width] = np.asarray(image)
-    assert torch.equal(data.preprocess(image, TOWER, "pad"), data.preprocess(Image.fromarray(square), TOWER, "crop"))
+    expected = data.preprocess(Image.fromarray(square), TOWER, "crop")
+    assert torch.equal(data.preprocess(image, TOWER, "pad"), expected)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK"])
@@ -84,28 +85,29 @@ def test_other_extension_of_the_same_stem(tmp_path):
 
 # ---- templates and labels: what LLaVA's own functions make, on the Llama-2 vocabulary ----------------------
 
-CAPTION = record("Render a concise summary of the photo.\n<image>", "the roof of the old town hall", image="x")
+CAPTION = record("Render a concise summary of the photo.\n<image>", "the roof of the old town hall",
+                 image="x")
 COLOR = record("<image>\nWhat color is the bus?\nAnswer the question using a single word or phrase.", "Red",
                image="x")
-CHAT = record("<image>\nWhat is the man doing?", "He is riding a horse.", "Is he wearing a hat?", "Yes, he is.",
-              "What color is it?", "Black.", image="x")
+CHAT = record("<image>\nWhat is the man doing?", "He is riding a horse.", "Is he wearing a hat?",
+              "Yes, he is.", "What color is it?", "Black.", image="x")
 TEXT = record("Name two primary colors.", "Red and blue.", "One more?", "Yellow.")
 
-# What they become: (text, its ids, whether they carry loss). A text-only pass, or one behind an image, opens with
-# SentencePiece's own space.
+# What they become: (text, its ids, whether they carry loss). At the start and behind an image, a text opens
+# with SentencePiece's own space.
 BOS, END_TOKEN, PICTURE = ("<s>", [1], False), ("</s>", [2], True), ("<image>", [IMAGE_MARKER], False)
 HEAD = [BOS, (" A chat between a curious user and an artificial intelligence assistant.", [
     319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889], False),
         (" The assistant gives helpful, detailed, and polite answers to the user's questions.", [
-            450, 20255, 4076, 8444, 29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155,
-            29889], False),
+            450, 20255, 4076, 8444, 29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879,
+            5155, 29889], False),
         (" USER:", [3148, 1001, 29901], False)]
 NEXT_QUESTION = ("USER:", [11889, 29901], False)
 TO_ANSWER = (" ASSISTANT:", [319, 1799, 9047, 13566, 29901], False)
 VECTORS = {
     "plain, caption": ("plain", CAPTION, [
-        BOS, PICTURE,
-        (" the roof of the old town hall", [278, 17526, 310, 278, 2030, 4726, 12713], True), ("\n", [13], True)]),
+        BOS, PICTURE, (" the roof of the old town hall", [278, 17526, 310, 278, 2030, 4726, 12713], True),
+        ("\n", [13], True)]),
     "plain, one word": ("plain", COLOR, [BOS, PICTURE, (" Red", [4367], True), ("\n", [13], True)]),
     "v1, caption": ("v1", CAPTION, [
         *HEAD, (" ", [29871], False), PICTURE,
@@ -135,10 +137,10 @@ VECTORS = {
 
 
 def llama2(legacy):
-    """Llama 2's tokenizer, cut down to bytes and to the tokens and merges that these vectors touch; its ids are
-    the real ones. `legacy`: SentencePiece's own space also behind every special token."""
+    """Llama 2's tokenizer, cut down to bytes and to the tokens and merges that these vectors touch; its ids
+    are the real ones. `legacy`: SentencePiece's own space also behind every special token."""
     spec = json.loads((Path(__file__).parent / "llama2_subset.json").read_text())
-    spec["model"]["vocab"] |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}  # of what is no token itself
+    spec["model"]["vocab"] |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     if not legacy:
         spec["normalizer"] = None
         spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first",
@@ -191,7 +193,8 @@ def test_supervised_ids_decode_to_the_answers(toy, tokenizer):
 
 
 def test_marked_text_shows_what_carries_loss(tokenizer):
-    turns = [("human", f"{data.IMAGE}\nIs the shape red?"), ("gpt", "Yes"), ("human", "Is it large?"), ("gpt", "No")]
+    turns = [("human", f"{data.IMAGE}\nIs the shape red?"), ("gpt", "Yes"), ("human", "Is it large?"),
+             ("gpt", "No")]
     ids, roles = data.tokenise(data.v1(turns, tokenizer), tokenizer, True)
     shown = data.marked_text({"ids": ids, "roles": roles}, tokenizer)
     assert shown.count(data.IMAGE) == 1
@@ -221,7 +224,8 @@ def test_image_marker_moves_to_the_front():
     (record("q"), "no answer"),
     (record("q", ""), "empty turn"),
     ({"id": "r", "conversations": [{"from": "human"}]}, "without text"),
-    ({"id": "r", "conversations": [{"from": who, "value": "x"} for who in ("human", "human", "gpt")]}, "alternate"),
+    ({"id": "r", "conversations": [{"from": who, "value": "x"} for who in ("human", "human", "gpt")]},
+     "alternate"),
     (record("q", "a", image="x"), "0 turns with <image>"),
     (record("<image> q", "a", "<image> r", "b", image="x"), "2 turns with <image>"),
     (record("q", "<image>", image="x"), "1 turns with <image>"),
@@ -234,13 +238,15 @@ def test_bad_records_are_named(tmp_path, bad, message):
 
 
 def test_good_oddities():
-    assert data.find_problem({"conversations": [{"from": "gpt", "value": "hello"}] + TEXT["conversations"]}) is None
+    opening = {"from": "gpt", "value": "hello"}
+    assert data.find_problem({"conversations": [opening, *TEXT["conversations"]]}) is None
     assert "not a file name" in data.find_problem(CAPTION | {"image": ["a.jpg", "b.jpg"]})
-    assert data.find_problem(record("q", "a", "r") | {"model": ""}) is None  # ends on a question: earlier answers count
+    assert data.find_problem(record("q", "a", "r") | {"model": ""}) is None  # the earlier answer counts
 
 
 def test_missing_image_names_record_and_file(tmp_path, tokenizer):
-    samples = data.Conversations([CAPTION | {"image": "gone.png"}], tmp_path, tokenizer, "plain", TOWER, "crop")
+    records = [CAPTION | {"image": "gone.png"}]
+    samples = data.Conversations(records, tmp_path, tokenizer, "plain", TOWER, "crop")
     with pytest.raises(ValueError, match="record 'r': .*gone.png: no such image"):
         samples[0]
 
@@ -249,7 +255,8 @@ def test_missing_image_names_record_and_file(tmp_path, tokenizer):
 
 
 def sample(ids, roles, image=False):
-    return {"ids": ids, "roles": roles, "pixels": torch.ones(3, 8, 8) if image else None, "name": "record 's'"}
+    pixels = torch.ones(3, 8, 8) if image else None
+    return {"ids": ids, "roles": roles, "pixels": pixels, "name": "record 's'"}
 
 
 def test_collate_by_hand():
@@ -264,8 +271,8 @@ def test_collate_by_hand():
 
 
 def test_collate_left_and_other_placeholder():
-    batch = data.collate([sample([1, -200, 7], [CONTEXT] * 3, image=True), sample([1], [CONTEXT])], 2, 99, 0, 8,
-                         side="left")
+    rows = [sample([1, -200, 7], [CONTEXT] * 3, image=True), sample([1], [CONTEXT])]
+    batch = data.collate(rows, 2, 99, 0, 8, side="left")
     assert batch["ids"].tolist() == [[1, 99, 99, 7], [0, 0, 0, 1]]
     assert batch["mask"].tolist() == [[True] * 4, [False] * 3 + [True]]
 
@@ -294,7 +301,8 @@ def test_another_llms_tokenizer_is_refused(tokenizer):
 
 
 def test_equal_captions_have_equal_keys():
-    rows = [sample([1, 5, 6], [CONTEXT, ANSWER, ANSWER]), sample([1, 1, 5, 6, 2], [CONTEXT] * 2 + [ANSWER] * 2 + [END]),
+    rows = [sample([1, 5, 6], [CONTEXT, ANSWER, ANSWER]),
+            sample([1, 1, 5, 6, 2], [CONTEXT, CONTEXT, ANSWER, ANSWER, END]),
             sample([1, 6, 5], [CONTEXT, ANSWER, ANSWER])]
     keys = data.collate(rows, 3, -200, 0, 8)["caption_keys"]
     assert keys[0] == keys[1] != keys[2]
@@ -333,8 +341,8 @@ def test_grouped_order_is_a_permutation_of_single_modality_batches():
 
 
 def test_every_rank_count_takes_the_same_records():
-    """Six steps of eight: two passes over 21 records, and a part of a third. On each step, the ranks one after
-    another, each with its micro-batches of two, take what one rank takes at once."""
+    """Six steps of eight: two passes over 21 records, and a part of a third. In each step, the ranks one
+    after another, each with its micro-batches of two, take what one rank takes at once."""
     config, lengths = Config(batch=8, micro_batch=2, epochs=2.0, seed=3), [1] * 21
     steps = data.count_steps(config, len(lengths))
     assert steps == math.ceil(42 / 8)
@@ -358,8 +366,10 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused():
 
 
 def test_scienceqa_prompt():
-    problem = {"question": "Which is  soft?", "choices": ["rock", "wool"], "answer": 1, "hint": "", "image": None}
-    text = ("Which is soft?\nA. rock\nB. wool\nAnswer with the option's letter from the given choices directly.")
+    problem = {"question": "Which is  soft?", "choices": ["rock", "wool"], "answer": 1, "hint": "",
+               "image": None}
+    text = ("Which is soft?\nA. rock\nB. wool\n"
+            "Answer with the option's letter from the given choices directly.")
     assert data.scienceqa_prompt(problem) == text
     assert data.scienceqa_prompt(problem | {"hint": "Touch it.", "image": "image.png"}) == (
         f"<image>\nContext: Touch it.\n{text}")
@@ -376,26 +386,28 @@ def test_scienceqa_folder(toy):
 
 # ---- the LLM's own chat template ---------------------------------------------------------------------------
 
-CHATML = ("{% for m in messages %}{% if loop.first %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}<|im_start|>"
-          "{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CHATML = ("{% for m in messages %}{% if loop.first %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+          "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 LLAMA3 = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
           "{{ m.content | trim }}<|eot_id|>{% endfor %}"
           "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
 MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
            "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
-THINKING = (CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n"
-                           "{% endif %}{{ m.content }}")  # as Qwen3: earlier answers lose their thoughts
-            .replace("assistant\n{% endif %}", "assistant\n{% if enable_thinking is defined and not enable_thinking %}"
-                     "<think>\n\n</think>\n\n{% endif %}{% endif %}"))
+EMPTY = "<think>\n\n</think>\n\n"  # thoughts, as Qwen3 has them: earlier answers lose them
+THINKING = (CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}"
+                           f"{EMPTY}{{% endif %}}{{{{ m.content }}}}")
+            .replace("assistant\n{% endif %}", "assistant\n"
+                     "{% if enable_thinking is defined and not enable_thinking %}"
+                     f"{EMPTY}{{% endif %}}{{% endif %}}"))
 # How Llama 3 and Qwen cut text before their BPE sees it: a stop takes the newlines behind it along.
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-         r"\s+(?!\S)|\s+")
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def byte_level(template, bos, eos, specials, is_trimmed=False):
-    """A byte-level BPE like Llama 3's and Qwen's, trained on a few words. `is_trimmed`: as in some, the place that
-    it gives of a token is without the space in front."""
+    """A byte-level BPE like Llama 3's and Qwen's, trained on a few words. `is_trimmed`: as in some, the place
+    that it gives of a token is without the space in front."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(SPLIT), "isolated"),
@@ -403,13 +415,15 @@ def byte_level(template, bos, eos, specials, is_trimmed=False):
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(["What color is the shape? It is a red circle.\n user assistant\n\n"] * 3, trainer)
+    text = "What color is the shape? It is a red circle.\n user assistant\n\n"
+    tokenizer.train_from_iterator([text] * 3, trainer)
     behind = [processors.ByteLevel(trim_offsets=True)] if is_trimmed else []
     if bos:
         behind.append(processors.TemplateProcessing(single=f"{bos} $A",
                                                     special_tokens=[(bos, tokenizer.token_to_id(bos))]))
     tokenizer.post_processor = processors.Sequence(behind)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=template)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos,
+                                   chat_template=template)
 
 
 def chat_tokenizer(family):
@@ -427,24 +441,26 @@ def chat_tokenizer(family):
 
 
 FAMILIES = ["chatml", "chatml, trimmed", "llama3", "llama3, trimmed", "thinking"]
-CHAT_TURNS = [("human", "<image>\nWhat color is the shape?"), ("gpt", "It is red."), ("human", "Is it a circle?"),
-              ("gpt", "A ring, I see.")]
+CHAT_TURNS = [("human", "<image>\nWhat color is the shape?"), ("gpt", "It is red."),
+              ("human", "Is it a circle?"), ("gpt", "A ring, I see.")]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "mistral"])
 def test_chat_labels_are_the_answers_and_their_ends(family):
-    """For each kind of tokenizer: the ids are those of the rendered chat, the supervised ones decode to the answers."""
+    """For each kind of tokenizer: the ids are those of the rendered chat, the supervised ones decode to the
+    answers."""
     tokenizer = chat_tokenizer(family)
     ids, roles = data.tokenise(data.chat(CHAT_TURNS, tokenizer), tokenizer, True)
     supervised = [i for i, role in zip(ids, roles) if role != data.CONTEXT]
     eos = tokenizer.eos_token
-    assert tokenizer.decode(supervised).replace(" ", "") == f"It is red.{eos}A ring, I see.{eos}".replace(" ", "")
+    said = tokenizer.decode(supervised).replace(" ", "")
+    assert said == f"It is red.{eos}A ring, I see.{eos}".replace(" ", "")
     assert roles.count(data.END) == 2 and ids.count(data.IMAGE_MARKER) == 1
-    text = [("human", "What color is the shape?"), *CHAT_TURNS[1:]]  # without image: one string to compare with
-    whole = tokenizer.apply_chat_template(
-        [{"role": {"human": "user", "gpt": "assistant"}[role], "content": t} for role, t in text], tokenize=False)
-    if family == "thinking":  # in one sequence, each answer is learned behind empty thoughts, as it will be asked for
-        whole = whole.replace("assistant\nIt", "assistant\n<think>\n\n</think>\n\nIt")
+    text = [("human", "What color is the shape?"), *CHAT_TURNS[1:]]  # without image: one text to compare with
+    messages = [{"role": {"human": "user", "gpt": "assistant"}[role], "content": said} for role, said in text]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if family == "thinking":  # each answer is learned behind empty thoughts, as it will be asked for
+        whole = whole.replace("assistant\nIt", f"assistant\n{EMPTY}It")
     found, roles = data.tokenise(data.chat(text, tokenizer), tokenizer, False)
     if family != "mistral":  # SentencePiece's spaces depend on where a text begins
         last = len(found) - 1
@@ -468,7 +484,8 @@ def test_plain_labels_where_a_stop_and_a_newline_are_one_token(family, caption):
 def test_chat_answers_lose_the_space_around_them(answer):
     for family in FAMILIES:
         tokenizer = chat_tokenizer(family)
-        ids, roles = data.tokenise(data.chat([("human", "What?"), ("gpt", answer)], tokenizer), tokenizer, False)
+        pieces = data.chat([("human", "What?"), ("gpt", answer)], tokenizer)
+        ids, roles = data.tokenise(pieces, tokenizer, False)
         said = tokenizer.decode([i for i, role in zip(ids, roles) if role != data.CONTEXT])
         assert said == answer.strip() + tokenizer.eos_token
 
@@ -476,7 +493,7 @@ def test_chat_answers_lose_the_space_around_them(answer):
 def test_a_question_ends_with_what_training_put_before_the_answer():
     tokenizer = chat_tokenizer("thinking")
     asked, = data.chat(CHAT_TURNS[:1], tokenizer)
-    assert asked == data.chat(CHAT_TURNS, tokenizer)[0] and asked[0].endswith("assistant\n<think>\n\n</think>\n\n")
+    assert asked == data.chat(CHAT_TURNS, tokenizer)[0] and asked[0].endswith(f"assistant\n{EMPTY}")
 
 
 BORDERS = [  # pieces; "end" is the tokenizer's own end token
@@ -490,7 +507,8 @@ BORDERS = [  # pieces; "end" is the tokenizer's own end token
 @pytest.mark.parametrize("pieces", BORDERS)
 @pytest.mark.parametrize("name", ["llama2", "llama2, legacy", *FAMILIES])
 def test_roles_follow_the_text_where_characters_take_several_tokens(name, pieces):
-    """An emoji is four bytes, and four tokens, on either side of a border; a space belongs to the word behind it."""
+    """An emoji is four bytes, and four tokens, on either side of a border; a space belongs to the word behind
+    it."""
     tokenizer = llama2(name.endswith("legacy")) if "llama2" in name else chat_tokenizer(name)
     pieces = [(tokenizer.eos_token if text == "end" else text, role) for text, role in pieces]
     ids, roles = data.tokenise(pieces, tokenizer, False)
@@ -514,10 +532,12 @@ def test_trimmed_places_of_tokens_change_no_label(pieces):
 
 def test_chat_templates_that_fit_no_labels_are_refused():
     tokenizer = chat_tokenizer("chatml")
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer.chat_template = ("{{ messages | length }}{% for m in messages %}{{ m.content }}{{ eos_token }}"
+                               "{% endfor %}")
     with pytest.raises(ValueError, match="rewrites earlier turns"):
         data.chat(CHAT_TURNS, tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{% for x in m.content %}{{ x.text }}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = ("{% for m in messages %}{% for x in m.content %}{{ x.text }}{% endfor %}"
+                               "{% endfor %}")
     with pytest.raises(ValueError, match="drops the question"):
         data.chat(CHAT_TURNS, tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"

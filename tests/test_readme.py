@@ -1,5 +1,5 @@
-"""What the README says of the files is true, and the house is as it was designed: who may import what, how long a
-function may be, and a line."""
+"""What the README says of the files is true, and the house is as it was designed: who may import what, how
+long a function may be, and a line."""
 
 import ast
 import re
@@ -30,9 +30,9 @@ def test_every_test_that_the_readme_names_exists():
 # ---- who may import what -----------------------------------------------------------------------------------
 
 EVERYTHING = None
-READER = {"resolve", "resolve_model", "read_json", "read_config", "config_from_dict", "read_weights", "read_shard",
-          "load_strictly", "write_weights", "TOKENIZER_FILES"}  # vit.py's "On disk", which serves all files
-MAY = {  # which names of ours; data flows one way, image -> vit -> projector -> llm -> loss, and train is on top
+READER = {"resolve", "resolve_model", "read_json", "read_config", "config_from_dict", "read_weights",
+          "read_shard", "load_strictly", "write_weights", "TOKENIZER_FILES"}  # in vit.py, for all files
+MAY = {  # which names of ours; data flows one way, image -> vit -> projector -> llm -> loss, train is on top
     "vit.py": {},
     "losses.py": {},
     "llm.py": {"vit": READER},
@@ -46,8 +46,8 @@ OURS = {name.removesuffix(".py") for name in FILES} | {"lab", "tests"}
 
 
 def imports(source):
-    """[(module, names)] of a file; names is EVERYTHING for `import module` and for `from module import *`. A module
-    may also be the text in importlib.import_module("module") and the like."""
+    """[(module, names)] of a file; names is EVERYTHING for `import module` and for `from module import *`. A
+    module may also be the text in importlib.import_module("module") and the like."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -57,8 +57,8 @@ def imports(source):
             found.append(((node.module or "").split(".")[0], EVERYTHING if "*" in names else names))
         elif isinstance(node, ast.Call):
             called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            for argument in node.args if called in ("import_module", "__import__", "run_module", "run_path") else ():
-                text = str(getattr(argument, "value", ""))
+            if called in ("import_module", "__import__", "run_module", "run_path"):
+                text = str(getattr(node.args[0], "value", ""))
                 found.append((re.split(r"[./]", text)[0], EVERYTHING))
     return found
 

@@ -1,5 +1,5 @@
-"""The optimizer, data parallelism and checkpointing against PyTorch's own; the step against itself cut up in other
-ways; the script as people run it."""
+"""The optimizer, data parallelism and checkpointing against PyTorch's own; the step against itself cut up in
+other ways; the script as people run it."""
 
 import functools
 import gc
@@ -31,9 +31,10 @@ import eval as evaluation
 import losses
 import train
 from lab import toy_world
-from llm import LLM
+from llm import LLM, load_llm_config
 from projector import IMAGE_TOKEN_ID, VLM
 from train import Config, DataParallelAdamW
+from vit import load_vit_config
 
 CPU = torch.device("cpu")
 
@@ -41,14 +42,15 @@ CPU = torch.device("cpu")
 
 
 def test_options_become_config():
-    given = train.parse_args(["--stage", "align", "--preset", "tiny", "--lr", "0.5", "--resume", "--shard", "False"])
+    argv = ["--stage", "align", "--preset", "tiny", "--lr", "0.5", "--resume", "--shard", "False"]
+    given = train.parse_args(argv)
     config = train.configure("align", given)
     assert (config.lr, config.resume, config.shard, config.template) == (0.5, True, False, "plain")
     assert train.configure("instruct", {"preset": "tiny"}).init == "runs/tiny/align"
 
 
-@pytest.mark.parametrize("argv", [["--learning_rate", "1"], ["--lr", "fast"], ["--stage", "finetune"], ["--lr"],
-                                  ["--resume", "perhaps"], ["--contr", "patch"]])
+@pytest.mark.parametrize("argv", [["--learning_rate", "1"], ["--lr", "fast"], ["--stage", "finetune"],
+                                  ["--lr"], ["--resume", "perhaps"], ["--contr", "patch"]])
 def test_bad_options_end_the_program(argv, capsys):
     with pytest.raises(SystemExit) as end:
         train.parse_args(argv)
@@ -65,8 +67,9 @@ def test_presets_name_existing_fields():
 
 
 @pytest.mark.parametrize("given, prompt", [
-    ({}, "none"), ({"contrastive": "prompt"}, "describe"), ({"contrastive": "both", "prompt": "none"}, "none"),
-    ({"prompt": "one-word"}, "one-word"), ({"prompt": "So: | In short:"}, "So: | In short:")])
+    ({}, "none"), ({"contrastive": "prompt"}, "describe"),
+    ({"contrastive": "both", "prompt": "none"}, "none"), ({"prompt": "one-word"}, "one-word"),
+    ({"prompt": "So: | In short:"}, "So: | In short:")])
 def test_the_prompt_comes_with_its_loss_or_when_asked_for(given, prompt):
     assert train.configure("align", {"preset": "tiny"} | given).prompt == prompt
 
@@ -99,8 +102,8 @@ def test_learning_rate_of_llava():
 
 
 class Odd(nn.Module):
-    """What goes wrong in data parallelism: odd sizes, a module used twice, a parameter that is never used, one that
-    is frozen among others that learn."""
+    """What goes wrong in data parallelism: odd sizes, a module used twice, a parameter that nobody uses, one
+    that is frozen among others that learn."""
 
     def __init__(self):
         super().__init__()
@@ -158,7 +161,7 @@ def odd_run(rank, world, shard, micro, steps=10):
 
 
 def torch_run(steps=10):
-    """The same ten steps with torch.optim.AdamW and clip_grad_norm_: (weights before and after each, norms)."""
+    """The same with torch.optim.AdamW and clip_grad_norm_: (weights before and after each step, norms)."""
     torch.manual_seed(0)
     model, norms = Odd().double(), []
     matrices = [p for p in model.learning() if p.ndim > 1]
@@ -180,11 +183,11 @@ def torch_run(steps=10):
 @pytest.mark.parametrize("world, shard, micro", [(1, False, 8), (1, True, 3), (2, False, 4), (2, True, 2),
                                                  (4, False, 1), (4, True, 2)])
 def test_equals_torch_adamw_on_any_number_of_ranks(ranks, world, shard, micro):
-    """Weights after every step and all gradient norms, whatever the ranks, shards and micro-batches, in fp64. The
-    weights of all ranks are one, bit for bit, from the start."""
+    """Weights after every step and all gradient norms, whatever the ranks, shards and micro-batches, in fp64.
+    The ranks have the same weights, bit for bit, from the start: those of rank 0."""
     found = [odd_run(0, 1, shard, micro)] if world == 1 else ranks(world, odd_run, shard, micro)
     weights, norms = torch_run()
-    assert [was_changed for was_changed, _, _ in found] == [False] + [True] * (world - 1)  # rank 0's are everybody's
+    assert [was_changed for was_changed, _, _ in found] == [False] + [True] * (world - 1)
     for _, our_weights, our_norms in found:
         assert our_norms == pytest.approx(norms, rel=1e-12)
         assert torch.equal(torch.stack(our_weights), torch.stack(found[0][1]))
@@ -243,8 +246,8 @@ def test_buckets_leave_while_backward_goes_on():
 
 
 def test_an_optimizer_out_of_scope_is_freed():
-    """Its hooks stay on the parameters and must not keep it, with all its buffers, in memory. No garbage collector
-    is needed. A backward of these parameters afterwards says what is wrong."""
+    """Its hooks stay on the parameters and must not keep it, with all its buffers, in memory. No garbage
+    collector is needed. A backward of these parameters afterwards is an error, and not a crash."""
     layer = nn.Linear(2, 2)
     optimizer = DataParallelAdamW(layer.parameters())
     layer(torch.ones(1, 2)).sum().backward()
@@ -270,7 +273,8 @@ def test_second_step_remembers_no_gradient():
 
 
 def test_small_updates_survive_bfloat16():
-    """Ten steps of 2e-5 in one direction move a weight of 0.02 by 2e-4; in bfloat16 alone most are rounded away."""
+    """Ten steps of 2e-5 in one direction move a weight of 0.02 by 2e-4; in bfloat16 alone most are rounded
+    away."""
     weight = nn.Parameter(torch.full((1000,), 0.02).bfloat16())
     optimizer = DataParallelAdamW([weight])
     for _ in range(10):
@@ -308,14 +312,16 @@ def test_gradients_that_are_not_finite_change_nothing():
 class Layer(nn.Module):
     def __init__(self, width=16):
         super().__init__()
-        self.up, self.down, self.drop = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.Dropout(0.3)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.drop = nn.Dropout(0.3)
 
     def forward(self, x, factor):
         return x + self.down(self.drop(torch.relu(self.up(x)))) * factor
 
 
 def chain(checkpointing, shared=False, needs_grad=True):
-    """(output, input gradient, weight gradients, how often each weight's hook fired) of four layers with dropout."""
+    """(output, gradient of the input, of the weights, how often their hooks fired) of four layers with
+    dropout."""
     torch.manual_seed(0)
     layers = [Layer() for _ in range(4)] if not shared else [Layer()] * 4
     x, fired = torch.randn(32, 16, requires_grad=needs_grad), []
@@ -336,7 +342,7 @@ def chain(checkpointing, shared=False, needs_grad=True):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_checkpointing_changes_no_bit(shared, needs_grad):
-    """With dropout, with one module used four times, with an input that needs no gradient; hooks fire once."""
+    """With dropout, one module used four times, an input that needs no gradient; hooks fire once."""
     plain, ours = chain(False, shared, needs_grad), chain(True, shared, needs_grad)
     assert torch.equal(plain[0], ours[0])
     assert (plain[1] is None and ours[1] is None) or torch.equal(plain[1], ours[1])
@@ -389,9 +395,10 @@ def conversation_samples(tokenizer, template, text_only=()):
         has_image = number not in text_only
         turns = [("human", f"{data.IMAGE}\n{question}" if has_image else question), ("gpt", answer)]
         ids, roles = data.tokenise(data.TEMPLATES[template](turns, tokenizer), tokenizer, has_image)
-        pixels = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(number)) if has_image else None
+        noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(number))
         text_ids = tokenizer(answer + "\n" + toy_world.DESCRIBE[number % 2]).input_ids  # of two lengths
-        samples.append({"ids": ids, "roles": roles, "pixels": pixels, "text_ids": text_ids, "name": str(number)})
+        samples.append({"ids": ids, "roles": roles, "pixels": noise if has_image else None,
+                        "text_ids": text_ids, "name": str(number)})
     return samples
 
 
@@ -408,13 +415,14 @@ class Recorder(DataParallelAdamW):
 
 
 def three_steps(rank, world, folders, options, micro, shard=False, text_only=()):
-    """(log lines of three steps on one batch, gradients of the first, weights before and after each) of this rank,
-    in fp64. Every rank starts from another projector on purpose."""
+    """(log lines of three steps on one batch, gradients of the first, weights before and after each) of this
+    rank, in fp64. Every rank starts from another projector on purpose."""
     config = Config(**options, contrastive_weight=0.7)
     torch.manual_seed(rank)
     vlm = train.choose_learning(config, VLM.from_towers(*folders, "mlp2x_gelu", dtype=torch.float64))
     train.checkpoint_blocks(vlm.llm.model.layers, "every")
-    scales = nn.ModuleDict({name: losses.ContrastiveScale() for name in losses.CONTRASTIVE[config.contrastive]})
+    terms = losses.CONTRASTIVE[config.contrastive]
+    scales = nn.ModuleDict({name: losses.ContrastiveScale() for name in terms})
     learning = [p for p in [*vlm.parameters(), *scales.double().parameters()] if p.requires_grad]
     optimizer = Recorder(learning, shard=shard)
     template, share = "plain" if config.stage == "align" else "v1", 8 // world
@@ -460,8 +468,8 @@ def test_micro_batches_change_nothing(clip_folder, llama_folder, name, micro):
     ("patch", 2, False), ("patch", 4, False), ("prompt", 2, False), ("prompt", 4, False), ("both", 2, False),
     ("both", 4, False), ("instruct", 2, False), ("instruct", 2, True), ("instruct", 4, True)])
 def test_ranks_change_nothing(clip_folder, llama_folder, ranks, name, world, shard):
-    """Losses, scale, norm and gradients; with micro-batches of 2, equal captions on different ranks, checkpointing
-    on, and in the instruct stage a last rank whose batch has no image at all."""
+    """Losses, scale, norm and gradients; with micro-batches of 2, equal captions on different ranks,
+    checkpointing on, and in the instruct stage a last rank whose batch has no image at all."""
     text_only, folders = (4, 5, 6, 7) if name == "instruct" else (), (clip_folder, llama_folder)
     options = ALIGN.get(name, INSTRUCT)
     found = ranks(world, three_steps, folders, options, 2, shard, text_only)
@@ -469,7 +477,7 @@ def test_ranks_change_nothing(clip_folder, llama_folder, ranks, name, world, sha
 
 
 @pytest.mark.parametrize("shard", [False, True])
-def test_ranks_change_nothing_where_the_head_is_the_embedding_table(clip_folder, tied_llama_folder, ranks, shard):
+def test_ranks_change_nothing_with_tied_embeddings(clip_folder, tied_llama_folder, ranks, shard):
     """One weight, two gradients: it must be sent when both are in."""
     folders = clip_folder, tied_llama_folder
     found = ranks(2, three_steps, folders, INSTRUCT, 2, shard, (4, 5, 6, 7))
@@ -495,11 +503,11 @@ def test_the_image_vector_knows_the_prompt_and_not_the_caption(linear_vlm, llama
         vectors.setdefault(prompt, []).append(vector)
     for same in vectors.values():
         assert all(torch.allclose(same[0], other, atol=1e-5) for other in same)
-    firsts = [same[0] for same in vectors.values()]
-    assert not torch.allclose(firsts[0], firsts[1], atol=0.1) and not torch.allclose(firsts[0], firsts[2], atol=0.1)
+    describe, size, nothing = (same[0] for same in vectors.values())
+    assert not torch.allclose(describe, size, atol=0.1) and not torch.allclose(describe, nothing, atol=0.1)
 
 
-@pytest.mark.parametrize("rows", [slice(None), slice(3, 4)], ids=["among others", "alone, with a dummy image"])
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 4)], ids=["among others", "alone, with a dummy"])
 def test_the_contrastive_loss_needs_an_image_with_each_caption(linear_vlm, llama_folder, rows):
     samples = conversation_samples(data.load_tokenizer(llama_folder), "v1", text_only=(3,))[rows]
     optimizer = DataParallelAdamW(linear_vlm.projector.parameters())
@@ -533,7 +541,8 @@ def test_a_step_without_supervised_tokens_is_an_error(linear_vlm, llama_folder):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, clip_folder, llama_folder):
-    """A folder to run in: a small toy world where the tiny preset looks for it. And options: random towers."""
+    """(a folder to run in, with a small toy world where the tiny preset looks for it; options: random towers,
+    small batches)."""
     folder = tmp_path_factory.mktemp("run")
     toy_world.write_world(folder / "data/toy", align=24, instruct=24, text=4, test=8)
     return folder, ["--preset", "tiny", "--vit", clip_folder, "--llm", llama_folder, "--batch", "8",
@@ -573,7 +582,7 @@ def log_of(folder):
 
 @pytest.fixture(scope="module")
 def both_stages(world):
-    """(the folder of the two runs, what align printed, what instruct printed); eval.py's last run is instruct's."""
+    """(the folder of the two runs, what align printed, what instruct printed). The last run is instruct's."""
     printed = [trained(world, "--stage", stage) for stage in ("align", "instruct")]
     return world[0] / "runs/tiny", *printed
 
@@ -606,8 +615,8 @@ def test_the_unaligned_run_is_what_align_started_from(both_stages, world):
     assert not any(torch.equal(fresh[name], ended[name]) for name in fresh)
 
 
-@pytest.mark.parametrize("bench, key", [("scienceqa", "accuracy_img"), ("pope", "f1"), ("mme", "accuracy_plus"),
-                                        ("retrieval", "image_to_text_r1")])
+@pytest.mark.parametrize("bench, key", [("scienceqa", "accuracy_img"), ("pope", "f1"),
+                                        ("mme", "accuracy_plus"), ("retrieval", "image_to_text_r1")])
 def test_eval_scores_the_last_run_on_its_own_benchmarks(both_stages, world, bench, key):
     result, = asked(world, "--bench", bench)
     assert key in result and result["ckpt"] == "runs/tiny/instruct" and result["bench"] == bench
@@ -619,7 +628,8 @@ def test_eval_scores_the_last_run_on_its_own_benchmarks(both_stages, world, benc
 
 def test_eval_scores_runs_that_are_named_one_line_each(both_stages, world):
     names = ["runs/tiny/align/unaligned", "runs/tiny/align"]
-    results = asked(world, "--bench", "scienceqa", "--data", "data/toy/ScienceQA", "--split", "val", "--ckpt", *names)
+    results = asked(world, "--bench", "scienceqa", "--data", "data/toy/ScienceQA", "--split", "val", "--ckpt",
+                    *names)
     assert [(result["ckpt"], result["split"]) for result in results] == [(name, "val") for name in names]
 
 
@@ -645,7 +655,7 @@ def test_own_words_stand_behind_the_image_and_the_caption(world, monkeypatch):
     seen = {}
     for contrastive in ("prompt", "none"):
         config = train.configure("align", train.parse_args([*map(str, world[1]), *options, contrastive]))
-        vlm = train.outline(config, bench_step.load_vit_config(config.vit), bench_step.load_llm_config(config.llm))
+        vlm = train.outline(config, load_vit_config(config.vit), load_llm_config(config.llm))
         samples = train.load_samples(config, vlm)
         caption = samples.records[0]["conversations"][1]["value"]
         seen[contrastive] = sample = samples[0]
@@ -656,7 +666,7 @@ def test_own_words_stand_behind_the_image_and_the_caption(world, monkeypatch):
 
 
 def test_loader_workers_change_nothing(world, tmp_path):
-    """Samples read by two loader processes, or kept in memory, make the run that reading them in place makes."""
+    """Samples read by two loader processes, or kept in memory: the run is that of samples read in place."""
     ways = {"none": ["--cache", "False"], "workers": ["--workers", "2", "--cache", "False"],
             "cache": ["--cache", "True"]}
     for name, more in ways.items():
@@ -808,9 +818,9 @@ def stage_of_rank(rank, world, folder, argv):
 
 @pytest.mark.parametrize("stage, world_size", [("align", 1), ("align", 2), ("instruct", 1), ("instruct", 2)])
 def test_killed_and_resumed_equals_uninterrupted(world, both_stages, ranks, tmp_path, stage, world_size):
-    """Twelve steps = some steps, kill -9, --resume: every logged number and every weight, bit for bit. On two ranks
-    the instruct stage is sharded."""
-    options = ["--stage", stage, "--epochs", "4", "--save_every", "1", "--checkpointing", "every", "--shard",
+    """24 steps = some steps, kill -9, --resume: every logged number and every weight, bit for bit. On two
+    ranks the instruct stage is sharded."""
+    options = ["--stage", stage, "--epochs", "8", "--save_every", "1", "--checkpointing", "every", "--shard",
                str(stage == "instruct" and world_size == 2), "--out"]
     launch = ["--nproc_per_node=2", *HERE] if world_size == 2 else []
     killed = start(world, *options, tmp_path / "cut", launch=launch)

@@ -1,5 +1,6 @@
 """The vision tower against transformers' own, family by family, and the strictness of the weight reader."""
 
+import json
 import shutil
 from fnmatch import fnmatch
 
@@ -9,6 +10,8 @@ import transformers
 from conftest import assert_close, shaken
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, SiglipVisionConfig,
+                          SiglipVisionModel)
 
 import data
 from vit import TOKENIZER_FILES, ViT, ViTConfig, load_vit_config, our_vit_name, resolve, resolve_model
@@ -26,13 +29,13 @@ def test_patch_features_equal_clip(clip_folder, layer):
 
 SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
 FAMILIES = {  # name: (transformers' class, its config, whether a class token stands before the patches)
-    "clip": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig(**SMALL, intermediate_size=64), True),
-    "clip with gelu": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig(
-        **SMALL, intermediate_size=64, hidden_act="gelu"), True),
-    "siglip": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig(**SMALL, intermediate_size=64), False),
-    "siglip, 36 / 8": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig(
-        **SMALL | {"image_size": 36}, intermediate_size=64), False),
-    "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config(**SMALL, mlp_ratio=2), True),
+    "clip": (CLIPVisionModel, CLIPVisionConfig(**SMALL, intermediate_size=64), True),
+    "clip with gelu": (CLIPVisionModel, CLIPVisionConfig(**SMALL, intermediate_size=64, hidden_act="gelu"),
+                       True),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig(**SMALL, intermediate_size=64), False),
+    "siglip, 36 / 8": (SiglipVisionModel,
+                       SiglipVisionConfig(**SMALL | {"image_size": 36}, intermediate_size=64), False),
+    "dinov2": (Dinov2Model, Dinov2Config(**SMALL, mlp_ratio=2), True),
 }
 
 
@@ -75,12 +78,14 @@ def test_what_we_save_opens_in_transformers(tmp_path, family):
     ours.save_pretrained(tmp_path / "ours")
     pixels = torch.randn(1, 3, 32, 32)
     theirs = kind.from_pretrained(tmp_path / "ours")
-    assert_close(ours(pixels), theirs(pixels, output_hidden_states=True).hidden_states[-2][:, int(class_token) :])
+    expected = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, int(class_token) :]
+    assert_close(ours(pixels), expected)
     processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "ours")
     picture = Image.effect_noise((50, 40), 80).convert("RGB")
     mine = data.preprocess(picture, ours.config, "crop")
     expected = processor(picture, return_tensors="pt").pixel_values[0]
-    assert (mine - expected).abs().max() <= 2 / 255 / min(ours.config.image_std)  # resizing rounds to whole grey levels
+    two_grey_levels = 2 / 255 / min(ours.config.image_std)  # resizing rounds to whole ones
+    assert (mine - expected).abs().max() <= two_grey_levels
 
 
 def normalisation(config):
@@ -90,15 +95,18 @@ def normalisation(config):
 def test_normalisation_comes_with_the_tower(tmp_path):
     FAMILIES["siglip"][1].save_pretrained(tmp_path)
     assert normalisation(load_vit_config(tmp_path)) == ((0.5,) * 3, (0.5,) * 3, Image.Resampling.BICUBIC)
-    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "resample": 2, "size": 3}')
-    assert normalisation(load_vit_config(tmp_path)) == ((0.1, 0.2, 0.3), (0.5,) * 3, Image.Resampling.BILINEAR)
+    config = {"image_mean": [0.1, 0.2, 0.3], "resample": 2, "size": 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    expected = (0.1, 0.2, 0.3), (0.5,) * 3, Image.Resampling.BILINEAR
+    assert normalisation(load_vit_config(tmp_path)) == expected
 
 
 def test_whole_clip_folder_loads(tmp_path):
     """A full CLIP holds a text tower too, and prefixes its keys."""
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16,
-                  patch_size=8)
-    text = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                  image_size=16, patch_size=8)
+    text = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                vocab_size=50)
     theirs = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text)).eval()
     theirs.save_pretrained(tmp_path)
     pixels = torch.randn(1, 3, 16, 16)
@@ -118,7 +126,8 @@ def damaged(folder, to, change):
 @pytest.mark.parametrize("change, message", [
     (lambda w: w.pop("pre_layrnorm.bias"), "missing.*pre_layrnorm.bias"),
     (lambda w: w.update(extra=torch.zeros(1)), "'extra' has no place"),
-    (lambda w: w.update({"pre_layrnorm.bias": torch.zeros(31)}), r"pre_layrnorm.bias has shape \(31,\).*\(32,\)"),
+    (lambda w: w.update({"pre_layrnorm.bias": torch.zeros(31)}),
+     r"pre_layrnorm.bias has shape \(31,\).*\(32,\)"),
 ])
 def test_loading_is_strict(clip_folder, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
@@ -136,8 +145,10 @@ def test_bad_folders(tmp_path, llama_folder):
 
 @pytest.mark.parametrize("file, text, message", [
     ("config.json", "[1]", "model_type is None"),
-    ("config.json", '{"model_type": "clip_vision_model", "image_size": [48, 48]}', "folder: images of .48, 48"),
-    ("config.json", '{"model_type": "clip_vision_model", "hidden_act": "relu"}', "folder: .* hidden_act is 'relu'"),
+    ("config.json", '{"model_type": "clip_vision_model", "image_size": [48, 48]}',
+     "folder: images of .48, 48"),
+    ("config.json", '{"model_type": "clip_vision_model", "hidden_act": "relu"}',
+     "folder: .* hidden_act is 'relu'"),
     ("model.safetensors.index.json", "{}", "index.json: has no weight_map")])
 def test_bad_files_are_named(clip_folder, tmp_path, file, text, message):
     shutil.copytree(clip_folder, tmp_path / "folder")
@@ -162,11 +173,13 @@ def test_only_what_is_needed_comes_from_the_hub(tmp_path, monkeypatch, files):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     resolve("some/name", ["*.json", *TOKENIZER_FILES])
-    weights = ("model-00001-of-2.safetensors", "model.safetensors", "consolidated.safetensors", "pytorch_model.bin")
+    weights = ("model-00001-of-2.safetensors", "model.safetensors", "consolidated.safetensors",
+               "pytorch_model.bin")
     assert not any(fits(file, *asked[0]) for file in weights)
     resolve_model("some/name")
     assert [fits(file, *asked[1]) for file in weights] == [True, True, False, False]
-    assert all(fits(file, *asked[1]) for file in ("projector.safetensors", "llm/model.safetensors", "llm/config.json"))
+    of_a_run = "projector.safetensors", "llm/model.safetensors", "llm/config.json"
+    assert all(fits(file, *asked[1]) for file in of_a_run)
     assert len(asked) == (2 if "safetensors" in files[0] else 3) and (tmp_path / files[0]).exists()
 
 
@@ -177,7 +190,6 @@ def test_wrong_image_size(clip_folder):
 
 def test_sharded_bin_folder(clip_folder, tmp_path):
     """pytorch_model-00001-of-00002.bin and its index: the only form in which Vicuna v1.5 is published."""
-    import json
     weights = load_file(clip_folder / "model.safetensors")
     names = sorted(weights)
     shards = {"a.bin": names[:10], "b.bin": names[10:]}
