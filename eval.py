@@ -39,7 +39,7 @@ def load_run(folder, device) -> tuple:
     folder = resolve_model(folder)
     vlm, config = VLM.from_pretrained(folder, choose_dtype(device), device), read_json(folder / "config.json")
     tokenizer = data.load_tokenizer(vlm.sources["llm"])
-    data.check_vocabulary(tokenizer, vlm.llm.config.vocab_size)
+    data.check_vocabulary(tokenizer, vlm.llm.config.vocab_size)  # a wrong one would answer nonsense, quietly
     if config.get("template", "plain") == "plain":
         has_own = tokenizer.chat_template and config.get("model_type") != "llava"
         config["template"] = "chat" if has_own else "v1"
@@ -51,12 +51,13 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
     """Answers, as stripped text, to [{"id", "prompt", "image" path or None}]: greedy, or sampled with
     `temperature` and `top_p`. Prompts of one batch are padded on the left, images padded to squares."""
     answers, c, to_pieces = [], vlm.vit.config, data.TEMPLATES[template]
-    room = vlm.llm.config.max_position_embeddings - max_new_tokens
+    room = vlm.llm.config.max_position_embeddings - max_new_tokens  # the answer needs positions too
     for start in tqdm(range(0, len(questions), batch), desc="ask", unit=" batches"):
         samples = []
         for question in questions[start : start + batch]:
             image, pieces = question["image"], to_pieces([("human", question["prompt"])], tokenizer)
             ids, roles = data.tokenise(pieces, tokenizer, image is not None)
+            # "pad", whatever the run was trained with: a question may be about the picture's edge
             pixels = data.preprocess(data.load_image(image), c, "pad") if image else None
             name = f"question {question['id']!r}"
             samples.append({"ids": ids, "roles": roles, "pixels": pixels, "name": name})
@@ -75,7 +76,7 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
 
 def percent(rows) -> float:
     """How many of a list of booleans are true."""
-    return round(100 * sum(rows) / max(1, len(rows)), 2)
+    return round(100 * sum(rows) / max(1, len(rows)), 2)  # max: a split may have no question with a picture
 
 
 def parse_choice(text: str, question: dict):
@@ -90,7 +91,7 @@ def parse_choice(text: str, question: dict):
         letter = text[0]
     else:
         found = re.findall(r"The answer is ([A-Z]).", text)
-        letter = found[0] if len(found) == 1 else ""
+        letter = found[0] if len(found) == 1 else ""  # two answers are none
     return letter if letter and letter in data.LETTERS[: question["num_choices"]] else None
 
 
@@ -112,7 +113,7 @@ def load_pope(folder, split: str = "") -> list:
     images = next((folder / name for name in ("images", "val2014") if (folder / name).is_dir()), folder)
     for file in sorted(folder.glob(f"*pope_{split or '*'}.json")):
         category = file.stem.rsplit("pope_", 1)[1]
-        for number, line in enumerate(file.read_text(errors="replace").splitlines()):
+        for number, line in enumerate(file.read_text(errors="replace").splitlines()):  # .json, but JSON lines
             if not line.strip():
                 continue
             try:
@@ -120,7 +121,7 @@ def load_pope(folder, split: str = "") -> list:
                 questions.append({"id": f"{category}-{entry['question_id']}", "category": category,
                                   "prompt": f"{data.IMAGE}\n{entry['text']}{data.SHORT_ANSWER}",
                                   "image": images / entry["image"],
-                                  "answer": {"yes": "yes", "no": "no"}[entry["label"]]})
+                                  "answer": {"yes": "yes", "no": "no"}[entry["label"]]})  # no third
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}: line {number + 1} is not a POPE question: {error!r}") from None
     if not questions:
@@ -141,10 +142,10 @@ def score_pope(questions, choices) -> dict:
         pairs.setdefault(question["category"], []).append((question["answer"] == "yes", choice == "yes"))
     for category, rows in sorted(pairs.items()):
         said = [said for _, said in rows]
-        both, either = sum(a and b for a, b in rows), sum(a + b for a, b in rows)
-        scores[category] = {"f1": round(200 * both / max(1, either), 2),
+        both, each = sum(a and b for a, b in rows), sum(a + b for a, b in rows)
+        scores[category] = {"f1": round(200 * both / max(1, each), 2),  # 2 TP / (2 TP + FP + FN)
                             "accuracy": percent([a == b for a, b in rows]), "yes": percent(said)}
-    for key in ("f1", "accuracy", "yes"):
+    for key in ("f1", "accuracy", "yes"):  # every category counts alike, however many questions it has
         mean[key] = round(sum(score[key] for score in scores.values()) / len(scores), 2)
     return mean | {"questions": len(questions), "categories": scores}
 
@@ -190,7 +191,7 @@ def score_mme(questions, choices) -> dict:
     is one of the ten); both accuracies over everything in percent."""
     right = [choice == question["answer"] for question, choice in zip(questions, choices)]
     both, by_category, scores = [], {}, {}
-    for question, first, second in zip(questions[::2], right[::2], right[1::2]):
+    for question, first, second in zip(questions[::2], right[::2], right[1::2]):  # a picture's two questions
         both.append(first and second)
         by_category.setdefault(question["category"], []).append((first, second))
     for category, pairs in sorted(by_category.items()):
@@ -236,6 +237,7 @@ def run_bench(name, ckpt, folder, split, device) -> dict:
     template, predictions = config["template"], []
     scores, questions, answers, choices = answer_bench(vlm, tokenizer, template, name, folder, split)
     result = {"ckpt": str(ckpt), "bench": name, "split": split, **scores}
+    # every answer is kept: a score that surprises is understood by reading them
     for question, text, choice in zip(questions, answers, choices):
         image = str(question["image"]) if question["image"] else None
         predictions.append(question | {"image": image, "text": text, "choice": choice})
@@ -267,7 +269,7 @@ def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000, bat
         image.append(losses.pool_patches(patches))
         text.append(losses.pool_caption(embeds, mask))
         keys.append(m["caption_keys"])
-        batches += [(patches, embeds, mask)] if start < 100 else []
+        batches += [(patches, embeds, mask)] if start < 100 else []  # of all, these would be gigabytes
     if len(torch.cat(keys).unique()) < 2:
         raise ValueError(f"{file}: needs at least two different captions")
     return torch.cat(image), torch.cat(text), torch.cat(keys), batches

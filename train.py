@@ -442,7 +442,8 @@ def saved_tensors(function, args, state: list) -> list:
         is_tensor = isinstance(arg, torch.Tensor)
         detached.append(arg.detach().requires_grad_(arg.requires_grad) if is_tensor else arg)
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: tensors.append(x.detach()), lambda _: None)
-    with torch.random.fork_rng(range(len(state) - 1)), torch.enable_grad(), hooks:
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(gpus), torch.enable_grad(), hooks:
         set_random_state(state)
         function(*detached)
     return tensors

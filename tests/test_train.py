@@ -803,6 +803,29 @@ def wait_for_checkpoint(folder):
         time.sleep(0.005)
 
 
+def children(process):
+    """The ids of the processes that it started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def kill(process):
+    """kill -9, of the process and of those that it started: torchrun's ranks would go on without it."""
+    ranks = children(process)
+    for pid in (process.pid, *ranks):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    while any(is_running(pid) for pid in ranks):
+        time.sleep(0.01)
+
+
+def is_running(pid):
+    """Neither gone nor waiting for its end to be noticed."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -825,11 +848,12 @@ def test_killed_and_resumed_equals_uninterrupted(world, both_stages, ranks, tmp_
     launch = ["--nproc_per_node=2", *HERE] if world_size == 2 else []
     killed = start(world, *options, tmp_path / "cut", launch=launch)
     wait_for_checkpoint(tmp_path / "cut")
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    kill(killed)
     assert not (tmp_path / "cut/config.json").exists()  # it was stopped before it could finish
+    lines = (tmp_path / "cut/log.jsonl").read_text()
     resumed = script(world, *options, tmp_path / "cut", "--resume", launch=launch)
-    assert "resumed from" in resumed.stdout
+    step = int(re.search(r"resumed from .*: step (\d+)", resumed.stdout)[1])
+    assert 2 <= step <= len(lines.splitlines()) < 24  # all that was done when it was killed, and no more
     whole = [*world[1], *options, tmp_path / "whole"]
     if world_size == 1:
         called(train.main, world[0], *whole)
@@ -858,8 +882,8 @@ def test_max_restarts_continues_by_itself(world, tmp_path):
     options = ["--stage", "align", "--epochs", "8", "--save_every", "1", "--out"]
     agent = start(world, *options, tmp_path / "cut", launch=["--nproc_per_node=1", "--max-restarts=1", *HERE])
     wait_for_checkpoint(tmp_path / "cut")
-    worker, = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-    os.kill(int(worker), signal.SIGKILL)
+    worker, = children(agent)
+    os.kill(worker, signal.SIGKILL)
     trained(world, *options, tmp_path / "whole")
     assert agent.wait(timeout=120) == 0
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
