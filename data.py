@@ -441,7 +441,7 @@ def split_batch(config, world: int) -> tuple:
 
 
 def count_steps(config, n: int) -> int:
-    """Of a run over n records."""
+    """The number of steps of a run over n records."""
     kept = len(subset(n, config.data_fraction, config.seed))
     return config.steps or max(1, math.ceil(kept * config.epochs / config.batch))
 
@@ -545,6 +545,8 @@ def load_scienceqa(folder, split: str = "test") -> list:
 def check(file, images) -> int:
     """Print bad records and unreadable images, write FILE.clean.json without them; return their number."""
     records, good = read_json(file), []
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{file}: not a JSON list of records")
     for number, record in enumerate(tqdm(records, desc="check", unit=" records")):
         problem = find_problem(record)
         if not problem and "image" in record:
@@ -554,7 +556,7 @@ def check(file, images) -> int:
                 problem = str(error)
         if problem:
             name = record.get("id") if isinstance(record, dict) else None
-            print(f"record {number} (id {name!r}): {problem}")
+            tqdm.write(f"record {number} (id {name!r}): {problem}")
         else:
             good.append(record)
     bad = len(records) - len(good)

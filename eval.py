@@ -11,7 +11,7 @@ numbers of one and the same checkpoint differ by ten points, mostly because of p
 denominators.
 
 The last line printed is one JSON object with the scores (one line a run, where several are named). Every
-prediction goes to BENCH.json in the run directory.
+prediction goes to BENCH.json in the run directory (of a Hub id: its folder in the Hub's cache).
 """
 
 import argparse
@@ -342,6 +342,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.bench is None) == (args.ask is None):
         parser.error("name one of --bench and --ask")
+    if (args.split and args.bench not in BENCHES) or (args.images and args.bench != "retrieval"):
+        parser.error("--split is for benchmarks, --images for retrieval")
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         parser.error("--temperature must not be below 0, --top_p in (0, 1], --max_new_tokens at least 1")
     return args

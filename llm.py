@@ -59,7 +59,8 @@ class LLMConfig:
         if self.model_type not in FAMILIES:
             raise ValueError(f"the LLM's model_type is {self.model_type!r}; known: {', '.join(FAMILIES)}")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads}")
+            heads, key_heads = self.num_attention_heads, self.num_key_value_heads
+            raise ValueError(f"{heads} query heads cannot share {key_heads} key-value heads")
         if self.head_dim % 2:
             raise ValueError(f"RoPE turns pairs of dimensions; a head of {self.head_dim} has an odd one")
 
@@ -125,7 +126,7 @@ class KVCache:
         self.length = 0  # positions filled so far; all layers of one pass write at the same place
 
     def append(self, layer: int, k, v):
-        """Store k, v (B, H, S, head_dim) behind what is there; return all of this layer's so far."""
+        """Store k, v (B, key heads, S, head_dim) behind what is there; return all of this layer's so far."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
@@ -159,7 +160,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, S, -1, self.head_dim).transpose(1, 2)  # (B, key heads, S, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # from here on S keys are start + S keys
+            k, v = cache.append(self.layer, k, v)  # now start + S keys, the cached ones first
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None,
                                            enable_gqa=k.shape[1] != q.shape[1])  # (B, H, S, head_dim)
         return self.o_proj(x.transpose(1, 2).reshape(B, S, -1))  # (B, S, C)

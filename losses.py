@@ -28,9 +28,10 @@ caption; one short text-only pass is all that is added. Stated by the abstract: 
 next-token prediction, in the alignment stage, no extra data, and that prompts matter. Which vectors, which
 prompts, temperature and weight are our choice.
 
-Reduction. `generative_loss` and `contrastive_loss` return this rank's *share*: the sum of the shares over all
-ranks (and, for the former, all micro-batches) is the loss of one process holding the whole batch. Gradients
-are then summed, never averaged, and the balance of the losses does not depend on the number of GPUs.
+Reduction. `contrastive_loss` returns this rank's *share*: the sum of the shares over all ranks is the loss of
+one process holding the whole batch. `generative_loss` returns a sum; divided by the number of supervised
+tokens of all ranks and micro-batches it is such a share. Gradients are then summed, never averaged, and the
+balance of the losses does not depend on the number of GPUs.
 
 Read next: data.py; then train.py, which adds the losses up.
 """
@@ -77,7 +78,8 @@ def count_supervised(labels) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Image and text vectors, and the contrastive loss over them
+# Image and text vectors, and the contrastive loss over them. `m` is a micro-batch, the samples that go
+# through the LLM at once: the dict that data.collate describes.
 
 def pool_patches(patches):
     """Unit image vectors (B, C) of projected patches (B, N, C). The mean is in fp32, without a copy of

@@ -89,7 +89,7 @@ def build_projector(kind: str, P: int, D: int, C: int) -> nn.Module:
     elif kind == "resampler":
         projector, N = Resampler(P, D, C), P // 4
     else:
-        raise ValueError(f"projector {kind!r} is none of linear, mlp2x_gelu, pixel_shuffle, resampler")
+        raise ValueError(f"projector {kind!r} is none of linear, mlp[1-9]x_gelu, pixel_shuffle, resampler")
     projector.num_tokens = N
     return projector
 
@@ -130,8 +130,7 @@ class VLM(nn.Module):
         counts = is_image.sum(1)  # (B,) the placeholders of each row
         is_sum = (counts.sum() == I * N) | (counts.sum() == 0)
         if not ((counts % N == 0).all() & is_sum):  # one wait for the GPU
-            row = (counts % N).ne(0).int().argmax().item()
-            raise ValueError(f"row {row}: {counts.tolist()} placeholders a row; {I} images of {N} tokens")
+            raise ValueError(f"{counts.tolist()} placeholders in the rows; {I} images of {N} tokens")
         # The placeholder is no row of the embedding table; any row does, as what stands there is replaced.
         embeds = self.llm.embed(ids.masked_fill(is_image, 0))  # (B, S, C)
         # masked_scatter fills the True places in reading order from `patches` in reading order: row by row,

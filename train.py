@@ -94,7 +94,7 @@ class Config:
     group_by_length: bool = option(False, "batches of one modality and similar lengths (LLaVA's stage 2)")
 
 
-# tiny: from the toy world's validation split. 7b, 13b: LLaVA-1.5's recipe, with the patch loss in stage 1.
+# tiny: rates that did best on the toy world's validation split. 7b, 13b: LLaVA-1.5's, the patch loss added.
 LLAVA = {
     "common": dict(vit="openai/clip-vit-large-patch14-336", llm="lmsys/vicuna-7b-v1.5", benchmarks="data",
                    workers=4, checkpointing="every", save_every=500),
@@ -127,9 +127,9 @@ def boolean(text: str) -> bool:
     return bool(("false", "true").index(text.lower()))  # ValueError for any other word
 
 
-def parse_args(argv=None) -> dict:
+def parse_args(argv=None, prog=None) -> dict:
     """The options given on the command line, and only those. Unknown flags and wrong types are errors."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
         if heading := f.metadata["heading"]:
@@ -157,6 +157,8 @@ def configure(stage: str, given: dict) -> Config:
         raise ValueError(f"--prompt {config.prompt!r}: not {', '.join(data.PROMPTS)}, nor 'text | text'")
     if min(config.batch, config.micro_batch, config.epochs) <= 0 or min(config.steps, config.save_every) < 0:
         raise ValueError("--batch, --micro_batch, --epochs must be above 0, --steps, --save_every not below")
+    if min(config.lr, config.clip, config.weight_decay, config.contrastive_weight, config.warmup_ratio) < 0:
+        raise ValueError("--lr, --clip, --weight_decay, --contrastive_weight, --warmup_ratio: not below 0")
     config.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
     config.out = config.out or f"runs/{preset}/{stage}"
     config.init = config.init or (f"runs/{preset}/align" if stage == "instruct" else "")
@@ -183,10 +185,9 @@ def start_ranks() -> torch.device:
 
 
 def leave_ranks():
-    """Leave the process group. First goes what still holds a message's end in a cycle of references: where it
-    did not, two of eight processes aborted at exit."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
-        gc.collect()
+        gc.collect()  # what still holds a message's end: else, two of eight processes aborted at exit
         dist.destroy_process_group()
 
 
@@ -557,9 +558,8 @@ def print_plan(config, vlm, device, dtype, steps):
     parts, needs = ", ".join(f"{name} {size:.3g}" for name, size in memory.items()), sum(memory.values())
     say(f"memory of a rank, GiB: {parts}; sum {needs:.3g} of {has:.3g}")
     if needs > has:
-        raise ValueError(f"{config.preset} {config.stage} needs about {needs:.0f} GiB a rank, there are "
-                         f"{has:.0f}: take more ranks with --shard, a smaller --micro_batch or preset, or "
-                         "--checkpointing every")
+        raise ValueError(f"{config.preset} {config.stage} needs about {needs:.0f} GiB a rank, not {has:.0f}: "
+                         "more ranks with --shard, a smaller --micro_batch or preset, --checkpointing every")
 
 
 # ------------------------------------------------------------------------------------------------------------

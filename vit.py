@@ -4,8 +4,8 @@
     patches = vit(pixels)                                            # (B, 3, 336, 336) -> (B, 576, 1024)
 
 One plain ViT for three families: CLIP (Radford et al. 2021, arXiv 2103.00020), SigLIP and SigLIP 2
-(2303.15343), and DINOv2 (Oquab et al. 2023, 2304.07193). What tells them apart is the table FAMILIES; each of
-its columns breaks pretrained weights if it is forgotten.
+(2303.15343), and DINOv2 (Oquab et al. 2023, 2304.07193). What tells them apart is the table FAMILIES; with
+any of its columns but the last forgotten, pretrained weights compute nonsense.
 
 LLaVA reads the output of the last block but one (`feature_layer=-2`), before any final LayerNorm, and drops
 the class token: the last block is trained to fill the class token alone, the one before still describes the
@@ -69,8 +69,8 @@ class ViTConfig:
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
     model_type: str = "clip_vision_model"
-    image_mean: tuple = ()  # these three, for data.preprocess, come from preprocessor_config.json;
-    image_std: tuple = ()  # empty: the family's
+    image_mean: tuple = ()  # these three, for data.preprocess, come from preprocessor_config.json; without it
+    image_std: tuple = ()  # the first two are the family's
     resample: int = BICUBIC
 
     def __post_init__(self):
@@ -310,7 +310,8 @@ def resolve(folder_or_id, patterns) -> Path:
 
 
 def resolve_model(folder_or_id) -> Path:
-    """The same with the weights; .bin files are fetched only where there are no safetensors."""
+    """Like `resolve`, for a folder with weights; .bin files are fetched only where there are no
+    safetensors."""
     folder = resolve(folder_or_id, MODEL_FILES)
     has_weights = any(folder.glob("*.safetensors"))
     return folder if has_weights else resolve(folder_or_id, ("*.json", "pytorch_model*.bin"))
@@ -322,6 +323,8 @@ def read_json(path: Path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise ValueError(f"{path}: not a file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
 

@@ -35,7 +35,7 @@ def contact_sheet(predictions, file, columns: int = 4, rows: int = 2):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser("python -m lab.answers", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory that eval.py has scored")
     parser.add_argument("bench", help="the benchmark, such as scienceqa")

@@ -265,7 +265,7 @@ def parse_args(argv=None) -> tuple:
     parser.add_argument("--world", type=Path, default=Path("data/toy"),
                         help="folder of the data; the toy world is written there if there is none")
     ours, rest = parser.parse_known_args(argv)
-    return ours, train.parse_args(rest)
+    return ours, train.parse_args(rest, "python -m lab.compare")
 
 
 def main():

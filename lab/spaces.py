@@ -80,7 +80,7 @@ def word_maps(vlm, tokenizer, image, text) -> dict:
     """For each token, as text: cosines of the projected patches with its input embedding (side, side)."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids:
-        raise ValueError(f"--text {text!r} has no token")
+        raise ValueError(f"the text {text!r} has no token")
     if vlm.projector_kind == "resampler":
         raise ValueError("the tokens of a resampler carry no position on the picture")
     device, side = vlm.llm.head_weight.device, math.isqrt(vlm.num_image_tokens)
@@ -125,12 +125,12 @@ def heat_map(runs, path, text, file, device) -> dict:
             draw.text((x + cell // 2, head // 2), word, "black", font, "mm")
         results.append({"ckpt": str(run)} | {word: round(c.max().item(), 4) for word, c in words.items()})
     sheet.save(file)
-    return {"bench": "heatmap", "image": str(path), "text": text, "file": str(file),
+    return {"measure": "heatmap", "image": str(path), "text": text, "file": str(file),
             "largest_cosine": round(largest, 4), "runs": results}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser("python -m lab.spaces", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     gap = commands.add_parser("gap", help="distances, cosines, alignment, uniformity, nearest words, TACS")

@@ -99,10 +99,10 @@ def dry_run(config, device):
     plan = train.outline(config, *shapes)
     flops = flops_per_step(config, plan)
     total, tokens = sum(flops.values()), config.batch * train.row_length(config, plan)
-    train.print_plan(config, plan, device, dtype, 3)
     train.say(f"a step: {tokens:,} tokens, {total / 1e15:.3g} PFLOP, parts: "
               + ", ".join(f"{name} {part / total:.2g}" for name, part in flops.items()))
     train.say(f"on 8 H100 at 40 % of their peak, 1,000 steps take {total / (8 * 0.4 * 989e12) / 3.6:.2g} h")
+    train.print_plan(config, plan, device, dtype, 3)
     vlm = random_model(config, shapes, device, dtype)
     optimizer, scales = train.build_optimizer(config, vlm, device)
     seconds = []

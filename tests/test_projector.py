@@ -109,7 +109,7 @@ def test_splice_equals_a_plain_loop(vlm):
 
 
 def test_splice_refuses_wrong_counts(vlm):
-    with pytest.raises(ValueError, match="row 1"):
+    with pytest.raises(ValueError, match="16, 15"):
         vlm.splice(torch.tensor([row(2, 1, 3), row(2, 1, 3)[:17] + [0] * 43]), torch.randn(2, 16, 32))
     with pytest.raises(ValueError, match="3 images"):
         vlm.splice(torch.tensor([row(2, 1, 3), row(2, 1, 3)]), torch.randn(3, 16, 32))
