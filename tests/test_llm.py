@@ -249,7 +249,8 @@ def test_generation_config_lists_the_ends(llama_folder, tmp_path):
 @pytest.mark.parametrize("changes, message", [
     ({"attention_bias": True}, "attention_bias or mlp_bias"),
     ({"mlp_bias": True}, "attention_bias or mlp_bias"),
-    ({"hidden_act": "gelu"}, "activation is 'gelu'"), ({"num_key_value_heads": 3}, "folder: 4 query heads cannot")])
+    ({"hidden_act": "gelu"}, "activation is 'gelu'"),
+    ({"num_key_value_heads": 3}, "folder: 4 query heads cannot")])
 def test_what_we_do_not_compute_is_refused(llama_folder, tmp_path, changes, message):
     (tmp_path / "folder").mkdir()
     config = json.loads((llama_folder / "config.json").read_text())
