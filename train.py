@@ -736,7 +736,7 @@ def open_run(config, start: int):
     out.mkdir(parents=True, exist_ok=True)
     lines = log.read_text().splitlines(True)[:start] if start else []  # line k is step k
     log.write_text("".join(lines))
-    for old in (*out.glob("checkpoint-*"), out / "llm") if start == 0 else ():
+    for old in (*out.glob("checkpoint-*"), out / "llm", out / "unaligned") if start == 0 else ():
         shutil.rmtree(old, ignore_errors=True)
 
 
