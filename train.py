@@ -296,7 +296,6 @@ class DataParallelAdamW:
         self.loss_scale, self.good_steps = (2.0**16 if self.is_half else 1.0), 0
 
     # Phase 1, during backward: collect, and send what is complete.
-
     def collect(self, parameter):
         """Hook: `parameter.grad` is complete for this backward."""
         bucket = self.bucket_of[parameter]
@@ -689,6 +688,7 @@ def save_checkpoint(config, step: int, optimizer):
     """Write OUT/checkpoint-STEP, complete or not at all; keep the last two. Each rank has its own file."""
     final = Path(config.out) / f"checkpoint-{step:07d}"
     partial = final.with_suffix(".partial")
+    barrier()  # no rank writes into OUT before rank 0 has made it ready (open_run)
     partial.mkdir(parents=True, exist_ok=True)  # of a run that was stopped while saving: written over
     with open(partial / f"rank-{rank()}.pt", "wb") as file:
         torch.save({"step": step, "ranks": world_size(), "config": asdict(config),
