@@ -240,7 +240,7 @@ def load_tokenizer(folder_or_id):
                          "llava-hf/llava-1.5-7b-hf) or `pip install sentencepiece protobuf`") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: labels need to know where tokens stand; a tokenizer.json says so")
-    tokenizer.model_max_length = 10**9  # lengths are the collator's business, and its warning alone is clear
+    tokenizer.model_max_length = 10**9  # no warning of the tokenizer's own: collate cuts or refuses long rows
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer

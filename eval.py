@@ -52,6 +52,8 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
     `temperature` and `top_p`. Prompts of one batch are padded on the left, images padded to squares."""
     answers, c, to_pieces = [], vlm.vit.config, data.TEMPLATES[template]
     room = vlm.llm.config.max_position_embeddings - max_new_tokens  # the answer needs positions too
+    # a run learns to end with its tokenizer's end token, whatever its LLM's config says
+    how["end_tokens"] = [tokenizer.eos_token_id]
     for start in tqdm(range(0, len(questions), batch), desc="ask", unit=" batches"):
         samples = []
         for question in questions[start : start + batch]:
@@ -64,8 +66,6 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
         m = data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id,
                          c.image_size, room, side="left")
         m = data.to_device(m, vlm.llm.head_weight.device)
-        # a run learns to end with its tokenizer's end token, whatever its LLM's config says
-        how["end_tokens"] = [tokenizer.eos_token_id]
         for row in vlm.generate(m["ids"], m["pixels"], max_new_tokens, m["mask"], **how):
             answers.append(tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip())
     return answers
@@ -254,9 +254,9 @@ def run_bench(name, ckpt, folder, split, device) -> dict:
 @torch.no_grad()
 def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000, batch: int = 64) -> tuple:
     """(image vectors (n, C), text vectors (n, C), keys (n,), batches) of the first `limit` records of a LLaVA
-    JSON of captions, by default that of the run's benchmarks. `batches`: of the first hundred pairs, the
-    projected patches (B, N, C), caption embeddings (B, T, C) and mask (B, T) that the vectors are made of.
-    ValueError if all captions are one."""
+    JSON of captions, by default that of the run's benchmarks. `batches`: of a hundred pairs or a few more,
+    the projected patches (B, N, C), caption embeddings (B, T, C) and mask (B, T) that the vectors are made
+    of. ValueError if all captions are one."""
     benchmarks, c = Path(config.get("benchmarks") or ""), vlm.vit.config
     file, images = file or benchmarks / "captions.json", images or benchmarks / "images"
     samples = data.Conversations(data.load_records(file)[:limit], images, tokenizer, "plain", c, "crop")

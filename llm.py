@@ -342,7 +342,7 @@ def load_llm_config(folder_or_id) -> LLMConfig:
 def llm_config_from_dict(config: dict, folder: Path) -> LLMConfig:
     """From the content of a config.json whose defaults are filled in; `folder` is where it lies."""
     if config.get("mlp_bias") or (config.get("attention_bias") and config["model_type"] != "qwen2"):
-        raise ValueError(f"{folder}: attention_bias or mlp_bias is set; no known checkpoint has them")
+        raise ValueError(f"{folder}: attention_bias or mlp_bias is set; such biases are not supported")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{folder}: the LLM's activation is {config['hidden_act']!r}; SwiGLU has silu")
     rope = config.get("rope_parameters") or {}

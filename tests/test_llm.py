@@ -85,6 +85,7 @@ def test_loads_in_the_dtype_asked_for(llama_folder):
     ours, ids = LLM.from_pretrained(llama_folder, torch.bfloat16), torch.randint(0, 75, (2, 9))
     theirs = transformers.LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.bfloat16)
     assert ours(ids).dtype == torch.bfloat16
+    assert_close(ours(ids).float(), theirs(ids).logits.float(), 3e-2)
     full = LLM.from_pretrained(llama_folder)(ids)
     assert (ours(ids) - full).abs().max() < 2 * (theirs(ids).logits - full).abs().max()
 
