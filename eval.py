@@ -37,7 +37,8 @@ def load_run(folder, device) -> tuple:
     was tuned with; after align alone the LLM's own where its tokenizer has one, else Vicuna's. (A LLaVA
     folder gets Vicuna's: its own template takes pictures in another form than our marker.)"""
     folder = resolve_model(folder)
-    vlm, config = VLM.from_pretrained(folder, choose_dtype(device), device), read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    vlm = VLM.from_pretrained(folder, choose_dtype(device, config.get("dtype", "")), device)
     tokenizer = data.load_tokenizer(vlm.sources["llm"])
     data.check_vocabulary(tokenizer, vlm.llm.config.vocab_size)  # a wrong one would answer nonsense, quietly
     if config.get("template", "plain") == "plain":
@@ -268,7 +269,7 @@ def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000, bat
         patches, embeds, mask = vlm.encode(m["pixels"]), vlm.llm.embed(m["caption_ids"]), m["caption_mask"]
         image.append(losses.pool_patches(patches))
         text.append(losses.pool_caption(embeds, mask))
-        keys.append(m["caption_keys"])
+        keys.append(m["keys"][:, 0])
         batches += [(patches, embeds, mask)] if start < 100 else []  # of all, these would be gigabytes
     if len(torch.cat(keys).unique()) < 2:
         raise ValueError(f"{file}: needs at least two different captions")

@@ -36,12 +36,16 @@ balance of the losses does not depend on the number of GPUs.
 Read next: data.py; then train.py, which adds the losses up.
 """
 
+import gc
 import math
+import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 CONTRASTIVE = {"none": (), "patch": ("patch",), "prompt": ("prompt",), "both": ("patch", "prompt")}
 
@@ -135,15 +139,22 @@ def prompt_vectors(vlm, micro_batches, image_states) -> tuple:
     return torch.cat(image), torch.cat(text)
 
 
-class ContrastiveScale(nn.Module):
-    """The learnable inverse temperature of CLIP (section 2.5): exp(log_scale), from 1/0.07 and at most 100.
+class ContrastiveTerm(nn.Module):
+    """What a contrastive loss carries from step to step: its temperature and its weight.
 
-    The parameter is the logarithm, in fp32, and takes no weight decay. `clamp_` after every optimizer step.
+    The temperature is CLIP's (section 2.5): a learnable scale of the similarities, exp(log_scale), from
+    1/0.07 and at most 100. The parameter is the logarithm, in fp32, and takes no weight decay. `clamp_` after
+    every optimizer step.
+
+    The weight: `weight` itself, as the papers write it, or, with a `share` above 0, whatever makes the
+    gradient of this loss that share of the captioning loss's (see "The balance").
     """
 
-    def __init__(self):
+    def __init__(self, weight: float = 1.0, share: float = 0.0):
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.fixed_weight, self.share = weight, share
+        self.squares = [0.0, 0.0]  # of the captioning loss's gradient and of our own: moving averages
 
     def forward(self):
         return self.log_scale.exp()
@@ -152,25 +163,35 @@ class ContrastiveScale(nn.Module):
     def clamp_(self):
         self.log_scale.clamp_(0, math.log(100))
 
+    def measure(self, generative: float, own: float):
+        """Take in the squared norms of the two gradients at the cut, own as of weight 1."""
+        if math.isfinite(generative + own):  # a float16 step that overflows teaches nothing
+            self.squares = [0.9 * old + 0.1 * new for old, new in zip(self.squares, (generative, own))]
+
+    def weight(self) -> float:
+        """To multiply this loss with. Both averages start at 0, so their ratio is unbiased from the first."""
+        generative, own = self.squares
+        return self.share * math.sqrt(generative / own) if self.share and own else self.fixed_weight
+
 
 def contrastive_loss(image, text, scale, keys):
     """This rank's shares of the symmetric InfoNCE over the global batch, in nats, and of its retrieval
     accuracy.
 
     image (B, C), text (B, C): row i of one belongs to row i of the other; `scale` multiplies their products.
-    `keys` (B,) int64 identify captions: two rows with one key describe both images equally well and are not
-    negatives of each other. Local rows meet the columns of all ranks, B x WB products a rank. The accuracy is
-    the part of images whose most similar caption is their own (R@1).
+    `keys` (B, K) int64 identify captions and images: two rows that share any key describe both images equally
+    well, or show the same one, and are no negatives of each other. Local rows meet the columns of all ranks,
+    B x WB products a rank. The accuracy is the part of images whose most similar caption is their own (R@1).
     """
     B, C = image.shape
-    all_image, all_text, all_keys = gather(image), gather(text), gather(keys)  # (WB, C), (WB, C), (WB,)
+    all_image, all_text, all_keys = gather(image), gather(text), gather(keys)  # (WB, C), (WB, C), (WB, K)
     rows = torch.arange(B, device=image.device)
     own = rank() * B + rows  # (B,) where our own pairs stand among all
     image_to_text = scale * image @ all_text.T  # (B, WB)
     text_to_image = scale * text @ all_image.T  # (B, WB)
 
-    # An equal caption elsewhere in the batch is no negative. A pair's own place stays: it is the positive.
-    false_negative = keys[:, None] == all_keys[None]  # (B, WB)
+    # An equal caption or image elsewhere in the batch is no negative. A pair's own place stays: the positive.
+    false_negative = (keys[:, None] == all_keys[None]).any(-1)  # (B, WB)
     false_negative[rows, own] = False
     image_to_text = image_to_text.masked_fill(false_negative, -torch.inf)
     text_to_image = text_to_image.masked_fill(false_negative, -torch.inf)
@@ -179,6 +200,108 @@ def contrastive_loss(image, text, scale, keys):
             + F.cross_entropy(text_to_image, own, reduction="sum"))
     correct = (image_to_text.argmax(1) == own).sum()
     return loss / (2 * len(all_keys)), correct / len(all_keys)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The balance. Both papers write a plain sum. On real towers it is lopsided: with SmolLM2-135M and
+# DINOv2-small the patch loss's gradient is 0.003 of the captioning loss's at the first step, and at weight 1
+# it learns nothing; on the toy world it is 0.06. A weight does not travel between towers, a share of the
+# gradient does. The two meet at the cut behind the projector: there their gradients are measured, weighted
+# and added. That, and the share as an option, are ours.
+
+MEASURE_EVERY = 50  # steps, with the prompted loss: its gradient at the cut takes a backward of its own
+
+def contrast(vlm, micro_batches, terms, cuts: dict, amplified: float) -> tuple:
+    """The contrastive losses of a step, and their gradients, `amplified`, back to the cuts.
+
+    `cuts` {loss: [tensor of each micro-batch that its image vectors come from]}. Returns this rank's shares
+    {loss, loss_retrieval}; {loss: [gradient at each cut]}; {loss: gradient of its log_scale}. Unweighted.
+    """
+    keys = torch.cat([m["keys"] for m in micro_batches])  # (B, 2)
+    shares, at_cut, of_scale = {}, {}, {}
+    for name, cut in cuts.items():
+        vectors = {"patch": patch_vectors, "prompt": prompt_vectors}[name]
+        loss, accuracy = contrastive_loss(*vectors(vlm, micro_batches, cut), terms[name](), keys)
+        shares |= {name: loss.detach(), f"{name}_retrieval": accuracy}
+        *at_cut[name], of_scale[name] = torch.autograd.grad(amplified * loss, [*cut, terms[name].log_scale])
+    return shares, at_cut, of_scale
+
+
+@torch.no_grad()
+def products(at_cut: dict) -> dict:
+    """Squared norms of the gradients {loss: [(I, N, C) of each micro-batch]} at the cut, and their products
+    with the captioning loss's: this rank's shares, {"patch_square": scalar, "patch_product": ...}."""
+    sums = {}
+    for name, parts in at_cut.items():
+        if parts:
+            norms = [torch.linalg.vector_norm(part, dtype=at_least_fp32(part).dtype) for part in parts]
+            sums[f"{name}_square"] = sum(norm**2 for norm in norms)
+        if parts and name != "generative" and at_cut["generative"]:
+            pairs = zip(parts, at_cut["generative"])
+            sums[f"{name}_product"] = sum((at_least_fp32(a) * at_least_fp32(b)).sum() for a, b in pairs)
+    return sums
+
+
+@torch.no_grad()
+def weighted_sum(gradients: list, at_cut: dict, weights: dict) -> list:
+    """The gradient of the weighted sum of all losses at the cut, one for each micro-batch. `gradients` are
+    those that have come through the LLM, None where nothing has; they are added to in place."""
+    for name, weight in weights.items():
+        for i, part in enumerate(at_cut.get(name, ())):
+            has = gradients[i] is not None
+            gradients[i] = gradients[i].add_(part, alpha=weight) if has else weight * part
+    return gradients
+
+
+@torch.no_grad()
+def norms(vlm, micro_batches, patches) -> dict:
+    """Summed norms of projected patches and of the answers' word embeddings, and how many: shares. Cosines
+    do not see the gap between the two (arXiv 2512.08374)."""
+    sums = dict.fromkeys(("projected_norm", "projected", "word_norm", "words"), 0)
+    for m, p in zip(micro_batches, patches):
+        words = vlm.llm.embed(m["caption_ids"])  # (B, T, C)
+        has_image = (m["ids"] == vlm.image_token_id).any()  # else the patches are a dummy's
+        for name, count, vectors, counts in (("projected_norm", "projected", p, has_image),
+                                             ("word_norm", "words", words, m["caption_mask"])):
+            lengths = torch.linalg.vector_norm(vectors, dim=-1, dtype=at_least_fp32(vectors).dtype)
+            sums[name] += (lengths * counts).sum()
+            sums[count] += counts.expand_as(lengths).sum()
+    return sums
+
+
+def figures(sums: dict, terms, amplified: float, batch: int) -> dict:
+    """What the log shows of a step's sums over all ranks; also tells each term how large the gradients are.
+
+    generative, patch, prompt   the losses, in nats; NAME_retrieval the part of images that find their caption
+    NAME_grad       norm of the loss's gradient at the cut, as of weight 1 (gradients came `amplified`)
+    NAME_weight     what the loss is multiplied with
+    NAME_ratio      norm of the weighted gradient over that of the captioning loss's; None: not measured
+    NAME_cosine     between the two gradients
+    NAME_relative   loss / ln(batch): 1 is what knowing nothing costs
+    projected_norm, word_norm   mean norms of projected patches and of the answers' word embeddings
+    """
+    line = {"projected_norm": ratio(sums["projected_norm"], sums["projected"]),
+            "word_norm": ratio(sums["word_norm"], sums["words"])}
+    for name in ("generative", *terms):
+        line |= {key: sums[key] for key in (name, f"{name}_retrieval") if key in sums}
+        if f"{name}_square" in sums:
+            line[f"{name}_grad"] = math.sqrt(sums[f"{name}_square"]) / amplified
+    captioning = line.get("generative_grad")
+    for name, term in terms.items():
+        own = line.get(f"{name}_grad")
+        if captioning is not None and own is not None:
+            term.measure(captioning**2, own**2)
+            line[f"{name}_ratio"] = ratio(term.weight() * own, captioning)
+            line[f"{name}_cosine"] = ratio(sums[f"{name}_product"] / amplified**2, captioning * own)
+        if name in sums:
+            line[f"{name}_relative"] = ratio(sums[name], math.log(batch))
+        line[f"{name}_weight"] = term.weight() if "generative" in sums else 1.0  # alone, in contrast first
+    parts = [line.get("generative", 0.0)] + [line[f"{name}_weight"] * line.get(name, 0.0) for name in terms]
+    return line | {"loss": sum(parts)}
+
+
+def ratio(a: float, b: float) -> float | None:
+    return a / b if b else None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,9 +320,38 @@ def barrier():
         dist.barrier()
 
 
+def start_ranks() -> torch.device:
+    """Join the process group if torchrun made one; return this rank's device. A CPU is the slowest GPU."""
+    local_ranks, is_cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if is_cuda else torch.device("cpu")
+    if is_cuda and local_ranks > torch.cuda.device_count():
+        raise ValueError(f"{local_ranks} ranks on this machine, {torch.cuda.device_count()} GPUs")
+    if is_cuda:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // local_ranks))
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if is_cuda else "gloo", device_id=device if is_cuda else None,
+                                timeout=timedelta(hours=1))  # one rank may be reading or writing 13 GB alone
+    return device
+
+
+def leave_ranks():
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        gc.collect()  # what still holds a message's end: else, two of eight processes aborted at exit
+        dist.destroy_process_group()
+
+
+def say(*words):
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, words)))  # not through the progress bar
+
+
 def sum_over_ranks(values, device) -> list:
-    """Element-wise sum of a list of numbers over all ranks, in fp64."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
+    """Element-wise sum of a list of numbers or scalar tensors over all ranks, in fp64; one wait for the
+    GPU."""
+    total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
     if world_size() > 1:
         dist.all_reduce(total)
     return total.tolist()

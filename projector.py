@@ -113,9 +113,10 @@ class VLM(nn.Module):
         return self.projector.num_tokens  # N
 
     def encode(self, pixels):
-        """Projected patches: (B, 3, H, W) -> (B, N, C). The ViT is frozen in every stage."""
+        """Projected patches: (B, 3, H, W) -> (B, N, C). The ViT is frozen in every stage; where its features
+        (B, P, D) are known already, they take the place of the pixels."""
         with torch.no_grad():
-            features = self.vit(pixels)  # (B, P, D)
+            features = self.vit(pixels) if pixels.ndim == 4 else pixels  # (B, P, D)
         return self.projector(features)  # (B, N, C)
 
     def splice(self, ids, patches):
@@ -190,8 +191,10 @@ class VLM(nn.Module):
         export_llava(self, Path(folder))
 
 
-def choose_dtype(device) -> torch.dtype:
-    """Of weights and activations: fp32 on a CPU; bf16 where the GPU has it; fp16 on older ones."""
+def choose_dtype(device, name: str = "") -> torch.dtype:
+    """Of weights and activations: the one named; else fp32 on a CPU, bf16 where the GPU has it, or fp16."""
+    if name:
+        return getattr(torch, name)
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

@@ -16,7 +16,6 @@ Read next: eval.py, which asks the trained model.
 """
 
 import argparse
-import gc
 import itertools
 import json
 import math
@@ -28,7 +27,6 @@ import sys
 import time
 import weakref
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +38,7 @@ from tqdm import tqdm
 import data
 import losses
 from llm import LLM, load_llm_config
-from losses import barrier, rank, sum_over_ranks, world_size
+from losses import barrier, leave_ranks, rank, say, start_ranks, sum_over_ranks, world_size
 from projector import VLM, choose_dtype
 from vit import ViT, load_vit_config, read_json
 
@@ -67,6 +65,8 @@ class Config:
     llm: str = option("", "language tower: a folder or a Hub id")
     projector: str = option("mlp2x_gelu", "the bridge: linear, mlpKx_gelu, pixel_shuffle or resampler")
     feature_layer: int = option(-2, "the ViT's hidden state to project")
+    dtype: str = option("", "of weights and activations; empty: bfloat16 or float16 with CUDA, else float32",
+                        ("", "float32", "bfloat16", "float16"))
     annotations: str = option("", "LLaVA JSON of this stage", heading="the data")
     images: str = option("", "folder below which its images lie")
     benchmarks: str = option("", "folder below which eval.py looks for ScienceQA, POPE, MME and captions")
@@ -76,13 +76,17 @@ class Config:
     max_length: int = option(2048, "most tokens in a row, image included; the rest is cut off")
     workers: int = option(0, "loader processes on each rank")
     cache: bool = option(False, "keep every sample in memory once it was read: for small data")
+    features: str = option("", "file that keeps the ViT's features of all images, made once; for small data")
     contrastive: str = option("none", "align: the loss beside the captioning loss", (*losses.CONTRASTIVE,),
                               heading="the losses")
     contrastive_weight: float = option(1.0, "total = generative + weight * contrastive")
+    contrastive_balance: float = option(0.0, "instead: the weight that makes the contrastive gradient this "
+                                        "share of the captioning loss's, behind the projector; 0: off")
+    contrastive_first: int = option(0, "steps of the patch loss alone, without the LLM, before all others")
     prompt: str = option("", f"before the caption, and the prompt loss's: {', '.join(data.PROMPTS)}, or "
                          "'after the image | after the caption' (empty: describe with that loss, else none)")
     epochs: float = option(1.0, "passes over the records", heading="the steps")
-    steps: int = option(0, "number of steps; 0: as many as the epochs need")
+    steps: int = option(0, "steps with the captioning loss; 0: as many as the epochs need")
     batch: int = option(64, "samples in a step, over all ranks and micro-batches")
     micro_batch: int = option(64, "most samples of a rank in one pass of the LLM")
     lr: float = option(1e-3, "peak learning rate: linear warm-up, then cosine to zero")
@@ -155,10 +159,16 @@ def configure(stage: str, given: dict) -> Config:
         raise ValueError("a prompt, and its loss, need --template plain: an image, the prompt, a caption")
     if config.prompt not in data.PROMPTS and config.prompt.count(" | ") != 1:
         raise ValueError(f"--prompt {config.prompt!r}: not {', '.join(data.PROMPTS)}, nor 'text | text'")
-    if min(config.batch, config.micro_batch, config.epochs) <= 0 or min(config.steps, config.save_every) < 0:
-        raise ValueError("--batch, --micro_batch, --epochs must be above 0, --steps, --save_every not below")
-    if min(config.lr, config.clip, config.weight_decay, config.contrastive_weight, config.warmup_ratio) < 0:
-        raise ValueError("--lr, --clip, --weight_decay, --contrastive_weight, --warmup_ratio: not below 0")
+    for name, value in asdict(config).items():
+        is_number = type(value) in (int, float) and name != "feature_layer"
+        if is_number and not 0 <= value < math.inf:
+            raise ValueError(f"--{name} is {value}; it must be a number from 0 up")
+    if min(config.batch, config.micro_batch, config.epochs) == 0:
+        raise ValueError("--batch, --micro_batch and --epochs must be above 0")
+    if config.contrastive_balance and config.contrastive == "none":
+        raise ValueError("--contrastive_balance: nothing to balance with --contrastive none")
+    if config.contrastive_first and "patch" not in losses.CONTRASTIVE[config.contrastive]:
+        raise ValueError("--contrastive_first needs the patch loss: --contrastive patch or both")
     config.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
     config.out = config.out or f"runs/{preset}/{stage}"
     config.init = config.init or (f"runs/{preset}/align" if stage == "instruct" else "")
@@ -166,38 +176,7 @@ def configure(stage: str, given: dict) -> Config:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Where to do it: ranks and device. One process is rank 0 of 1, a CPU is the slowest GPU.
-
-def start_ranks() -> torch.device:
-    """Join the process group if torchrun made one; return this rank's device."""
-    local_ranks, is_cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if is_cuda else torch.device("cpu")
-    if is_cuda and local_ranks > torch.cuda.device_count():
-        raise ValueError(f"{local_ranks} ranks on this machine, {torch.cuda.device_count()} GPUs")
-    if is_cuda:
-        torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, os.cpu_count() // local_ranks))
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if is_cuda else "gloo", device_id=device if is_cuda else None,
-                                timeout=timedelta(hours=1))  # one rank may be reading or writing 13 GB alone
-    return device
-
-
-def leave_ranks():
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        gc.collect()  # what still holds a message's end: else, two of eight processes aborted at exit
-        dist.destroy_process_group()
-
-
-def say(*words):
-    if rank() == 0:
-        tqdm.write(" ".join(map(str, words)))  # not through the progress bar
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 3. Data parallelism and AdamW, by hand
+# 2. Data parallelism and AdamW, by hand
 
 class Bucket:
     """Some parameters of one dtype, laid end to end in flat buffers that are padded to a multiple of W.
@@ -400,7 +379,9 @@ class DataParallelAdamW:
 
 def learning_rate(step: int, steps: int, config) -> float:
     """Linear from 0 over ceil(warmup_ratio * steps), then half a cosine to 0. Step 0 has rate 0, as
-    LLaVA's."""
+    LLaVA's. Contrast first is a run of its own: its steps have a warm-up and a cosine to themselves."""
+    first = config.contrastive_first
+    step, steps = (step, first) if step < first else (step - first, steps - first)
     warmup = math.ceil(config.warmup_ratio * steps)
     if step < warmup:
         return config.lr * step / warmup
@@ -408,7 +389,7 @@ def learning_rate(step: int, steps: int, config) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. Gradient checkpointing, by hand
+# 3. Gradient checkpointing, by hand
 
 def checkpointed(function):
     """`function`, keeping only its arguments for backward: the rest is computed again when backward first
@@ -467,7 +448,7 @@ def checkpoint_blocks(blocks, which: str):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. The model of a stage: what is loaded, what learns, and what it will take
+# 4. The model of a stage: what is loaded, what learns, and what it will take
 
 def choose_learning(config, vlm) -> VLM:
     """The stages in one place: align trains the projector, instruct it and the LLM, nobody the ViT."""
@@ -500,11 +481,12 @@ def load_model(config, device, dtype) -> VLM:
 
 
 def build_optimizer(config, vlm, device) -> tuple:
-    """(optimizer, scales): AdamW over all that learns, and a temperature for each contrastive loss."""
-    terms = losses.CONTRASTIVE[config.contrastive]
-    scales = nn.ModuleDict({name: losses.ContrastiveScale() for name in terms})
-    learning = [p for p in [*vlm.parameters(), *scales.to(device).parameters()] if p.requires_grad]
-    return DataParallelAdamW(learning, config.weight_decay, config.clip, shard=config.shard), scales
+    """(optimizer, terms): AdamW over all that learns, and temperature and weight of each contrastive loss."""
+    terms = nn.ModuleDict()
+    for name in losses.CONTRASTIVE[config.contrastive]:
+        terms[name] = losses.ContrastiveTerm(config.contrastive_weight, config.contrastive_balance)
+    learning = [p for p in [*vlm.parameters(), *terms.to(device).parameters()] if p.requires_grad]
+    return DataParallelAdamW(learning, config.weight_decay, config.clip, shard=config.shard), terms
 
 
 TEXT_TOKENS = {"align": 20, "instruct": 250}  # of a typical sample of LLaVA's two data sets, beside its image
@@ -529,7 +511,8 @@ def memory_sum(config, vlm, dtype) -> dict:
     blocks = c.num_hidden_layers * (whole * block + (1 - whole) * tokens * c.hidden_size * e)
     logits = size * TEXT_TOKENS[config.stage] * c.vocab_size * 12  # in fp32, their gradient, and once more
     held = parts if "prompt" in losses.CONTRASTIVE[config.contrastive] else 1  # passes that await backward
-    patches = 4 * size * parts * vlm.num_image_tokens * c.hidden_size * e  # patches, leaves, their gradients
+    copies = 4 + len(losses.CONTRASTIVE[config.contrastive])  # patches, leaves, a gradient of each loss
+    patches = copies * size * parts * vlm.num_image_tokens * c.hidden_size * e
     largest = max(2**22, *(p.numel() for p in vlm.parameters() if p.requires_grad))  # elements of a bucket
     kept = learning * (8 if e == 4 else 12) / ranks  # two moments and, unless the weights are fp32, a master
     sums = {"weights": count_weights(vlm) * e, "masters and moments": kept,
@@ -544,6 +527,11 @@ def print_plan(config, vlm, device, dtype, steps):
     why = "a GPU" if torch.cuda.is_available() else "no GPU"
     say(f"\nstage {config.stage}, preset {config.preset} ({why} here): {steps} steps of {config.batch} on "
         f"{world_size()} rank(s) in micro-batches of {size}; contrastive loss: {config.contrastive}")
+    if config.contrastive_first:
+        row = row_length(config, vlm)
+        vit = 2 * count_weights(vlm.vit) * vlm.vit.num_patches + 6 * count_weights(vlm.projector) * row
+        say(f"{config.contrastive_first} of them first, with the patch loss alone: without the LLM, "
+            f"{vit / (vit + 4 * count_weights(vlm.llm) * row):.1%} of the operations of a captioning step")
     if config.preset == "small":
         say("the learning rates of this preset are a guess: nobody has tuned them")
     say(f"{'module':<12}{'parameters':>16}{'learning':>16}  source")
@@ -562,7 +550,7 @@ def print_plan(config, vlm, device, dtype, steps):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. The data of a stage: which records make which step
+# 5. The data of a stage is there, or it is said how to get it
 
 def ensure_data(config):
     """The toy world is made, by one rank, where it is missing; for other data, FileNotFoundError."""
@@ -581,51 +569,26 @@ def ensure_data(config):
                                 f"{config.images}); or take --preset tiny, or --dry_run with any preset")
 
 
-def load_samples(config, vlm) -> data.Conversations:
-    """The records of this stage, checked."""
-    tokenizer = data.load_tokenizer(config.llm)
-    data.check_vocabulary(tokenizer, vlm.llm.config.vocab_size)
-    prompts = data.PROMPTS.get(config.prompt) or config.prompt.split(" | ")
-    if tokenizer.unk_token_id in tokenizer(" ".join(prompts), add_special_tokens=False).input_ids:
-        say(f"the LLM does not know every word of the prompts {prompts}")
-    if "prompt" not in losses.CONTRASTIVE[config.contrastive]:
-        prompts = prompts[0], None
-    return data.Conversations(data.load_records(config.annotations), config.images, tokenizer,
-                              config.template, vlm.vit.config, config.fit, prompts, config.cache)
-
-
-def make_loader(config, samples, vlm, start, steps, device):
-    """A DataLoader over this rank's micro-batches, from step `start` on."""
-    to_batch = partial(data.collate, num_image_tokens=vlm.num_image_tokens, image_token_id=vlm.image_token_id,
-                       pad_id=samples.pad_id, image_size=vlm.vit.config.image_size,
-                       max_length=min(config.max_length, vlm.llm.config.max_position_embeddings))
-    mine = data.micro_batches(config, samples.lengths(), steps, rank(), world_size())
-    mine = mine[start * data.split_batch(config, world_size())[1] :]
-    return torch.utils.data.DataLoader(
-        samples, batch_sampler=mine, collate_fn=to_batch, num_workers=config.workers,
-        pin_memory=device.type == "cuda", persistent_workers=config.workers > 0,
-        generator=torch.Generator().manual_seed(config.seed))  # its own: the run's random state is not for it
-
-
 # ------------------------------------------------------------------------------------------------------------
-# 7. One step
+# 6. One step
 
-def train_step(vlm, scales, optimizer, micro_batches, config, lr) -> dict:
+def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict:
     """One update from the micro-batches of this rank; returns what the log shows.
 
     The gradient is that of one process with the whole batch in one piece: every loss is divided by a count
     over the *whole step*, and a contrastive loss sees the images of all micro-batches at once. That costs the
-    projected patches of a rank's batch, held in memory for the length of the step; and, for the prompted
-    loss, whose image vectors come out of the LLM, what the LLM keeps for the backward of all micro-batches.
+    projected patches of a rank's batch, held for the length of the step; and, for the prompted loss, whose
+    image vectors come out of the LLM, what the LLM keeps for the backward of all micro-batches.
     """
     # 1. Count, over all ranks and micro-batches, what the generative loss is divided by.
-    device = vlm.llm.head_weight.device
+    device, amplified = vlm.llm.head_weight.device, optimizer.loss_scale
     tokens, = sum_over_ranks([sum(losses.count_supervised(m["labels"]) for m in micro_batches)], device)
     if tokens == 0:
         raise ValueError("no token of this step carries loss")
     micro_batches = [data.to_device(m, device) for m in micro_batches]
-    if len(scales) and not all((m["ids"] == vlm.image_token_id).any(1).all() for m in micro_batches):
+    if len(terms) and not all((m["ids"] == vlm.image_token_id).any(1).all() for m in micro_batches):
         raise ValueError("the contrastive loss pairs each caption with one image; a record here has none")
+    with_llm = step >= config.contrastive_first  # before: the patch loss alone, and no pass of the LLM
 
     # 2. Image -> ViT -> projector, for all micro-batches. The graph is cut behind the projector: `leaves` are
     #    detached copies where every loss leaves its gradient, so the projector's backward runs once for all.
@@ -635,56 +598,56 @@ def train_step(vlm, scales, optimizer, micro_batches, config, lr) -> dict:
         leaves.append(patches[-1].detach().requires_grad_())
 
     # 3. The prompted loss compares what the LLM makes of *all* images of the step: with it, and only then,
-    # all captioning passes come before the first backward, and their graph is cut at the image vectors.
-    captioned, image_states = [], []
-    for m, leaf in zip(micro_batches, leaves) if "prompt" in scales else ():
+    #    all captioning passes come before the first backward, and their graph is cut at the image vectors.
+    captioned, states = [], []
+    for m, leaf in zip(micro_batches, leaves) if with_llm and "prompt" in terms else ():
         captioned.append(losses.caption_pass(vlm, m, leaf))
-        image_states.append(captioned[-1][1].detach().requires_grad_())  # (B, C)
+        states.append(captioned[-1][1].detach().requires_grad_())  # (B, C)
 
     # 4. The contrastive losses, over all images and captions of the step; backward as far as the cuts.
-    keys = torch.cat([m["caption_keys"] for m in micro_batches])  # (B,)
-    contrastive = {}  # name: (loss, accuracy), this rank's shares
-    if "patch" in scales:
-        image, text = losses.patch_vectors(vlm, micro_batches, leaves)
-        contrastive["patch"] = losses.contrastive_loss(image, text, scales["patch"](), keys)
-    if "prompt" in scales:
-        image, text = losses.prompt_vectors(vlm, micro_batches, image_states)
-        contrastive["prompt"] = losses.contrastive_loss(image, text, scales["prompt"](), keys)
-    if contrastive:
-        total = sum(loss for loss, _ in contrastive.values())
-        (optimizer.loss_scale * config.contrastive_weight * total).backward()
+    cuts = {name: cut for name, cut in (("patch", leaves), ("prompt", states)) if name in terms and cut}
+    shares, at_cut, of_scale = losses.contrast(vlm, micro_batches, terms, cuts, amplified)
 
-    # 5. Patches -> LLM -> generative loss, and its backward, one micro-batch after another; then the
-    # projector's. What the prompted loss left at its cut goes back through the LLM in the same sweep.
-    generative = 0.0
-    for i, m in enumerate(micro_batches):
-        loss, image_state = captioned[i] if captioned else losses.caption_pass(vlm, m, leaves[i])
+    # 5. Patches -> LLM -> generative loss, and back to the cut, one micro-batch after another. What the
+    #    prompted loss left at its own cut takes the same way back, in the same sweep; in one of its own where
+    #    it is to be measured.
+    is_measured = with_llm and (not captioned or step % losses.MEASURE_EVERY == 0)
+    of_states, at_cut["prompt"] = at_cut.pop("prompt", []), []
+    for i, m in enumerate(micro_batches) if with_llm else ():
+        loss, state = captioned[i] if captioned else losses.caption_pass(vlm, m, leaves[i])
         if i == len(micro_batches) - 1:
             optimizer.last_backward()
-        ends = [optimizer.loss_scale * loss / tokens] + ([image_state] if captioned else [])
-        torch.autograd.backward(ends, [None] + ([image_states[i].grad] if captioned else []))
-        patches[i].backward(leaves[i].grad)
-        generative += loss.detach() / tokens
+        ends, given = [amplified * loss / tokens], [None]
+        if captioned and is_measured:
+            at_cut["prompt"] += torch.autograd.grad(state, leaves[i], of_states[i], retain_graph=True)
+        elif captioned:
+            ends, given = [*ends, state], [None, terms["prompt"].weight() * of_states[i]]
+        torch.autograd.backward(ends, given)
+        shares["generative"] = shares.get("generative", 0.0) + loss.detach() / tokens
 
-    # 6. Sum over ranks, clip, update.
+    # 6. At the cut: measure, over all ranks, what each loss left there; weigh it, add it up, and go on
+    # through the projector.
+    at_cut["generative"] = [leaf.grad for leaf in leaves if is_measured]
+    shares |= losses.norms(vlm, micro_batches, leaves) | losses.products(at_cut)
+    sums = dict(zip(shares, sum_over_ranks(list(shares.values()), device)))
+    line = losses.figures(sums, terms, amplified, config.batch)
+    weights = {name: line[f"{name}_weight"] for name in terms}
+    given = losses.weighted_sum([leaf.grad for leaf in leaves], at_cut, weights)
+    given += [weights[name] * gradient for name, gradient in of_scale.items()]
+    torch.autograd.backward([*patches, *(terms[name].log_scale for name in of_scale)], given)
+
+    # 7. Sum over ranks, clip, update. A float16 step that was skipped has no norm.
     norm = optimizer.step(lr)
-    for scale in scales.values():
-        scale.clamp_()
-
-    # 7. What the log shows, of the whole step. A float16 step that was skipped has no norm.
-    shares = {"generative": generative.item()}
-    for name, (loss, accuracy) in contrastive.items():
-        shares |= {name: loss.item(), f"{name}_retrieval": accuracy.item()}
-    line = dict(zip(shares, sum_over_ranks(list(shares.values()), device)))
-    line["loss"] = line["generative"] + config.contrastive_weight * sum(line[name] for name in contrastive)
-    line |= {f"{name}_scale": scale().item() for name, scale in scales.items()}
+    for name, term in terms.items():
+        term.clamp_()
+        line[f"{name}_scale"] = term().item()
     return line | {"lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "tokens": int(tokens)}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. On disk: a run that was stopped goes on as if it had not been
+# 7. On disk: a run that was stopped goes on as if it had not been
 
-def save_checkpoint(config, step: int, optimizer):
+def save_checkpoint(config, step: int, optimizer, terms):
     """Write OUT/checkpoint-STEP, complete or not at all; keep the last two. Each rank has its own file."""
     final = Path(config.out) / f"checkpoint-{step:07d}"
     partial = final.with_suffix(".partial")
@@ -692,7 +655,8 @@ def save_checkpoint(config, step: int, optimizer):
     partial.mkdir(parents=True, exist_ok=True)  # of a run that was stopped while saving: written over
     with open(partial / f"rank-{rank()}.pt", "wb") as file:
         torch.save({"step": step, "ranks": world_size(), "config": asdict(config),
-                    "optimizer": optimizer.state_dict(), "random": random_state()}, file)
+                    "optimizer": optimizer.state_dict(), "random": random_state(),
+                    "squares": {name: term.squares for name, term in terms.items()}}, file)
         file.flush()
         os.fsync(file.fileno())
     barrier()
@@ -707,7 +671,7 @@ def save_checkpoint(config, step: int, optimizer):
     barrier()
 
 
-def load_checkpoint(config, optimizer) -> int:
+def load_checkpoint(config, optimizer, terms) -> int:
     """Restore this rank from the run's last checkpoint; return the step to go on with, 0 if there is none."""
     last = max(Path(config.out).glob("checkpoint-???????"), default=None)
     if last is None:
@@ -721,6 +685,8 @@ def load_checkpoint(config, optimizer) -> int:
     state = torch.load(last / f"rank-{rank()}.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     set_random_state(state["random"])
+    for name, term in terms.items():
+        term.squares = state["squares"][name]
     say(f"resumed from {last}: step {state['step']}")
     return state["step"]
 
@@ -756,31 +722,43 @@ def set_last_run(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9. A stage: everything above, in order; and the command line
+# 8. A stage: everything above, in order; and the command line
 
 def train_stage(config: Config, device):
     """Run align or instruct, from the files on disk to the run directory `config.out`."""
     ensure_data(config)
-    dtype, began = choose_dtype(device), time.time()
+    dtype, began = choose_dtype(device, config.dtype), time.time()
     plan = outline(config, load_vit_config(config.vit), load_llm_config(config.llm))
-    samples = load_samples(config, plan)
+    samples = data.load_samples(config, plan)
     steps = data.count_steps(config, len(samples))
     print_plan(config, plan, device, dtype, steps)
     vlm = load_model(config, device, dtype)
-    optimizer, scales = build_optimizer(config, vlm, device)
-    start = load_checkpoint(config, optimizer) if config.resume else 0
-    loader = iter(make_loader(config, samples, vlm, start, steps, device))
+    for is_turn in (rank() == 0, True) if config.features else ():  # one rank makes the file, all read it
+        if is_turn:
+            samples.features = data.feature_file(config, samples, vlm.vit, device)
+        barrier()
+    optimizer, terms = build_optimizer(config, vlm, device)
+    start = load_checkpoint(config, optimizer, terms) if config.resume else 0
+    loader = iter(data.make_loader(config, samples, vlm, start, steps, rank(), world_size(), device))
     say("first sample:", repr(data.marked_text(samples[0], samples.tokenizer)))
 
+    knows_nothing = 0  # steps on end
     bar = tqdm(range(start, steps), desc=config.stage, initial=start, total=steps, disable=rank() > 0)
     for step in bar:
         step_began = time.time()
         lr = learning_rate(step, steps, config)
         micro_batches = [next(loader) for _ in range(data.split_batch(config, world_size())[1])]
-        line = {"step": step, **train_step(vlm, scales, optimizer, micro_batches, config, lr)}
+        if step == config.contrastive_first:
+            optimizer.adamw.state.clear()  # moments of a loss whose gradients were a hundredth of these
+        line = {"step": step, **train_step(vlm, terms, optimizer, micro_batches, config, lr, step)}
         line |= {"ms": round(1000 * (time.time() - step_began), 1), "memory_mib": peak_memory(device)}
-        bar.set_postfix({key: f"{line[key]:.3f}" for key in ("generative", *scales)})
-        if step == 0:
+        bar.set_postfix(shown(line, terms))
+        stuck = [name for name in terms if (line.get(f"{name}_relative") or 0) > 0.98]
+        knows_nothing = knows_nothing + 1 if stuck and step > config.warmup_ratio * steps else 0
+        if knows_nothing == 50:
+            say(f"warning: the {stuck[0]} loss has stayed above 0.98 ln(batch) for 50 steps: it learns "
+                "nothing. See its _ratio in log.jsonl, --contrastive_balance and --contrastive_first")
+        if step == config.contrastive_first:
             say(f"first step: {line['tokens']} tokens carry loss; it is {line['generative']:.2f}, "
                 f"a uniform guess {math.log(vlm.llm.config.vocab_size):.2f}")
         if rank() == 0:
@@ -791,12 +769,21 @@ def train_stage(config: Config, device):
             with open(Path(config.out) / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
         if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < steps:
-            save_checkpoint(config, step + 1, optimizer)
+            save_checkpoint(config, step + 1, optimizer, terms)
 
     if rank() == 0:
         seconds = round(time.time() - began, 1)
         save_run(config, vlm, {"stage": config.stage, "steps": steps, "seconds": seconds, "last_step": line})
     barrier()
+
+
+def shown(line: dict, terms) -> dict:
+    """What the progress bar has room for: the losses and, of each contrastive one, its share of the
+    gradient."""
+    keys = ["generative"]
+    for name in terms:
+        keys += [name, f"{name}_ratio"]
+    return {key: f"{line[key]:.3g}" for key in keys if line.get(key) is not None}
 
 
 def peak_memory(device) -> int:
@@ -809,7 +796,8 @@ def peak_memory(device) -> int:
 def run_all(given: dict, device):
     """Align, instruct, and eval.py's ScienceQA before, between and after: what each stage adds."""
     root = Path(given.get("out") or f"runs/{configure('align', given).preset}")
-    others = {"align": ("data_fraction", "init"), "instruct": ("contrastive", "contrastive_weight", "prompt")}
+    of_align = "contrastive", "contrastive_weight", "contrastive_balance", "contrastive_first", "prompt"
+    others = {"align": ("data_fraction", "init"), "instruct": of_align}
     for stage in ("align", "instruct"):  # each without the options that are the other's alone
         options = {key: value for key, value in given.items() if key not in others[stage]}
         where = {"out": str(root / stage), "init": str(root / "align")}

@@ -57,12 +57,12 @@ def pretrain_vit(folder: Path, seed: int, sees_text: bool = True, steps: int = 1
     tokenizer = data.load_tokenizer(folder.parent / "tiny-llm")
     vit, config = ViT(TINY_VIT, feature_layer=-1), Config(lr=2e-3, warmup_ratio=0.1)
     word_vectors, to_image = nn.EmbeddingBag(len(tokenizer), 96), nn.Linear(96, 96)
-    scale = losses.ContrastiveScale()
+    scale = losses.ContrastiveTerm()
     parts = [vit, to_image, scale, word_vectors] if sees_text else [vit, to_image, scale]
     optimizer = DataParallelAdamW(nn.ModuleList(parts).parameters(), clip=1.0)
     for step in (bar := tqdm(range(steps), desc=f"pretrain {folder.name}")):
         chosen = [rng.choice(scenes) for _ in range(batch)]
-        keys = torch.tensor([scenes.index(scene) for scene in chosen])  # one scene is never its own negative
+        keys = torch.tensor([[scenes.index(scene)] for scene in chosen])  # a scene is not its own negative
         image = losses.unit(to_image(vit(pixels_of(chosen, rng)).mean(1)))  # (B, D)
         if sees_text:
             other = losses.unit(caption_means(chosen, tokenizer, word_vectors))  # (B, D)

@@ -304,8 +304,16 @@ def test_equal_captions_have_equal_keys():
     rows = [sample([1, 5, 6], [CONTEXT, ANSWER, ANSWER]),
             sample([1, 1, 5, 6, 2], [CONTEXT, CONTEXT, ANSWER, ANSWER, END]),
             sample([1, 6, 5], [CONTEXT, ANSWER, ANSWER])]
-    keys = data.collate(rows, 3, -200, 0, 8)["caption_keys"]
+    keys = data.collate(rows, 3, -200, 0, 8)["keys"][:, 0]
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_one_image_has_one_key_and_samples_without_a_name_their_own():
+    rows = [sample([1, word], [CONTEXT, ANSWER]) for word in (5, 6, 7, 8)]
+    for row, image in zip(rows, ("a/1.png", "b/1.png", "a/1.png", None)):
+        row["image"] = image
+    keys = data.collate(rows, 3, -200, 0, 8)["keys"]
+    assert keys[0, 1] == keys[2, 1] and len(keys[:, 1].unique()) == 3 and len(keys[:, 0].unique()) == 4
 
 
 def test_subsets_are_nested():
@@ -473,11 +481,22 @@ def test_chat_labels_are_the_answers_and_their_ends(family):
 @pytest.mark.parametrize("caption", ["A red circle", "A red circle.", "A red circle.\n", "It is!"])
 def test_plain_labels_where_a_stop_and_a_newline_are_one_token(family, caption):
     tokenizer = chat_tokenizer(family)
-    ids, roles = data.tokenise(data.plain([("human", data.IMAGE), ("gpt", caption)], None), tokenizer, True)
+    pieces = data.plain([("human", data.IMAGE), ("gpt", caption)], tokenizer)
+    ids, roles = data.tokenise(pieces, tokenizer, True)
     start = roles.index(data.ANSWER)
     assert ids[start - 1] == data.IMAGE_MARKER and set(roles[start:]) <= {data.ANSWER, data.END}
     assert ids[start:] == tokenizer(caption + "\n", add_special_tokens=False).input_ids
     assert (roles[-1] == data.END) == (caption != "A red circle.")  # a token for both
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_image_stands_at_the_first_position(family):
+    tokenizer = chat_tokenizer(family)
+    pieces = data.plain([("human", data.IMAGE), ("gpt", "A red circle.")], tokenizer)
+    ids, roles = data.tokenise(pieces, tokenizer, True)
+    bos = tokenizer("").input_ids
+    assert ids[: ids.index(data.IMAGE_MARKER)] == (bos or tokenizer("\n", add_special_tokens=False).input_ids)
+    assert roles[0] == data.CONTEXT
 
 
 @pytest.mark.parametrize("answer", ["\nA red circle.", "k", "think", " A\n\nred \n"])

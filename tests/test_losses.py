@@ -46,7 +46,7 @@ def test_contrastive_loss_equals_the_triple_loop():
     image_to_text, text_to_image = (scale * s).log_softmax(1), (scale * s).log_softmax(0)
     expected = -sum(image_to_text[i, i] + text_to_image[i, i] for i in range(B)) / (2 * B)
     image, text = losses.pool_patches(patches), losses.pool_caption(embeds, mask)
-    loss, accuracy = losses.contrastive_loss(image, text, torch.tensor(scale), torch.arange(B))
+    loss, accuracy = losses.contrastive_loss(image, text, torch.tensor(scale), torch.arange(B)[:, None])
     assert torch.allclose(loss, expected)
     assert accuracy == sum(s[i].argmax() == i for i in range(B)) / B
     assert torch.allclose(image @ text.T, s, atol=1e-6)  # the identity that spares the triple loop
@@ -62,10 +62,20 @@ def test_an_image_vector_is_read_where_the_caption_begins():
 
 def test_equal_captions_are_not_negatives():
     """Rows 0 and 2 share a caption: the loss is that of the score matrix without the two false negatives."""
-    image, text, keys = torch.randn(4, 8), torch.randn(4, 8), torch.tensor([7, 8, 7, 9])
+    image, text, keys = torch.randn(4, 8), torch.randn(4, 8), torch.tensor([[7], [8], [7], [9]])
     text[2] = text[0]
     s = image @ text.T
     s[0, 2] = s[2, 0] = -math.inf
+    expected = (F.cross_entropy(s, torch.arange(4)) + F.cross_entropy(s.T, torch.arange(4))) / 2
+    assert torch.allclose(losses.contrastive_loss(image, text, torch.tensor(1.0), keys)[0], expected)
+
+
+def test_one_picture_with_two_captions_is_no_negative_of_itself():
+    """Rows 1 and 3 show one image: as with one caption, the loss can fall to nothing."""
+    image, text = torch.randn(4, 8), torch.randn(4, 8)
+    keys = torch.tensor([[0, 5], [1, 6], [2, 7], [3, 6]])
+    s = image @ text.T
+    s[1, 3] = s[3, 1] = -math.inf
     expected = (F.cross_entropy(s, torch.arange(4)) + F.cross_entropy(s.T, torch.arange(4))) / 2
     assert torch.allclose(losses.contrastive_loss(image, text, torch.tensor(1.0), keys)[0], expected)
 
@@ -79,7 +89,7 @@ def test_padding_and_empty_captions():
 
 
 def test_scale_starts_at_clip_and_is_clamped():
-    scale = losses.ContrastiveScale()
+    scale = losses.ContrastiveTerm()
     assert scale().item() == pytest.approx(1 / 0.07)
     for value, clamped in ((9.0, 100.0), (-3.0, 1.0)):
         scale.log_scale.data.fill_(value)
@@ -90,7 +100,7 @@ def test_scale_starts_at_clip_and_is_clamped():
 def test_one_batch_can_be_learned():
     """The loss starts near ln B and falls to almost nothing when the image side is free to move."""
     patches, text = torch.randn(16, 4, 32, requires_grad=True), losses.unit(torch.randn(16, 32))
-    scale, keys, history = losses.ContrastiveScale(), torch.arange(16), []
+    scale, keys, history = losses.ContrastiveTerm(), torch.arange(16)[:, None], []
     optimizer = torch.optim.Adam([patches, *scale.parameters()], lr=0.05)
     for _ in range(60):
         loss, accuracy = losses.contrastive_loss(losses.pool_patches(patches), text, scale(), keys)
@@ -108,13 +118,14 @@ def inputs():
     torch.manual_seed(3)
     patches, embeds = torch.randn(8, 5, 8, dtype=torch.float64), torch.randn(8, 6, 8, dtype=torch.float64)
     mask = torch.arange(6)[None] < torch.randint(1, 7, (8, 1))
-    return patches, embeds, mask, torch.tensor([1, 2, 3, 4, 1, 6, 7, 3])
+    keys = torch.tensor([[1, 2, 3, 4, 1, 6, 7, 3], [0, 1, 2, 3, 4, 5, 1, 7]]).T  # of captions and of images
+    return patches, embeds, mask, keys
 
 
 def gradients(rows) -> tuple:
     """Loss share and the gradients of patches, token embeddings and log-scale for these rows of the batch."""
     patches, embeds, mask, keys = (x[rows] for x in inputs())
-    scale = losses.ContrastiveScale()
+    scale = losses.ContrastiveTerm()
     patches.requires_grad_(), embeds.requires_grad_()
     T = mask.sum(1).max()  # ranks pad their captions to different lengths
     text = losses.pool_caption(embeds[:, :T], mask[:, :T])

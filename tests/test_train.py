@@ -1,6 +1,7 @@
 """The optimizer, data parallelism and checkpointing against PyTorch's own; the step against itself cut up in
 other ways; the script as people run it."""
 
+import copy
 import functools
 import gc
 import io
@@ -22,6 +23,7 @@ from pathlib import Path
 import bench_step
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file
 from torch import nn
@@ -422,7 +424,8 @@ def three_steps(rank, world, folders, options, micro, shard=False, text_only=())
     vlm = train.choose_learning(config, VLM.from_towers(*folders, "mlp2x_gelu", dtype=torch.float64))
     train.checkpoint_blocks(vlm.llm.model.layers, "every")
     terms = losses.CONTRASTIVE[config.contrastive]
-    scales = nn.ModuleDict({name: losses.ContrastiveScale() for name in terms})
+    weight = config.contrastive_weight, config.contrastive_balance
+    scales = nn.ModuleDict({name: losses.ContrastiveTerm(*weight) for name in terms})
     learning = [p for p in [*vlm.parameters(), *scales.double().parameters()] if p.requires_grad]
     optimizer = Recorder(learning, shard=shard)
     template, share = "plain" if config.stage == "align" else "v1", 8 // world
@@ -430,8 +433,8 @@ def three_steps(rank, world, folders, options, micro, shard=False, text_only=())
     mine = samples[rank * share : (rank + 1) * share]
     batches = [collated(mine[i : i + micro]) for i in range(0, share, micro)]
     lines, weights = [], [flat(learning)]
-    for _ in range(3):
-        lines.append(train.train_step(vlm, scales, optimizer, batches, config, lr=1e-3))
+    for step in range(3):
+        lines.append(train.train_step(vlm, scales, optimizer, batches, config, 1e-3, step))
         weights.append(flat(learning))
     return lines, optimizer.gradients[0], weights
 
@@ -450,6 +453,8 @@ def assert_same_steps(one, others):
 
 INSTRUCT = {"stage": "instruct"}
 ALIGN = {name: {"stage": "align", "contrastive": name} for name in losses.CONTRASTIVE}
+ALIGN |= {"balanced": ALIGN["both"] | {"contrastive_balance": 0.3},
+          "first": ALIGN["both"] | {"contrastive_first": 1}}
 whole_batch = functools.lru_cache(lambda folders, name, text_only: three_steps(
     0, 1, folders, ALIGN.get(name, INSTRUCT), 8, text_only=text_only))
 
@@ -459,14 +464,16 @@ whole_batch = functools.lru_cache(lambda folders, name, text_only: three_steps(
 def test_micro_batches_change_nothing(clip_folder, llama_folder, name, micro):
     text_only, folders = (2, 5) if name == "instruct" else (), (clip_folder, llama_folder)
     whole = whole_batch(folders, name, text_only)
-    assert whole[0][0]["grad_norm"] > 0 and whole[0][2]["loss"] < whole[0][0]["loss"]
+    first = 1 if name == "first" else 0  # the first step with all losses
+    assert whole[0][0]["grad_norm"] > 0 and whole[0][2]["loss"] < whole[0][first]["loss"]
     options = ALIGN.get(name, INSTRUCT)
     assert_same_steps(whole, [three_steps(0, 1, folders, options, micro, text_only=text_only)])
 
 
 @pytest.mark.parametrize("name, world, shard", [
     ("patch", 2, False), ("patch", 4, False), ("prompt", 2, False), ("prompt", 4, False), ("both", 2, False),
-    ("both", 4, False), ("instruct", 2, False), ("instruct", 2, True), ("instruct", 4, True)])
+    ("both", 4, False), ("balanced", 2, False), ("balanced", 4, False), ("first", 2, False),
+    ("instruct", 2, False), ("instruct", 2, True), ("instruct", 4, True)])
 def test_ranks_change_nothing(clip_folder, llama_folder, ranks, name, world, shard):
     """Losses, scale, norm and gradients; with micro-batches of 2, equal captions on different ranks,
     checkpointing on, and in the instruct stage a last rank whose batch has no image at all."""
@@ -512,12 +519,74 @@ def test_the_contrastive_loss_needs_an_image_with_each_caption(linear_vlm, llama
     samples = conversation_samples(data.load_tokenizer(llama_folder), "v1", text_only=(3,))[rows]
     optimizer = DataParallelAdamW(linear_vlm.projector.parameters())
     with pytest.raises(ValueError, match="a record here has none"):
-        train.train_step(linear_vlm, {"patch": losses.ContrastiveScale()}, optimizer, [collated(samples)],
+        train.train_step(linear_vlm, {"patch": losses.ContrastiveTerm()}, optimizer, [collated(samples)],
                          Config(stage="align", contrastive="patch"), 1e-3)
 
 
+def first_steps(vlm, folder, steps=1, **options):
+    """(log lines, gradient of the projector in the last step) of steps on one batch of captions."""
+    config = Config(stage="align", batch=8, **options)
+    batch = collated(conversation_samples(data.load_tokenizer(folder), "plain"))
+    vlm = train.choose_learning(config, copy.deepcopy(vlm))
+    terms = nn.ModuleDict({name: losses.ContrastiveTerm(config.contrastive_weight, config.contrastive_balance)
+                           for name in losses.CONTRASTIVE[config.contrastive]})
+    optimizer = Recorder([*vlm.projector.parameters(), *terms.parameters()])
+    lines = [train.train_step(vlm, terms, optimizer, [batch], config, 1e-3, step) for step in range(steps)]
+    return lines, torch.cat(optimizer.gradients[-1])
+
+
+@pytest.mark.parametrize("contrastive", ["patch", "both"])
+def test_the_log_shows_the_gradients_at_the_cut(linear_vlm, llama_folder, contrastive):
+    """Norms, ratio and cosine against gradients taken one loss at a time."""
+    (line,), _ = first_steps(linear_vlm, llama_folder, contrastive=contrastive, contrastive_weight=0.7)
+    m = collated(conversation_samples(data.load_tokenizer(llama_folder), "plain"))
+    cut = linear_vlm.encode(m["pixels"]).detach().requires_grad_()
+    loss, state = losses.caption_pass(linear_vlm, m, cut)
+    scale, vectors = losses.ContrastiveTerm()(), {"patch": losses.patch_vectors(linear_vlm, [m], [cut])}
+    vectors["prompt"] = losses.prompt_vectors(linear_vlm, [m], [state])
+    generative, = torch.autograd.grad(loss / line["tokens"], cut, retain_graph=True)
+    assert line["generative_grad"] == pytest.approx(generative.norm().item(), rel=1e-4)
+    for name in losses.CONTRASTIVE[contrastive]:
+        loss, _ = losses.contrastive_loss(*vectors[name], scale, m["keys"])
+        own, = torch.autograd.grad(loss, cut, retain_graph=True)
+        assert line[f"{name}_grad"] == pytest.approx(own.norm().item(), rel=1e-4)
+        assert line[f"{name}_ratio"] == pytest.approx((0.7 * own.norm() / generative.norm()).item(), rel=1e-4)
+        cosine = F.cosine_similarity(own.flatten(), generative.flatten(), dim=0).item()
+        assert line[f"{name}_cosine"] == pytest.approx(cosine, abs=1e-4)
+        assert line[f"{name}_relative"] == line[name] / math.log(8)
+    assert line["projected_norm"] == pytest.approx(cut.norm(dim=-1).mean().item(), rel=1e-5)
+    words = linear_vlm.llm.embed(m["caption_ids"])[m["caption_mask"]]
+    assert line["word_norm"] == pytest.approx(words.norm(dim=-1).mean().item(), rel=1e-5)
+
+
+def test_the_share_is_met(linear_vlm, llama_folder):
+    """Exactly at the first step, where there is nothing to average; roughly later."""
+    lines, _ = first_steps(linear_vlm, llama_folder, 8, contrastive="both", contrastive_balance=0.3)
+    for name in ("patch", "prompt"):
+        assert lines[0][f"{name}_ratio"] == pytest.approx(0.3, rel=1e-6)
+        assert lines[0][f"{name}_weight"] != pytest.approx(1, rel=0.01)
+    found = [line["patch_ratio"] for line in lines if "patch_ratio" in line]
+    assert all(0.2 < ratio < 0.45 for ratio in found)
+
+
+def test_measuring_the_prompted_loss_does_not_change_the_gradient(linear_vlm, llama_folder, monkeypatch):
+    """A sweep of its own through the LLM, or one together with the captioning loss: the same sum."""
+    gradients = []
+    for every in (1, 2):
+        monkeypatch.setattr(losses, "MEASURE_EVERY", every)
+        gradients.append(first_steps(linear_vlm, llama_folder, 2, contrastive="both")[1])
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_contrast_first_never_runs_the_llm(linear_vlm, llama_folder, monkeypatch):
+    monkeypatch.setattr(LLM, "hidden", None)
+    lines, _ = first_steps(linear_vlm, llama_folder, 2, contrastive="both", contrastive_first=2,
+                           contrastive_weight=0.0)
+    assert lines[1]["patch"] < lines[0]["patch"] == lines[0]["loss"] and "generative" not in lines[0]
+
+
 def test_the_clamp_of_the_scale_holds_in_the_optimizer():
-    scale = losses.ContrastiveScale()
+    scale = losses.ContrastiveTerm()
     optimizer = DataParallelAdamW(scale.parameters())
     for _ in range(3):
         (-1e3 * scale.log_scale).backward()
@@ -656,13 +725,27 @@ def test_own_words_stand_behind_the_image_and_the_caption(world, monkeypatch):
     for contrastive in ("prompt", "none"):
         config = train.configure("align", train.parse_args([*map(str, world[1]), *options, contrastive]))
         vlm = train.outline(config, load_vit_config(config.vit), load_llm_config(config.llm))
-        samples = train.load_samples(config, vlm)
+        samples = data.load_samples(config, vlm)
         caption = samples.records[0]["conversations"][1]["value"]
         seen[contrastive] = sample = samples[0]
         text = samples.tokenizer.decode([i for i in sample["ids"] if i != data.IMAGE_MARKER])
         assert sample["ids"][1] == data.IMAGE_MARKER and text == f"<s> \n What size is it? {caption} \n"
     assert samples.tokenizer.decode(seen["prompt"]["text_ids"]) == f"<s> {caption} \n Where is the shape?"
     assert "text_ids" not in seen["none"]
+
+
+def test_kept_features_change_nothing(world, tmp_path):
+    """A run on the ViT's features from a file, made by it or there already, logs what one on pictures
+    does."""
+    options = ["--stage", "align", "--features", tmp_path / "f.pt", "--out"]
+    trained(world, "--stage", "align", "--out", tmp_path / "pictures")
+    for name in ("made", "read"):
+        trained(world, *options, tmp_path / name)
+        for ours, theirs in zip(log_of(tmp_path / name), log_of(tmp_path / "pictures"), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+    other = ["--feature_layer", "-1", *options, tmp_path / "other"]
+    last = how_it_ends(train.main, world[0], *world[1], *other)
+    assert "f.pt: features made with feature_layer -2, not -1; name another --features" in last
 
 
 def test_loader_workers_change_nothing(world, tmp_path):
@@ -729,7 +812,12 @@ BAD_INPUT = [
     (["--vit", "no/such-tower"], "no/such-tower"),
     (["--images", "/nowhere"], NO_IMAGE),
     (["--data_fraction", "0"], "data_fraction is 0"),
-    (["--steps", "-5"], "--steps, --save_every not below"),
+    (["--steps", "-5"], "--steps is -5; it must be a number from 0 up"),
+    (["--lr", "nan"], "--lr is nan"),
+    (["--batch", "0"], "--batch, --micro_batch and --epochs must be above 0"),
+    (["--contrastive_balance", "-1"], "--contrastive_balance is -1.0; it must be a number from 0 up"),
+    (["--contrastive", "none", "--contrastive_balance", "1"], "nothing to balance with --contrastive none"),
+    (["--contrastive", "prompt", "--contrastive_first", "5"], "--contrastive_first needs the patch loss"),
     (["--contrastive", "prompt", "--template", "v1"], "need --template plain"),
     (["--contrastive", "prompt", "--prompt", "none", "--template", "v1"], "need --template plain"),
     (["--contrastive", "none", "--prompt", "describe", "--template", "v1"], "need --template plain"),
@@ -841,10 +929,13 @@ def stage_of_rank(rank, world, folder, argv):
 
 @pytest.mark.parametrize("stage, world_size", [("align", 1), ("align", 2), ("instruct", 1), ("instruct", 2)])
 def test_killed_and_resumed_equals_uninterrupted(world, both_stages, ranks, tmp_path, stage, world_size):
-    """24 steps = some steps, kill -9, --resume: every logged number and every weight, bit for bit. On two
-    ranks the instruct stage is sharded."""
+    """24 steps or more = some steps, kill -9, --resume: every logged number and every weight, bit for bit. On
+    two ranks the instruct stage is sharded."""
     options = ["--stage", stage, "--epochs", "8", "--save_every", "1", "--checkpointing", "every", "--shard",
-               str(stage == "instruct" and world_size == 2), "--out"]
+               str(stage == "instruct" and world_size == 2)]
+    if stage == "align":  # the kill finds either part, or their border
+        options += ["--contrastive_first", "4", "--contrastive_balance", "0.3"]
+    options += ["--out"]
     launch = ["--nproc_per_node=2", *HERE] if world_size == 2 else []
     killed = start(world, *options, tmp_path / "cut", launch=launch)
     wait_for_checkpoint(tmp_path / "cut")
