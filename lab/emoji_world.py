@@ -391,7 +391,12 @@ def write_smollm2(folder) -> None:
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     write_weights(weights, folder, config)
-    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # transformers takes the start token for the end token, though file and config know better: a chat's
+    # answers end with the latter
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.clean_up_tokenization_spaces = False  # else every reader is warned about it
+    tokenizer.save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------

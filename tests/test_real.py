@@ -63,6 +63,15 @@ def test_greedy_answers_equal_transformers(smollm2):
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
 
 
+def test_its_chat_template_ends_answers(smollm2):
+    """Two rounds: of each answer the words are learned, then the end token."""
+    tokenizer = data.load_tokenizer(smollm2)
+    turns = [("human", "What is it?"), ("gpt", "a lizard"), ("human", "And this?"), ("gpt", "a pear")]
+    ids, roles = data.tokenise(data.chat(turns, tokenizer), tokenizer, False)
+    learned = [token for token, role in zip(ids, roles) if role != data.CONTEXT]
+    assert tokenizer.decode(learned) == "a lizard<|im_end|>a pear<|im_end|>"
+
+
 def test_align_with_it_learns(smollm2, tmp_path):
     """A few steps on the toy world with the tiny ViT: the captioning loss falls; then it is asked in its own
     form."""
