@@ -1,150 +1,198 @@
-"""Compares the losses: the papers' claims in miniature. Every loss x part of the instruction data x seed.
+"""Compares the losses: the papers' claims in miniature. Every recipe x part of the instruction data x seed.
 
-    python -m lab.compare              # some hours on 2 cores; interrupted, the same command goes on
-    python -m lab.compare --quick      # 2 seeds, short runs, no tuning: minutes
-    python -m lab.compare --clip 0.5   # any option of train.py that the comparison does not set itself
+    python -m lab.compare --jobs 2                        # the toy world: many hours on 2 cores
+    python -m lab.compare --size quick                    # 2 seeds, short runs, no tuning: minutes
+    python -m lab.compare --size emoji --world data/emoji # real towers, real pictures: lab/emoji_world.py
+    python -m lab.compare --clip 0.5                      # any option of train.py that is not set here
 
-It trains with train.py's stages, scores with eval.py's benchmarks, and leaves in OUT
+A *recipe* is a way to align: a loss, and how it is weighed. It trains with train.py's stages, scores with
+lab/score.py, and leaves in OUT
 
     cells.jsonl     the scores of every run, one line each; a run whose line is there is not done again
     results.md      the tables; beside it results.json and two charts (lab/report.py)
     runs.log        what the runs printed
 
+Interrupted, the same command goes on. `--jobs` processes of one thread each share the work; the results do
+not depend on their number.
+
 What keeps it fair: the world and the towers were fixed by criteria that look at no alignment
-(lab/pretrain.py). Every loss gets equal data, equal steps and the same small grid of learning rates (times
-weights, where there is a contrastive loss), tuned with a seed of its own on the validation split. Test
-questions choose nothing.
+(lab/pretrain.py). Every recipe gets equal data, equal captioning steps and the same small grid of learning
+rates (times its own strengths), tuned with a seed of its own on the validation split. Test questions choose
+nothing. As contrast first costs steps of its own, "none, longer" has a quarter more.
 """
 
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
-import eval as evaluation
-import losses
 import train
-from lab import toy_world
+from lab import score, toy_world
 from lab.report import report
 from vit import read_json, resolve_model
 
-FULL = dict(seeds=5, budgets=(30, 60, 120, 240), short=60, long=240, epochs=4.0,
-            fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0), lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-            weight=(0.3, 1.0), instruct_lr=(2e-4, 4e-4, 8e-4, 1.6e-3), ablations=5)
-QUICK = dict(seeds=2, budgets=(30, 60), short=30, long=60, epochs=1.0, fractions=(0.1, 1.0), lr=(2e-3,),
-             weight=(1.0,), instruct_lr=(4e-4,), ablations=0)
+# name: the options of the align stage that make the recipe, and those among which its strength is tuned, the
+# first of them where nothing is tuned. `first` takes its steps as a part of the captioning steps.
+RECIPES = {
+    "none": ({}, ({},)),
+    "none, longer": ({"longer": 1.25}, ({},)),
+    "patch": ({"contrastive": "patch"}, ({"contrastive_weight": 1.0}, {"contrastive_weight": 0.3},
+                                         {"contrastive_weight": 3.0})),
+    "prompt": ({"contrastive": "prompt"}, ({"contrastive_weight": 1.0}, {"contrastive_weight": 0.3},
+                                           {"contrastive_weight": 3.0})),
+    "both": ({"contrastive": "both"}, ({"contrastive_weight": 1.0}, {"contrastive_weight": 0.3},
+                                       {"contrastive_weight": 3.0})),
+    "balanced": ({"contrastive": "patch"}, ({"contrastive_balance": 0.3}, {"contrastive_balance": 0.1},
+                                            {"contrastive_balance": 1.0})),
+    "first": ({"contrastive": "patch", "contrastive_weight": 0.0}, ({"first": 4.0}, {"first": 2.0})),
+    "first, held": ({"contrastive": "patch", "contrastive_balance": 0.3}, ({"first": 4.0}, {"first": 2.0})),
+}
+PAPERS = ("none", "patch", "prompt", "both")  # what the papers have; the others are ours
+
+SIZES = {
+    "full": dict(recipes=tuple(RECIPES), seeds=10, budgets=(30, 60, 120, 240), short=60, long=240, epochs=4.0,
+                 fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0), lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+                 instruct_lr=(2e-4, 4e-4, 8e-4, 1.6e-3), ablations=5, tune=True, by_words=False, align={},
+                 instruct={}),
+    "quick": dict(recipes=PAPERS, seeds=2, budgets=(30, 60), short=30, long=60, epochs=1.0,
+                  fractions=(0.1, 1.0), lr=(2e-3,), instruct_lr=(4e-4,), ablations=0, tune=False,
+                  by_words=False, align={}, instruct={}),
+}
+REAL = dict(vit="towers/dinov2-small", llm="towers/smollm2", projector="pixel_shuffle", dtype="bfloat16")
+SIZES["emoji"] = SIZES["quick"] | dict(
+    recipes=tuple(RECIPES), seeds=3, budgets=(70,), short=70, long=70, lr=(1e-3,), instruct_lr=(1e-4,),
+    by_words=True, align=REAL | dict(batch=32, micro_batch=32), instruct=REAL | dict(template="chat"))
 FEW_FRACTIONS = (0.1, 1.0)  # parts of the instruction data after the long alignment, and in tuning
 TUNING_SEED = 1000  # no seed of the comparison itself
-ALL, UNPROMPTED = ("none", "patch", "prompt", "both"), ("none", "patch", "both")
-ABLATIONS = {  # name: (options of the align stage, the losses they are tried with)
-    "as above (MLP, CLIP-like encoder; prompt describe with its loss)": ({}, ALL),
+UNPROMPTED = ("none", "patch", "both")
+ABLATIONS = {  # name: (options of the align stage, the recipes they are tried with)
+    "as above (MLP, CLIP-like encoder; prompt describe with its loss)": ({}, PAPERS),
     "projector linear": (dict(projector="linear"), UNPROMPTED),
     "projector pixel_shuffle (9 tokens an image)": (dict(projector="pixel_shuffle"), UNPROMPTED),
     "projector resampler (9 tokens an image)": (dict(projector="resampler"), UNPROMPTED),
     "encoder that never saw text": (dict(vit="lab/towers/tiny-vit-no-text"), UNPROMPTED),
-    "larger LLM (1.1 M weights, not 0.5)": (dict(llm="lab/towers/tiny-llm-wide"), ALL),
+    "larger LLM (1.1 M weights, not 0.5)": (dict(llm="lab/towers/tiny-llm-wide"), PAPERS),
     "prompt none": (dict(prompt="none"), ("prompt",)),
     "prompt describe in the captioning pass alone": (dict(prompt="describe"), ("none", "patch")),
 }
 OTHER_STAGE = {"align": ("template",), "instruct": ("prompt",)}  # options that are the other stage's alone
 SET_HERE = {"stage", "preset", "annotations", "images", "benchmarks", "init", "seed", "data_fraction",
-            "contrastive", "contrastive_weight", "epochs", "steps", "lr", "save_every", "resume", "dry_run"}
+            "contrastive", "contrastive_weight", "contrastive_balance", "contrastive_first", "epochs",
+            "steps", "lr", "features", "save_every", "resume", "dry_run"}
 
 
-def compare(size: dict, out: Path, world: Path, given: dict, device) -> str:
-    """Train and score what `out` does not hold yet; returns the text of results.md.
+class Setting(NamedTuple):
+    """What every run of one comparison has in common. `size` is one of SIZES, `given` options of train.py,
+    `world` a folder with align.json, instruct.json, images/ and what lab/score.py reads."""
+    size: dict
+    out: Path
+    world: Path
+    given: dict
 
-    `size` is FULL or QUICK, `given` options of train.py for every run. `world` is a folder with align.json,
-    instruct.json, images/ and the folders of the benchmarks. ValueError if `out` holds another comparison.
-    """
-    done = open_cells(out, [size, given, fingerprint(world, given)])
-    bar = tqdm(desc="compare", total=planned_runs(size), unit=" runs")
 
-    def cell(stage: str, split: str = "test", ablation: str = "", **options) -> dict:
-        """The scores of one training run on the split; trained and scored if no earlier call has done it."""
-        run = run_name(stage, ablation, **options)
-        name = f"{run} {split}"
-        if name not in done:
-            scores = train_and_score(out, run, stage, world, split, given | options, device)
-            done[name] = {"name": name, **scores}
-            with open(out / "cells.jsonl", "a") as file:
-                file.write(json.dumps(done[name]) + "\n")
-            if stage == "instruct":  # nothing starts from it, and its LLM is large
-                shutil.rmtree(out / "runs" / run)
-        bar.update()
-        bar.set_postfix_str(f"{run} {done[name]['accuracy_img']}")
-        return done[name]
+def compare(setting: Setting, jobs: int = 1) -> str:
+    """Train and score what `out` does not hold yet; returns the text of results.md. ValueError if `out` holds
+    another comparison."""
+    size, out = setting.size, setting.out
+    open_cells(out, [size, setting.given, fingerprint(setting)])
 
-    # 1. Tune each loss at the short and at the long number of align steps, on the validation split.
-    tuned, cells, ablations = {}, [], {}
-    for loss in losses.CONTRASTIVE:
-        for steps in (size["short"], size["long"]):
-            tuned[f"{loss} {steps}"] = tune(cell, size, out, loss, steps)
+    # 1. Tune each recipe at the short and at the long number of align steps, on the validation split.
+    pairs = [(recipe, steps) for recipe in size["recipes"] for steps in sorted({size["short"], size["long"]})]
+    tuned = dict(zip(pairs, spread(jobs, "tune", partial(tune, setting), pairs)))
 
     # 2. Measure after every number of align steps; after the short and the long one, also instruct.
-    for seed in range(size["seeds"]):
-        for loss in losses.CONTRASTIVE:
-            for steps in size["budgets"]:
-                best = tuned[f"{loss} {size['short'] if steps <= size['short'] else size['long']}"]
-                align = align_options(loss, steps, seed, best["lr"], best["contrastive_weight"])
-                entry = {"loss": loss, "steps": steps, "seed": seed}
-                cells.append(entry | {"fraction": 0, **cell("align", **align)})
-                for part in fractions_after(steps, size):
-                    instruct = instruct_options(out, align, part, size["epochs"], best["instruct_lr"])
-                    cells.append(entry | {"fraction": part, **cell("instruct", **instruct)})
-        text = report(out, world.name, size, tuned, cells, ablations)  # of the seeds so far
+    pairs = [(recipe, seed) for seed in range(size["seeds"]) for recipe in size["recipes"]]
+    cells = sum(spread(jobs, "measure", partial(measure, setting, tuned), pairs), [])
 
     # 3. Ablate: other projectors, towers and prompts in the long alignment, with what was tuned for it.
-    for name, (options, compared) in ABLATIONS.items() if size["ablations"] else ():
-        for loss in compared:
-            best, ablations[name, loss] = tuned[f"{loss} {size['long']}"], []
-            for seed in range(size["ablations"]):
-                align = align_options(loss, size["long"], seed, best["lr"], best["contrastive_weight"])
-                scores = cell("align", ablation=name if options else "", **align, **options)
-                ablations[name, loss].append(scores["accuracy_img"])
-        text = report(out, world.name, size, tuned, cells, ablations)
-    bar.close()
-    return text
+    tries = []
+    for name, (_, compared) in ABLATIONS.items():
+        tries += [(name, recipe, seed) for recipe in compared for seed in range(size["ablations"])]
+    ablations, values = {}, spread(jobs, "ablate", partial(ablate, setting, tuned), tries)
+    for (name, recipe, _), value in zip(tries, values):
+        ablations.setdefault((name, recipe), []).append(value)
+    return report(out, setting.world.name, size, tuned, cells, ablations)
+
+
+def spread(jobs: int, title: str, function, items: list) -> list:
+    """[function(*item)] of all items, in order, in `jobs` processes of one thread each."""
+    if jobs == 1:  # in this one, which has as many threads: a run is the same
+        return [function(*item) for item in tqdm(items, desc=title, unit=" items")]
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, locked
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        waiting = [pool.submit(function, *item) for item in items]
+        return [future.result() for future in tqdm(waiting, desc=title, unit=" items")]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What is run
+# What is run: each of these three is a piece of work for one process
 
 
-def tune(cell, size: dict, out: Path, loss: str, steps: int) -> dict:
-    """The {"lr", "contrastive_weight", "instruct_lr"} that validate best for this loss and these steps."""
-    def align(lr, weight):
-        return align_options(loss, steps, TUNING_SEED, lr, weight)
+def tune(setting: Setting, recipe: str, steps: int) -> dict:
+    """The {"lr", "strength", "instruct_lr"} that validate best for this recipe and these steps."""
+    size = setting.size
 
     def align_score(pair):
-        return cell("align", "val", **align(*pair))["accuracy_img"]
+        options = align_options(recipe, steps, TUNING_SEED, *pair)
+        return cell(setting, "align", "val", **options)[main_score(size)]
 
     def instruct_score(rate):
-        total = 0.0
+        align, total = align_options(recipe, steps, TUNING_SEED, lr, strength), 0.0
         for part in FEW_FRACTIONS:
-            instruct = instruct_options(out, align(lr, weight), part, size["epochs"], rate)
-            total += cell("instruct", "val", **instruct)["accuracy_img"]
+            instruct = instruct_options(setting.out, align, part, size["epochs"], rate)
+            total += cell(setting, "instruct", "val", **instruct)[main_score(size)]
         return total
 
-    weights = size["weight"] if loss != "none" else (1.0,)
-    lr, weight = best_of([(lr, weight) for lr in size["lr"] for weight in weights], align_score)
-    instruct_lr = best_of(size["instruct_lr"], instruct_score)
-    return {"lr": lr, "contrastive_weight": weight, "instruct_lr": instruct_lr}
+    strengths = RECIPES[recipe][1] if size["tune"] else RECIPES[recipe][1][:1]
+    lr, strength = best_of([(lr, strength) for lr in size["lr"] for strength in strengths], align_score)
+    return {"lr": lr, "strength": strength, "instruct_lr": best_of(size["instruct_lr"], instruct_score)}
 
 
-def best_of(choices, score):
+def best_of(choices, score_of):
     """The choice with the highest score, the first of equals; nothing is run where there is no choice."""
-    return choices[0] if len(choices) == 1 else max(choices, key=score)
+    return choices[0] if len(choices) == 1 else max(choices, key=score_of)
 
 
-def align_options(loss: str, steps: int, seed: int, lr: float, weight: float) -> dict:
-    return {"contrastive": loss, "steps": steps, "seed": seed, "lr": lr, "contrastive_weight": weight}
+def main_score(size: dict) -> str:
+    """The score that tunes and that the first tables show: questions with a picture, answered rightly."""
+    return "likely" if size["by_words"] else "accuracy_img"
+
+
+def measure(setting: Setting, tuned: dict, recipe: str, seed: int) -> list:
+    """The cells of one recipe and seed."""
+    size, cells = setting.size, []
+    for steps in size["budgets"]:
+        best = tuned[recipe, size["short"] if steps <= size["short"] else size["long"]]
+        align = align_options(recipe, steps, seed, best["lr"], best["strength"])
+        entry = {"loss": recipe, "steps": steps, "seed": seed}
+        cells.append(entry | {"fraction": 0, **cell(setting, "align", **align)})
+        for part in fractions_after(steps, size):
+            instruct = instruct_options(setting.out, align, part, size["epochs"], best["instruct_lr"])
+            cells.append(entry | {"fraction": part, **cell(setting, "instruct", **instruct)})
+    return cells
+
+
+def ablate(setting: Setting, tuned: dict, name: str, recipe: str, seed: int) -> float:
+    """The main score of one ablation."""
+    best, options = tuned[recipe, setting.size["long"]], ABLATIONS[name][0]
+    align = align_options(recipe, setting.size["long"], seed, best["lr"], best["strength"])
+    found = cell(setting, "align", ablation=name if options else "", **align, **options)
+    return found[main_score(setting.size)]
+
+
+def align_options(recipe: str, steps: int, seed: int, lr: float, strength: dict) -> dict:
+    return {"recipe": recipe, "steps": steps, "seed": seed, "lr": lr, **RECIPES[recipe][0], **strength}
 
 
 def instruct_options(out: Path, align: dict, fraction: float, epochs: float, lr: float) -> dict:
@@ -164,68 +212,72 @@ def run_name(stage: str, ablation: str = "", **options) -> str:
     """The name of a run's folder, and of its line in cells.jsonl: what tells it from the others."""
     if stage == "instruct":
         return f"{Path(options['init']).name}-instruct{options['data_fraction']}-lr{options['lr']}"
-    name = "{contrastive}-{steps}-seed{seed}-lr{lr}-weight{contrastive_weight}".format(**options)
+    name = "{recipe}-{steps}-seed{seed}-lr{lr}".format(**options).replace(", ", "-")
+    for key in ("contrastive_weight", "contrastive_balance", "first"):
+        name += f"-{key.removeprefix('contrastive_')}{options[key]}" if key in options else ""
     return f"{name}-{ablation.replace(' ', '-')}" if ablation else name
 
 
-def planned_runs(size: dict) -> int:
-    """How often `compare` asks for a cell, for the progress bar."""
-    grid, rates = len(size["lr"]) * len(size["weight"]), len(size["instruct_lr"])
-    tries = 0
-    for choices in (len(size["lr"]), grid, grid, grid):  # one loss has no weight to choose
-        tries += choices if choices > 1 else 0
-    tries += 4 * len(FEW_FRACTIONS) * rates if rates > 1 else 0
-    ablated = sum(len(compared) for _, compared in ABLATIONS.values())
-    measured = len(size["budgets"]) + len(size["fractions"]) + len(FEW_FRACTIONS)
-    return 2 * tries + 4 * size["seeds"] * measured + size["ablations"] * ablated
+def train_options(setting: Setting, stage: str, options: dict) -> dict:
+    """Options of train.py from those of a recipe, whose `longer` and `first` are parts of its steps."""
+    given = {key: value for key, value in (setting.given | options).items() if key not in OTHER_STAGE[stage]}
+    given = setting.size[stage] | given
+    given.pop("recipe", None)
+    if first := given.pop("first", 0):
+        given["contrastive_first"] = round(first * given["steps"])
+    if longer := given.pop("longer", 0):
+        given["steps"] = round(longer * given["steps"])
+    for tower in ("vit", "llm"):
+        if given.get(tower, "").startswith("towers/"):  # the world brings its own
+            given[tower] = str(setting.world / given[tower])
+    return given
 
 
 # ------------------------------------------------------------------------------------------------------------
 # One run, and what OUT remembers of it
 
 
-def train_and_score(out: Path, run: str, stage: str, world: Path, split: str, options: dict, device) -> dict:
+def cell(setting: Setting, stage: str, split: str = "test", ablation: str = "", **options) -> dict:
+    """The scores of one training run on the split; trained and scored if no earlier call has done it."""
+    out, run = setting.out, run_name(stage, ablation, **options)
+    name = f"{run} {split}"
+    done = read_cells(out)
+    if name not in done:
+        done[name] = {"name": name, **train_and_score(setting, run, stage, split, options)}
+        with open(out / "cells.jsonl", "a") as file:
+            file.write(json.dumps(done[name]) + "\n")  # one write: lines of several processes do not mix
+        if stage == "instruct":  # nothing starts from it, and its LLM is large
+            shutil.rmtree(out / "runs" / run)
+    return done[name]
+
+
+def train_and_score(setting: Setting, run: str, stage: str, split: str, options: dict) -> dict:
     """Train the run, unless its folder is there, and score it. What it prints goes to runs.log."""
-    folder = out / "runs" / run
+    folder, world, device = setting.out / "runs" / run, setting.world, train.start_ranks()
     where = {"annotations": str(world / f"{stage}.json"), "images": str(world / "images"),
              "benchmarks": str(world), "out": str(folder), "save_every": 0, "preset": "tiny"}
-    options = without_other_stage(stage, options) | where
-    with open(out / "runs.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+    if setting.size["by_words"] and stage == "align":
+        where["features"] = str(setting.out / "features.pt")  # a real ViT on a CPU takes longer than all else
+    with open(setting.out / "runs.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         if not (folder / "config.json").exists():
-            train.train_stage(train.configure(stage, options), device)
-        return score_run(folder, world, split, device)
+            train.train_stage(train.configure(stage, train_options(setting, stage, options) | where), device)
+        scores = score.score_run(folder, world, split, device, setting.size["by_words"])
+    return scores | {"seconds": read_json(folder / "results.json")["seconds"]}
 
 
-def without_other_stage(stage: str, options: dict) -> dict:
-    """Align is always told in the plain template, and only there do words stand before the caption."""
-    return {key: value for key, value in options.items() if key not in OTHER_STAGE[stage]}
-
-
-def score_run(folder: Path, world: Path, split: str, device) -> dict:
-    """Percentages on the world's ScienceQA and, for the test split, on its yes-or-no questions."""
-    vlm, tokenizer, config = evaluation.load_run(folder, device)
-
-    def scores(name, split=None):
-        below = world / evaluation.BENCHES[name].folder
-        return evaluation.answer_bench(vlm, tokenizer, config["template"], name, below, split)[0]
-
-    scienceqa = scores("scienceqa", split)
-    line = {"accuracy_img": scienceqa["accuracy_img"], "accuracy_txt": scienceqa["accuracy_txt"]}
-    if split == "test":  # tuning needs no others
-        line["pope"] = scores("pope")["accuracy"]
-        line["mme"] = scores("mme")["accuracy_plus"]
-    return line
-
-
-def open_cells(out: Path, protocol: list) -> dict:
-    """{name: scores} of the runs that `out` holds. ValueError for another protocol's, or a damaged line."""
-    protocol, noted, file = json.dumps(protocol), out / "protocol.json", out / "cells.jsonl"
+def open_cells(out: Path, protocol: list):
+    """Make `out` ready for cells of this protocol. ValueError for another protocol's."""
+    protocol, noted = json.dumps(protocol), out / "protocol.json"
     if noted.exists() and read_json(noted) != json.loads(protocol):
         raise ValueError(f"{out}: holds a comparison with other options, towers or data; name another --out, "
                          "or remove it")
     out.mkdir(parents=True, exist_ok=True)
     noted.write_text(protocol)
-    done = {}
+
+
+def read_cells(out: Path) -> dict:
+    """{name: scores} of the runs that `out` holds. ValueError for a damaged line."""
+    file, done = out / "cells.jsonl", {}
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
             scores = json.loads(line)
@@ -235,17 +287,17 @@ def open_cells(out: Path, protocol: list) -> dict:
     return done
 
 
-def fingerprint(world: Path, given: dict) -> str:
+def fingerprint(setting: Setting) -> str:
     """A hash of the towers and the data of a comparison: cells of two worlds must not meet in one table."""
-    config = train.configure("align", without_other_stage("align", given) | {"preset": "tiny"})
-    towers = [config.vit, config.llm]
-    for options, _ in ABLATIONS.values():
+    options = train_options(setting, "align", {"steps": 1})
+    config = train.configure("align", options | {"preset": "tiny"})
+    towers, files = [config.vit, config.llm], []
+    for options, _ in ABLATIONS.values() if setting.size["ablations"] else ():
         towers += [options[name] for name in ("vit", "llm") if name in options]
-    files = []
     for tower in towers:
         folder = resolve_model(tower)
         files += sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    files += [world / "align.json", world / "instruct.json", world / "ScienceQA/problems.json"]
+    files += [setting.world / name for name in ("align.json", "instruct.json", "ScienceQA/problems.json")]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
@@ -260,11 +312,15 @@ def parse_args(argv=None) -> tuple:
     """(our options, those for train.py). Unknown ones and wrong types end the program."""
     parser = argparse.ArgumentParser(prog="python -m lab.compare", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few seeds, short runs, no tuning: in minutes")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the comparison")
-    parser.add_argument("--world", type=Path, default=Path("data/toy"),
-                        help="folder of the data; the toy world is written there if there is none")
+    parser.add_argument("--size", choices=SIZES, default="full", help="what is compared (default full)")
+    parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="--size quick")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--out", type=Path, help="folder of the comparison (default runs/compare, or -emoji)")
+    parser.add_argument("--world", type=Path, help="folder of the data; a toy world is written where it is "
+                        "missing (default data/toy-1200, of 1,200 test questions with a picture)")
     ours, rest = parser.parse_known_args(argv)
+    ours.out = ours.out or Path("runs/compare-emoji" if ours.size == "emoji" else "runs/compare")
+    ours.world = ours.world or Path("data/emoji" if ours.size == "emoji" else "data/toy-1200")
     return ours, train.parse_args(rest, "python -m lab.compare")
 
 
@@ -274,12 +330,17 @@ def main():
         if clash := sorted(SET_HERE & given.keys()):
             raise ValueError(f"the comparison sets --{', --'.join(clash)} itself")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("the runs come one after another, in one process, not on several ranks")
-        device = train.start_ranks()
+            raise ValueError("the runs come one after another in --jobs processes, not on several ranks")
+        if ours.jobs < 1:
+            raise ValueError(f"--jobs is {ours.jobs}; at least one process has to do the work")
+        if not ours.world.exists() and ours.size == "emoji":
+            raise FileNotFoundError(f"{ours.world}: no such world; `python -m lab.emoji_world {ours.world}` "
+                                    "makes it")
         if not ours.world.exists():
             print(f"writing the toy world to {ours.world}")
-            toy_world.write_world(ours.world)
-        print(compare(QUICK if ours.quick else FULL, ours.out, ours.world, given, device))
+            toy_world.write_world(ours.world, test=1600)
+        torch.set_num_threads(1)
+        print(compare(Setting(SIZES[ours.size], ours.out, ours.world, given), ours.jobs))
     except (OSError, ValueError) as error:
         sys.exit(f"lab.compare: {str(error).strip().splitlines()[-1]}")
     except KeyboardInterrupt:

@@ -2,20 +2,27 @@
 
     report.report(out, world, size, tuned, cells, ablations)   # writes results.md, results.json, two charts
 
-Everything here works on plain lists of percentages; nothing of the project is imported. A *cell* is one run,
-trained and scored: {"loss", "steps", "fraction", "seed"} and a percentage for each of SCORES.
+Everything here works on plain lists of numbers; nothing of the project is imported. A *cell* is one run,
+trained and scored: {"loss", "steps", "fraction", "seed"} and, of SCORES, what its world has.
 """
 
+import itertools
 import json
 import math
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-LOSSES = {"none": "generative", "patch": "+ patch", "prompt": "+ prompt", "both": "+ both"}
-SCORES = {"accuracy_img": "ScienceQA-like, questions with a picture",
-          "accuracy_txt": "ScienceQA-like, questions without a picture", "pope": "POPE-like, accuracy",
-          "mme": "MME-like, both questions of a picture right"}
+NAMES = {"none": "generative", "patch": "+ patch", "prompt": "+ prompt", "both": "+ both"}  # of some recipes
+SCORES = {"accuracy_img": "ScienceQA-like, questions with a picture, % right",
+          "likely": "ScienceQA-like, by the likeliest choice's words, % right",
+          "accuracy_txt": "ScienceQA-like, questions without a picture, % right",
+          "reworded": "the questions in words never trained on, % right",
+          "pope": "POPE-like, accuracy", "mme": "MME-like, both questions of a picture right, %",
+          "caption": "captioning loss on held-out pictures, nats per token",
+          "r1": "held-out pictures that find their caption first, %", "r5": "among the first five, %",
+          "pointing": "pointing game, % in the right quarter (chance 25)",
+          "seconds": "seconds of the stage, on this machine"}
 FEW_PARTS = (0, 0.1, 1.0)  # parts of the instruction data that every table and claim has
 
 # ------------------------------------------------------------------------------------------------------------
@@ -39,7 +46,18 @@ def as_text(values) -> str:
     if not values:
         return "-"
     mean, half = interval(values)
-    return f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}"
+    digits = 1 if abs(mean) >= 10 else 2
+    return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def p_value(differences) -> float:
+    """Of paired differences whose mean might be 0: the part of all choices of their signs whose mean is at
+    least as far from 0. Exact, without a distribution (Fisher 1935); n pairs reach 2 / 2^n at best."""
+    far, total = abs(sum(differences)) - 1e-9, 0
+    signs = list(itertools.product((1, -1), repeat=len(differences)))
+    for choice in signs:
+        total += abs(sum(sign * value for sign, value in zip(choice, differences))) >= far
+    return total / len(signs)
 
 
 def table(corner: str, columns, rows: dict) -> str:
@@ -124,26 +142,26 @@ def write(draw, x: float, y: float, text: str, size: int = 14, anchor: str = "mm
 def report(out, world: str, size: dict, tuned: dict, cells: list, ablations: dict) -> str:
     """Write results.json, results.md and two charts to the folder `out`, and return the text of results.md.
 
-    `size` is FULL or QUICK of lab/compare.py, `ablations` {(name, loss): percentages of several seeds}. The
-    last line of the text is `ratio` and the `claims` as JSON.
+    `size` is one of SIZES of lab/compare.py, `tuned` {(recipe, steps): what was chosen}, `ablations` {(name,
+    recipe): main scores of several seeds}. The last line of the text is the `claims` as JSON.
     """
     short, long, budgets = size["short"], size["long"], size["budgets"]
-    title, parts = SCORES["accuracy_img"], (0, *size["fractions"])
-    after_short = rows(cells, [(short, part) for part in parts])
-    after_long = rows(cells, [(long, part) for part in FEW_PARTS])
-    by_steps = rows(cells, [(steps, 0) for steps in budgets])
-    ratio = claims(cells, size)
+    first = next(score for score in SCORES if score in cells[0])
+    title, parts = SCORES[first], (0, *size["fractions"])
+    after_short = rows(cells, [(short, part) for part in parts], first)
+    by_steps = rows(cells, [(steps, 0) for steps in budgets], first)
+    ratio = claims(cells, size, first)
     text = "\n\n".join([
         introduction(world, size, seeds=1 + max(cell["seed"] for cell in cells)),
-        f"## {title}: {short} align steps, then a part of the instruction data",
-        table("loss", percents(parts), after_short),
-        f"## The same after {long} align steps", table("loss", percents(FEW_PARTS), after_long),
-        "## Without instruction data, by align steps", table("loss", budgets, by_steps),
-        *other_scores(cells, short, long), *ablation_table(ablations, size), f"ratio {json.dumps(ratio)}"])
+        *score_tables(cells, sorted({short, long}), parts, short),
+        "## Without instruction data, by align steps", table("recipe", budgets, by_steps),
+        *gains(cells, size, first), *ablation_table(ablations, size),
+        f"ratio {json.dumps(ratio)}"])
     Path(out, "results.md").write_text(text + "\n")
-    listed = [{"name": name, "loss": loss, "accuracy_img": img} for (name, loss), img in ablations.items()]
+    listed = [{"name": name, "loss": loss, first: values} for (name, loss), values in ablations.items()]
+    chosen = [{"loss": loss, "steps": steps, **best} for (loss, steps), best in tuned.items()]
     Path(out, "results.json").write_text(json.dumps(
-        {"protocol": size, "tuned": tuned, "cells": cells, "ratio": ratio, "ablations": listed}))
+        {"protocol": size, "tuned": chosen, "cells": cells, "ratio": ratio, "ablations": listed}))
     chart(Path(out, "accuracy_by_data.png"), f"{title}: {short} align steps, then instruct",
           "part of the instruction data", "% right", percents(parts), after_short)
     chart(Path(out, "accuracy_by_steps.png"), f"{title}: no instruction data", "align steps", "% right",
@@ -152,50 +170,77 @@ def report(out, world: str, size: dict, tuned: dict, cells: list, ablations: dic
 
 
 def introduction(world: str, size: dict, seeds: int) -> str:
-    return f"""# The losses compared on the {world} world
+    tuning = f"""Every recipe was tuned at {size["short"]} and at {size["long"]} align steps on the validation
+split with a seed of its own: {len(size["lr"])} align rates times its strengths, then
+{len(size["instruct_lr"])} instruct rates; other numbers of steps use what was found at {size["short"]}
+(fewer) or {size["long"]} (more). Nothing was chosen on test questions.""" if size["tune"] else ""
+    return f"""# The recipes compared on the {world} world
 
-Percent right on the test split: mean of {seeds} seeds, and the 95 % interval of the mean by Student's t. The
-world and the towers were fixed beforehand by criteria that look at no alignment (the LLM's accuracy on text
-alone, a linear probe of the ViT). Every loss had equal steps and data, and was tuned at {size["short"]} and
-at {size["long"]} align steps on the validation split with a seed of its own: {len(size["lr"])} align rates
-(times {len(size["weight"])} weights, where there is a contrastive loss), then {len(size["instruct_lr"])}
-instruct rates. Other numbers of steps use what was found at {size["short"]} (fewer) or {size["long"]} (more).
-Nothing was chosen on test questions."""
+Mean of {seeds} seeds on the test split, and the 95 % interval of the mean by Student's t. The world and the
+towers were fixed beforehand by criteria that look at no alignment (the LLM's accuracy on text alone, a linear
+probe of the ViT). Every recipe had equal data and equal captioning steps. {tuning}"""
 
 
-def other_scores(cells, short: int, long: int) -> list:
-    """A heading and a table for each score after the first."""
-    text, entries = [], [(steps, part) for steps in (short, long) for part in FEW_PARTS]
-    columns = [f"{steps} / {part:.0%}" for steps, part in entries]
-    for score in list(SCORES)[1:]:
-        text += [f"## {SCORES[score]}: align steps / part of the instruction data",
-                 table("loss", columns, rows(cells, entries, score))]
+def score_tables(cells, budgets, parts, short: int) -> list:
+    """A heading and a table for each score: its values after the align steps and parts of instruction."""
+    text = []
+    for score, title in SCORES.items():
+        entries = []
+        for steps in budgets:
+            entries += [(steps, part) for part in (parts if steps == short else FEW_PARTS)]
+        found = rows(cells, entries, score)
+        if any(any(values) for values in found.values()):
+            columns = [f"{steps} / {part:.0%}" for steps, part in entries]
+            text += [f"## {title}: align steps / part of the instruction data",
+                     table("recipe", columns, found)]
     return text
+
+
+def gains(cells, size: dict, score: str) -> list:
+    """A heading and a table: points over the generative loss, paired by seed, and how likely by chance."""
+    entries = []
+    for steps in sorted({size["short"], size["long"]}):
+        entries += [(steps, part) for part in FEW_PARTS]
+    lines = ["| recipe | " + " | ".join(f"{steps} / {part:.0%}" for steps, part in entries) + " |",
+             "|---" * (1 + len(entries)) + "|"]
+    for loss in recipes(cells):
+        if loss != "none":
+            found = [gain(cells, loss, steps, part, score) for steps, part in entries]
+            lines.append(f"| {NAMES.get(loss, loss)} | {' | '.join(found)} |")
+    heading = f"## Gain over the generative loss, {SCORES[score]}: paired by seed, p by exchange of signs"
+    return [heading, "\n".join(lines)]
 
 
 def ablation_table(ablations: dict, size: dict) -> list:
     """A heading and a table, or nothing where nothing was ablated."""
     if not ablations:
         return []
-    lines = {}
+    lines, losses = {}, list(dict.fromkeys(loss for _, loss in ablations))
     for name, _ in ablations:
-        lines[name] = [ablations.get((name, loss)) for loss in LOSSES]
+        lines[name] = [ablations.get((name, loss)) for loss in losses]
     heading = f"## Ablations: {size['long']} align steps, no instruction data, {size['ablations']} seeds, "
-    return [heading + "not tuned anew", table("", LOSSES.values(), lines)]
+    return [heading + "not tuned anew", table("", [NAMES.get(loss, loss) for loss in losses], lines)]
 
 
-def rows(cells, entries, score: str = "accuracy_img") -> dict:
-    """The rows of a table, {name of the loss: percentages for each (steps, fraction) of `entries`}."""
+def recipes(cells) -> list:
+    return list(dict.fromkeys(cell["loss"] for cell in cells))
+
+
+def rows(cells, entries, score: str) -> dict:
+    """The rows of a table, {name of the recipe: values for each (steps, fraction) of `entries`}."""
     result = {}
-    for loss, name in LOSSES.items():
-        result[name] = [scores_of(cells, loss, steps, fraction, score) for steps, fraction in entries]
+    for loss in recipes(cells):
+        result[NAMES.get(loss, loss)] = [scores_of(cells, loss, *entry, score) for entry in entries]
     return result
 
 
-def scores_of(cells, loss: str, steps: int, fraction: float, score: str = "accuracy_img") -> list:
-    """The percentages of one entry of a table, one for each seed."""
-    wanted = (loss, steps, fraction)
-    return [cell[score] for cell in cells if (cell["loss"], cell["steps"], cell["fraction"]) == wanted]
+def scores_of(cells, loss: str, steps: int, fraction: float, score: str) -> list:
+    """The values of one entry of a table, one for each seed."""
+    wanted, found = (loss, steps, fraction), []
+    for cell in cells:
+        if (cell["loss"], cell["steps"], cell["fraction"]) == wanted and score in cell:
+            found.append(cell[score])
+    return found
 
 
 def percents(parts) -> list:
@@ -206,8 +251,8 @@ def percents(parts) -> list:
 # The papers' claims in figures
 
 
-def claims(cells, size: dict) -> dict:
-    """What the papers claim, for each loss: {"generative": {what: figure, ...}, "+ patch": ...}.
+def claims(cells, size: dict, score: str) -> dict:
+    """What the papers claim, for each recipe: {"generative": {what: figure, ...}, "+ patch": ...}.
 
     What a tenth of the data reaches of the generative loss with all of it; the gain over the generative loss;
     and how many times the align steps that one needs to draw level without instruction data.
@@ -215,28 +260,25 @@ def claims(cells, size: dict) -> dict:
     short, long, budgets = size["short"], size["long"], size["budgets"]
 
     def mean(*entry):
-        return interval(scores_of(cells, *entry))[0]
+        return interval(scores_of(cells, *entry, score))[0]
 
     result, generative = {}, [mean("none", steps, 0) for steps in budgets]
-    for loss, name in LOSSES.items():
-        result[name] = {}
+    for loss in recipes(cells):
+        figures = result[NAMES.get(loss, loss)] = {}
         for steps in (short, long):
             ratio = mean(loss, steps, 0.1) / max(mean("none", steps, 1.0), 0.01)
-            result[name][f"10% over generative 100%, {steps} steps"] = round(ratio, 3)
-        if loss == "none":
-            continue
-        for steps in (short, long):
-            for part in FEW_PARTS:
-                result[name][f"gain at {part:.0%}, {steps} steps"] = gain(cells, loss, steps, part)
-        result[name]["step factor"] = step_factor(budgets, generative, short, mean(loss, short, 0))
+            figures[f"10% over generative 100%, {steps} steps"] = round(ratio, 3)
+        if loss != "none":
+            figures["step factor"] = step_factor(budgets, generative, short, mean(loss, short, 0))
     return result
 
 
-def gain(cells, loss: str, steps: int, part: float) -> str:
-    """Points over the generative loss, paired: with one seed, both losses have the same initial projector and
-    the same order of the data."""
-    pairs = zip(scores_of(cells, loss, steps, part), scores_of(cells, "none", steps, part))
-    return as_text([with_loss - without for with_loss, without in pairs])
+def gain(cells, loss: str, steps: int, part: float, score: str) -> str:
+    """Points over the generative loss, paired: with one seed, both have the same initial projector and the
+    same order of the data; and the p-value of the differences."""
+    pairs = zip(scores_of(cells, loss, steps, part, score), scores_of(cells, "none", steps, part, score))
+    differences = [ours - theirs for ours, theirs in pairs]
+    return f"{as_text(differences)} (p {p_value(differences):.2g})" if differences else "-"
 
 
 def step_factor(budgets, generative, steps: int, accuracy: float) -> str:

@@ -180,15 +180,21 @@ def test_the_patches_of_a_shape_lie_where_it_is(place, patch):
 # ---- comparing the losses ----------------------------------------------------------------------------------
 
 
+def small_comparison(out, world, folders, **more):
+    """A comparison in miniature, with an ablation, as lab.compare calls it."""
+    recipes = "none", "patch", "both", "balanced", "first, held"
+    size = compare.SIZES["quick"] | dict(recipes=recipes, budgets=(2, 4), short=2, long=4, epochs=0.5,
+                                         lr=(1e-3, 2e-3), ablations=1)
+    given = {"vit": str(folders[0]), "llm": str(folders[1]), "batch": 8, "micro_batch": 8,
+             "prompt": "describe", "template": "v1"}  # the last two are each one stage's alone
+    return compare.Setting(size, Path(out), world, given | more)
+
+
 def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_path, monkeypatch):
     """In miniature: every cell is there, and a second call trains the one cell that was lost."""
-    size = dict(seeds=2, budgets=(2, 4), short=2, long=4, epochs=0.5, fractions=(0.1, 1.0), lr=(1e-3, 2e-3),
-                weight=(1.0,), instruct_lr=(1e-3,), ablations=1)
     ablations = {"projector linear": (dict(projector="linear"), ("none", "patch"))}
     monkeypatch.setattr(compare, "ABLATIONS", ablations)
     monkeypatch.chdir(tmp_path)
-    given = {"vit": str(clip_folder), "llm": str(llama_folder), "batch": 8, "micro_batch": 8,
-             "prompt": "describe", "template": "v1"}  # the last two are each one stage's alone
     trained, train_stage = [], train.train_stage
 
     def counted(config, device):
@@ -197,24 +203,27 @@ def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_
 
     def compared(**more):
         trained.clear()
-        return compare.compare(size, Path("c"), world, given | more, torch.device("cpu"))
+        return compare.compare(small_comparison("c", world, (clip_folder, llama_folder), **more))
 
     monkeypatch.setattr(train, "train_stage", counted)
     text = compared()
     results = json.loads(Path("c/results.json").read_text())
-    assert len(results["cells"]) == 4 * 2 * (2 + 2 * 2) and len(results["ablations"]) == 2
+    assert len(results["cells"]) == 5 * 2 * (2 + 2 * 2) and len(results["ablations"]) == 2
     assert {"10% over generative 100%, 2 steps", "step factor"} <= results["ratio"]["+ patch"].keys()
-    assert len(trained) == len(set(trained)) == 4 * 2 * 2 + len(results["cells"]) + 2
-    assert compare.planned_runs(size) == 4 * 2 * 2 + len(results["cells"]) + 2
-    assert Path("c/accuracy_by_data.png").exists() and "| + both |" in text
+    tunings, ablated = 5 * 2 * 2, 2
+    assert len(trained) == len(set(trained)) == tunings + len(results["cells"]) + ablated
+    assert Path("c/accuracy_by_data.png").exists() and "| + both |" in text and "(p " in text
     assert not list(Path("c/runs").glob("*instruct*")) and not Path("runs/last").exists()
+    for score in ("accuracy_img", "pope", "caption", "r5"):
+        assert score in results["cells"][0]
+    first = Path("c/runs/first-held-4-seed0-lr0.001-balance0.3-first4.0/log.jsonl").read_text().splitlines()
+    assert len(first) == 16 + 4 and "generative" not in first[15] and "patch_ratio" in first[16]
 
     cells = Path("c/cells.jsonl").read_text().splitlines(True)
     lost = next(line for line in cells if "instruct1.0" in line and " test" in line)
     Path("c/cells.jsonl").write_text("".join(line for line in cells if line != lost))
-    assert compared() == text and len(trained) == 1
-    assert json.loads(Path("c/results.json").read_text()) == results
-    assert sorted(Path("c/cells.jsonl").read_text().splitlines(True)) == sorted(cells)
+    again = compared()
+    assert len(trained) == 1 and without_seconds(again) == without_seconds(text)
 
     Path("c/cells.jsonl").write_text("".join(cells) + cells[0][:20])
     with pytest.raises(ValueError, match="c/cells.jsonl: a damaged line"):
@@ -223,18 +232,34 @@ def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_
         compared(clip=2.0)
 
 
+def without_seconds(text):
+    return text[: text.index("## seconds")] + text[text.index("## Without") :]
+
+
+def test_any_number_of_jobs_measures_the_same(world, clip_folder, llama_folder, tmp_path):
+    texts = []
+    for jobs in (1, 2):
+        setting = small_comparison(tmp_path / str(jobs), world, (clip_folder, llama_folder))
+        size = setting.size | dict(recipes=("none", "patch"), lr=(1e-3,), ablations=0)
+        texts.append(without_seconds(compare.compare(setting._replace(size=size), jobs)))
+    assert texts[0] == texts[1]
+
+
 def test_unknown_options_end_a_comparison(capsys):
     for argv in (["--learning_rate", "1"], ["--qui"], ["--clip", "hard"], ["--seeds", "3"]):
         with pytest.raises(SystemExit) as end:
             compare.parse_args(argv)
         assert end.value.code == 2 and argv[0] in capsys.readouterr().err
     ours, given = compare.parse_args(["--clip", "2", "--out", "c", "--quick", "--projector", "linear"])
-    assert (ours.out, ours.quick, given) == (Path("c"), True, {"clip": 2.0, "projector": "linear"})
+    assert (ours.out, ours.size, given) == (Path("c"), "quick", {"clip": 2.0, "projector": "linear"})
 
 
 @pytest.mark.parametrize("argv, ranks, message", [
     (["--lr", "1"], "1", "lab.compare: the comparison sets --lr itself\n"),
-    ([], "2", "lab.compare: the runs come one after another, in one process, not on several ranks\n")])
+    ([], "2", "lab.compare: the runs come one after another in --jobs processes, not on several ranks\n"),
+    (["--jobs", "0"], "1", "lab.compare: --jobs is 0; at least one process has to do the work\n"),
+    (["--size", "emoji"], "1", "lab.compare: data/emoji: no such world; `python -m lab.emoji_world "
+                               "data/emoji` makes it\n")])
 def test_the_command_refuses_in_one_line(argv, ranks, message, tmp_path):
     """As people run it: as a module, from any folder that Python finds the project from."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": ranks}
@@ -251,6 +276,11 @@ def test_interval_is_students():
     mean, half = report.interval([80.0, 82.0, 84.0, 86.0, 88.0])
     assert mean == 84 and half == pytest.approx(2.776 * math.sqrt(10 / 5), rel=2e-3)  # variance 10, n = 5
     assert report.interval([3.0]) == (3.0, None)
+
+
+def test_p_value_counts_the_signs():
+    assert report.p_value([1.0, 2.0, 3.0]) == 2 / 8  # only +++ and --- are as far from 0
+    assert report.p_value([1.0, -1.0]) == 1 and report.p_value([5.0] * 10) == 2 / 1024
 
 
 def test_table_and_chart(tmp_path):
