@@ -21,7 +21,7 @@ import data
 import eval as evaluation
 import losses
 import train
-from lab import answers, compare, pretrain, report, spaces, toy_world, words
+from lab import answers, compare, pretrain, report, score, spaces, toy_world, words
 from llm import LLM
 from projector import VLM
 from vit import ViT
@@ -267,6 +267,39 @@ def test_the_command_refuses_in_one_line(argv, ranks, message, tmp_path):
                          capture_output=True, text=True, timeout=120)
     assert run.returncode == 1 and run.stdout == "" and run.stderr == message
     assert not list(tmp_path.iterdir())
+
+
+def test_held_out_captions_one_at_a_time(world, clip_folder, llama_folder):
+    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), data.load_tokenizer(llama_folder)
+    found = score.captions(vlm, tokenizer, {}, world)
+    samples = data.Conversations(data.load_records(world / "captions.json"), world / "images", tokenizer,
+                                 "plain", vlm.vit.config, "crop")
+    nats = tokens = 0
+    for i in range(len(samples)):
+        m = data.collate([samples[i]], 16, vlm.image_token_id, 0, 32)
+        logits = vlm(m["ids"], m["pixels"])[0, :-1]
+        said = m["labels"][0, 1:] != data.IGNORE
+        nats += F.cross_entropy(logits[said], m["labels"][0, 1:][said], reduction="sum").item()
+        tokens += int(said.sum())
+    assert found["caption"] == pytest.approx(nats / tokens, abs=1e-3) and 0 <= found["r1"] <= found["r5"] <= 100
+
+
+def test_the_pointing_game_finds_the_patch_that_is_the_word(clip_folder, llama_folder, tmp_path, monkeypatch):
+    """Patches of which one is made the word itself: it is found in each quarter, and nowhere else."""
+    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), data.load_tokenizer(llama_folder)
+    word = vlm.llm.embed(torch.tensor(tokenizer("red", add_special_tokens=False).input_ids))[0]
+    places, records, pictures = {0: 5, 1: 2, 2: 12, 3: 15}, [], {}  # quarter: a patch of 4 x 4 in it
+    (tmp_path / "images").mkdir()
+    for quarter, patch in places.items():
+        Image.new("RGB", (32, 32), (quarter, 0, 0)).save(tmp_path / f"images/{quarter}.png")
+        records.append({"image": f"{quarter}.png", "places": {"red": quarter}})
+        pictures[quarter] = 0.1 * torch.randn(1, 16, 32)
+        pictures[quarter][0, patch] = word
+    records[0]["places"] = {"red": 3}  # one that is not where it is said to be
+    (tmp_path / "collages.json").write_text(json.dumps(records))
+    shown = iter(pictures.values())
+    monkeypatch.setattr(VLM, "encode", lambda self, pixels: next(shown))
+    assert score.pointing(vlm, tokenizer, tmp_path) == 75.0
 
 
 # ---- means over seeds --------------------------------------------------------------------------------------
