@@ -33,6 +33,9 @@ one process holding the whole batch. `generative_loss` returns a sum; divided by
 tokens of all ranks and micro-batches it is such a share. Gradients are then summed, never averaged, and the
 balance of the losses does not depend on the number of GPUs.
 
+Balance. Both papers write a plain sum. How much a loss then has to say depends on the towers, so its part of
+the gradient is measured, and can be held: see "The balance" below, which is ours.
+
 Read next: data.py; then train.py, which adds the losses up.
 """
 

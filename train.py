@@ -529,9 +529,10 @@ def print_plan(config, vlm, device, dtype, steps):
         f"{world_size()} rank(s) in micro-batches of {size}; contrastive loss: {config.contrastive}")
     if config.contrastive_first:
         row = row_length(config, vlm)
-        vit = 2 * count_weights(vlm.vit) * vlm.vit.num_patches + 6 * count_weights(vlm.projector) * row
+        vit = 0 if config.features else 2 * count_weights(vlm.vit) * vlm.vit.num_patches
+        part = vit + 6 * count_weights(vlm.projector) * vlm.num_image_tokens
         say(f"{config.contrastive_first} of them first, with the patch loss alone: without the LLM, "
-            f"{vit / (vit + 4 * count_weights(vlm.llm) * row):.1%} of the operations of a captioning step")
+            f"{part / (part + 4 * count_weights(vlm.llm) * row):.1%} of the operations of a captioning step")
     if config.preset == "small":
         say("the learning rates of this preset are a guess: nobody has tuned them")
     say(f"{'module':<12}{'parameters':>16}{'learning':>16}  source")

@@ -23,6 +23,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from data import IMAGE, LETTER_ANSWER, LETTERS, SHORT_ANSWER, SYSTEM, scienceqa_prompt
+from vit import read_json
 
 IMAGE_SIZE = 48  # pixels a side
 VOCABULARY = 86  # tokens of `write_tokenizer`, special ones included
@@ -43,6 +44,8 @@ QUESTIONS = {"color": ("What color is the shape?", "Which color do you see?"),
              "shape": ("Which shape is it?", "What form do you see?"),
              "size": ("How big is the shape?", "What size is it?"),
              "place": ("Where is the shape?", "In which corner is it?")}
+REWORDED = {"color": "Which color is it?", "shape": "What shape do you see?", "size": "What size do you see?",
+            "place": "Which corner is the shape in?"}  # known words in an order that no training file has
 YES_NO = {"color": "Is the shape {}?", "shape": "Is there a {} in the image?", "size": "Is the shape {}?",
           "place": "Is the shape in the {}?"}
 HINTS = ("", "", "The picture shows one shape.", "Look at the picture.")
@@ -231,6 +234,7 @@ def write_world(folder, seed: int = 0, align: int = 4000, instruct: int = 2000, 
     images/         the pictures of these three
     text.json       conversations about scenes told in words
     ScienceQA/      multiple choice about val and test scenes; a quarter without an image, told in the hint
+    ScienceQA-reworded/   the same, in words never trained on
     POPE/, MME_Benchmark_release_version/   yes or no about test scenes; MME asks twice about each picture
 
     It appears complete or not at all. A complete world in `folder` stays as it is, whatever its seed;
@@ -275,6 +279,16 @@ def write_files(folder: Path, rng: random.Random, align: int, instruct: int, tex
     write_json(folder / "captions.json", [
         image_record(images, f"caption-{n:05d}", rng.choice(splits["test"]), caption_turns, rng)
         for n in range(test)])
+    write_reworded(folder / SCIENCEQA, folder / f"{SCIENCEQA}-reworded")
+
+
+def write_reworded(scienceqa: Path, folder: Path) -> None:
+    """The same problems, asked as `REWORDED` has it."""
+    problems = read_json(scienceqa / "problems.json")
+    for entry in problems.values():
+        entry["question"] = REWORDED[entry["category"]]
+    shutil.copytree(scienceqa, folder)
+    write_json(folder / "problems.json", problems)
 
 
 def write_scienceqa(folder: Path, splits: dict, count: int, rng: random.Random) -> None:

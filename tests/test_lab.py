@@ -57,6 +57,17 @@ def test_the_world_is_the_one_it_was(tmp_path):
     assert digest.hexdigest() == "7f126e87e53a75703d09007c99b87997829bf21dbdc3c05cb6b5d6d8e3f3a17d"
 
 
+def test_reworded_questions_are_new_and_in_known_words(world, tokenizer):
+    seen = (world / "instruct.json").read_text() + (world / "text.json").read_text()
+    problems, reworded = (json.loads((world / name / "problems.json").read_text())
+                          for name in ("ScienceQA", "ScienceQA-reworded"))
+    for pid, problem in reworded.items():
+        assert problem["question"] not in seen and problem["question"] != problems[pid]["question"]
+        assert tokenizer.unk_token_id not in tokenizer(problem["question"]).input_ids
+        assert problem | {"question": ""} == problems[pid] | {"question": ""}
+    assert len(data.load_scienceqa(world / "ScienceQA-reworded")) == 8
+
+
 def digests(folder):
     """{relative name: sha256} of all files below the folder."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
@@ -281,7 +292,8 @@ def test_held_out_captions_one_at_a_time(world, clip_folder, llama_folder):
         said = m["labels"][0, 1:] != data.IGNORE
         nats += F.cross_entropy(logits[said], m["labels"][0, 1:][said], reduction="sum").item()
         tokens += int(said.sum())
-    assert found["caption"] == pytest.approx(nats / tokens, abs=1e-3) and 0 <= found["r1"] <= found["r5"] <= 100
+    assert found["caption"] == pytest.approx(nats / tokens, abs=1e-3)
+    assert 0 <= found["r1"] <= found["r5"] <= 100
 
 
 def test_the_pointing_game_finds_the_patch_that_is_the_word(clip_folder, llama_folder, tmp_path, monkeypatch):
