@@ -1,4 +1,5 @@
-"""Peak memory and time of one training step, paired: gradient checkpointing, the contrastive losses.
+"""Peak memory and time of one training step, paired: gradient checkpointing, the contrastive losses, and what
+it costs to measure the losses' gradients at the cut.
 
     python tests/bench_memory.py
 
@@ -27,23 +28,48 @@ MEDIUM = LLMConfig(vocab_size=2000, hidden_size=256, intermediate_size=704, num_
                    num_attention_heads=8, num_key_value_heads=4, head_dim=32)  # activations outweigh weights
 
 
-def one(stage: str, checkpointing: str, contrastive: str, size: str, steps: int) -> dict:
-    """Median milliseconds of the steps after the first; MiB of peak memory, in all and beyond the model's."""
+def model_of(stage: str, checkpointing: str, contrastive: str, size: str, **options) -> tuple:
+    """(config, model, optimizer, terms, a batch) of random weights and data, on one thread."""
     torch.set_num_threads(1)
     is_medium, device = size == "medium", torch.device("cpu")
     config = train.configure(stage, {"preset": "tiny", "checkpointing": checkpointing,
-                                     "contrastive": contrastive, "batch": 16 if is_medium else 64})
+                                     "contrastive": contrastive, "batch": 16 if is_medium else 64}
+                             | options)
     vit_config, llm_config = bench_step.shapes_of(config)
     shapes = vit_config, MEDIUM if is_medium else llm_config
     vlm = bench_step.random_model(config, shapes, device, torch.float32)
-    optimizer, scales = train.build_optimizer(config, vlm, device)
-    batch = bench_step.random_batch(config, vlm, text=200 if is_medium else 8)
-    before, times = peak(), []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        train.train_step(vlm, scales, optimizer, [batch], config, 1e-3)
-        times.append(time.perf_counter() - start)
-    return {"ms": 1000 * statistics.median(times[1:]), "extra": peak() - before, "peak": peak()}
+    optimizer, terms = train.build_optimizer(config, vlm, device)
+    return config, vlm, optimizer, terms, bench_step.random_batch(config, vlm, text=200 if is_medium else 8)
+
+
+def milliseconds(config, vlm, optimizer, terms, batch) -> float:
+    """Of one step."""
+    start = time.perf_counter()
+    train.train_step(vlm, terms, optimizer, [batch], config, 1e-3, step=1)
+    return 1000 * (time.perf_counter() - start)
+
+
+def one(*setting, steps: int = 30) -> dict:
+    """Median milliseconds of the steps after the first; MiB of peak memory, in all and beyond the model's."""
+    parts, before = model_of(*setting), peak()
+    times = [milliseconds(*parts) for _ in range((steps if setting[-1] == "tiny" else 2) + 1)]
+    return {"ms": statistics.median(times[1:]), "extra": peak() - before, "peak": peak()}
+
+
+def cost_of_measuring(size: str, pairs: int) -> list:
+    """Step times with the gradients measured and balanced over those without, in pairs of two neighbours."""
+    with_share = model_of("align", "none", "patch", size, contrastive_balance=0.3)
+    nothing = dict.fromkeys(("projected_norm", "projected", "word_norm", "words"), 0)
+    measures, ratios = (losses.norms, losses.products), []
+    for number in range(pairs + 1):
+        times = {}
+        for way in ("with", "without") if number % 2 else ("without", "with"):
+            without = (lambda *_: dict(nothing)), (lambda *_: {})
+            losses.norms, losses.products = measures if way == "with" else without
+            times[way] = milliseconds(*with_share)
+        ratios.append(times["with"] / times["without"])
+    losses.norms, losses.products = measures
+    return ratios[1:]
 
 
 def peak() -> float:
@@ -77,9 +103,13 @@ if __name__ == "__main__":
         print(json.dumps(one(*json.loads(sys.argv[1]))))
     else:
         ways = ("none", "every-other", "every")
-        settings = {which: ("instruct", which, "none", "medium", 2) for which in ways}
+        settings = {which: ("instruct", which, "none", "medium") for which in ways}
         show("gradient checkpointing, LLM of 12 blocks of width 256, instruct: step time, memory of the step",
              settings, "none", ("ms", "extra"), 3)
-        settings = {which: ("align", "none", which, "tiny", 30) for which in losses.CONTRASTIVE}
+        settings = {which: ("align", "none", which, "tiny") for which in losses.CONTRASTIVE}
         show("contrastive loss, tiny preset, align: step time, peak memory of the process", settings, "none",
              ("ms", "peak"), 3)
+        print("gradients at the cut measured and balanced, align, patch loss: step time")
+        for size, pairs in (("tiny", 60), ("medium", 12)):
+            low, middle, high = statistics.quantiles(cost_of_measuring(size, pairs), n=4)
+            print(f"  {size:<12}x {middle:.3f} (quartiles {low:.3f} to {high:.3f}, {pairs} pairs)", flush=True)
