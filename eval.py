@@ -283,20 +283,28 @@ def read_entries(file: Path, *keys) -> list:
         if file.suffix == ".tsv":
             csv.field_size_limit(2**31 - 1)  # a picture is one field
             entries = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
-        elif file.suffix == ".jsonl" or re.match(r"\s*\{[^\n]*\}\s*(\n\s*\{|$)", text):  # POPE calls it .json
-            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
-            entries = json.loads(text)
+            entries = parse_json(text)
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{file}: {error}") from None
     if isinstance(entries, dict):
         named = [{"id": name, **entry} for name, entry in entries.items() if isinstance(entry, dict)]
-        entries = entries.get("questions") or entries.get("data") or named
+        entries = entries.get("questions") or entries.get("data") or named or [entries]
     for number, entry in enumerate(entries, start=1):
         missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
         if missing:
             raise ValueError(f"{file}: entry {number} has no {missing[0]!r}")
     return entries
+
+
+def parse_json(text: str):
+    """The content of JSON, or a list of what its lines hold: POPE calls such files .json, too."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":  # behind the first value
+            raise
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def to_question(file, name, text: str, image, answer=None, category=None, ending=data.SHORT_ANSWER,
@@ -320,7 +328,7 @@ def find_problem(question: dict, seen) -> str | None:
         return "is there twice"
     if not image and question["prompt"].startswith(data.IMAGE):
         return "has no picture"
-    if isinstance(image, Path) and not image.exists() and not any(image.parent.glob(f"{image.stem}.*")):
+    if isinstance(image, Path) and not image.exists():
         return f"asks about a picture that is not there: {image}"
     if options and question["answer"] is not None and question["answer"] not in options:
         return f"has the answer {question['answer']!r}, which is none of {', '.join(options)}"
@@ -447,7 +455,7 @@ def load_mme(folder, split: str = "") -> list:
             text, answer = line.replace("Please answer yes or no.", "").split("\t")
             pair = f"{category.name}/{file.stem}"
             questions.append(to_question(
-                file, f"{pair}/{number}", text.strip(), [*pictures, images / file.stem][0],
+                file, f"{pair}/{number}", text.strip(), [*pictures, images / f"{file.stem}.png"][0],
                 answer.strip().lower(), category.name, options=["yes", "no"], group=pair))
     return questions or find_files(folder, f"{name}/*.txt")  # this raises
 

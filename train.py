@@ -817,7 +817,8 @@ def run_all(given: dict, device):
     set_last_run(root / "instruct")
     if rank() == 0:
         runs = [root / name for name in ("align/unaligned", "align", "instruct") if (root / name).is_dir()]
-        alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # it would wait for others
+        # without RANK, or it would wait for other ranks
+        alone = {name: value for name, value in os.environ.items() if name != "RANK"}
         sys.exit(subprocess.run([sys.executable, ROOT / "eval.py", "--bench", "scienceqa", "--ckpt",
                                  *runs], env=alone).returncode)
 

@@ -1,4 +1,5 @@
-"""Every benchmark in its official layout, small and invented: scenes of the toy world, asked about in its words.
+"""Every benchmark in its official layout, small and invented: scenes of the toy world, asked about in its
+words.
 
     python tests/layouts.py FOLDER && python eval.py --bench all --data FOLDER --ckpt RUN
 """
@@ -81,9 +82,9 @@ def write_mmbench(file, count, rng, refers: bool):
             turned = options[turn:] + options[:turn]
             row = {"index": number + turn * 10**6, "question": text, "hint": "nan" if number % 2 else CAPTION}
             row |= {x: option for x, option in zip("ABCD", turned + ["", ""])}
-            rows.append(row | {"answer": "ABCD"[turned.index(options[right])], "category": f"kind {number % 2}",
-                               "image": str(number) if refers and turn else encoded, "source": "invented",
-                               "l2-category": "all", "comment": "", "split": "dev"})
+            row |= {"answer": "ABCD"[turned.index(options[right])], "category": f"kind {number % 2}",
+                    "image": str(number) if refers and turn else encoded, "source": "invented"}
+            rows.append(row | {"l2-category": "all", "comment": "", "split": "dev"})
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w", newline="", encoding="utf-8") as f:
         table = csv.DictWriter(f, rows[0], delimiter="\t")
@@ -135,12 +136,13 @@ def write_mmmu(folder, count, rng):
         scene, text, options, right = closed_question(rng)
         file = folder / f"Math/{number}.png"
         save_picture(scene, file, rng)
-        art.append({"id": f"validation_Art_Theory_{number}", "question": f"<image 1> {text}", "answer": "ABCD"[right],
-                    "options": str(options), "question_type": "multiple-choice", "image_2": None,
-                    "image_1": {"bytes": base64.b64encode(file.read_bytes()).decode(), "path": "x.png"}})
-        maths.append({"id": f"validation_Math_{number}", "question": text, "answer": str([scene["color"], "1.5"]),
-                      "options": "[]", "question_type": "open", "image_1": file.name,
-                      "image_2": file.name if number == 1 else None})
+        encoded = base64.b64encode(file.read_bytes()).decode()
+        art.append({"id": f"validation_Art_Theory_{number}", "question": f"<image 1> {text}",
+                    "options": str(options), "answer": "ABCD"[right], "question_type": "multiple-choice",
+                    "image_1": {"bytes": encoded, "path": "x.png"}, "image_2": None})
+        maths.append({"id": f"validation_Math_{number}", "question": text, "options": "[]",
+                      "answer": str([scene["color"], "1.5"]), "question_type": "open",
+                      "image_1": file.name, "image_2": file.name if number == 1 else None})
     write_json(folder / "Art_Theory/validation-00000-of-00001.json", art)
     lines = [json.dumps(row) + "\n" for row in maths]
     (folder / "Math/validation.jsonl").write_text("".join(lines))
