@@ -11,9 +11,9 @@ the same checkpoint differ by ten points. So the prompt is built here from the r
 greedy, the official rule reads it, and what is missing or unreadable is wrong and stays in the denominator,
 which is printed. (MMMU's rule guesses instead.)
 
-Answers are appended to BENCH.partial.RANK in the run directory as they come; after a kill, the same command
-goes on from there. In the end all are in BENCH.json (of a Hub id: in its folder in the Hub's cache), beside
-the scores; the last line printed is one JSON object with these (one line a run and benchmark).
+Answers are appended to BENCH.partial.RANK.jsonl in the run directory as they come; after a kill, the same
+command goes on from there. In the end all are in BENCH.json (of a Hub id: in its folder in the Hub's cache),
+beside the scores; the last line printed is one JSON object with these (one line a run and benchmark).
 """
 
 import argparse
@@ -77,6 +77,8 @@ def to_sample(vlm, tokenizer, question: dict, template: str, answer: str | None 
     """A question as data.collate takes it, open for an answer, or with one (and no end token behind it)."""
     turns = [("human", question["prompt"])] + ([] if answer is None else [("gpt", answer)])
     name, pixels = f"question {question['id']!r}", None
+    if "file" in question:
+        name = f"{question['file']}: {name}"
     try:
         pieces = [piece for piece in data.TEMPLATES[template](turns, tokenizer) if piece[1] != data.END]
         ids, roles = data.tokenise(pieces, tokenizer, question["image"] is not None)
@@ -84,8 +86,7 @@ def to_sample(vlm, tokenizer, question: dict, template: str, answer: str | None 
             # "pad", whatever the run was trained with: a question may be about the picture's edge
             pixels = data.preprocess(load_picture(question["image"]), vlm.vit.config, "pad")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{question['file']}: {name}: {error}" if "file" in question
-                         else f"{name}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
     return {"ids": ids, "roles": roles, "pixels": pixels, "name": name}
 
 
@@ -101,14 +102,13 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
         **how) -> list:
     """Answers, as stripped text, to [{"id", "prompt", "image" path, base64 bytes or None}]: greedy, or
     sampled with `temperature` and `top_p`. `file`: see `in_batches`."""
-    positions = vlm.llm.config.max_position_embeddings
-    max_new_tokens = min(max_new_tokens, positions // 2)  # the question needs positions too
+    room = vlm.llm.config.max_position_embeddings - max_new_tokens  # the answer needs positions too
     # a run learns to end with its tokenizer's end token, whatever its LLM's config says
     how["end_tokens"] = [tokenizer.eos_token_id]
 
     def answer(rows):
         samples = [to_sample(vlm, tokenizer, row, template) for row in rows]
-        m = to_batch(vlm, tokenizer, samples, positions - max_new_tokens)
+        m = to_batch(vlm, tokenizer, samples, room)
         new = vlm.generate(m["ids"], m["pixels"], max_new_tokens, m["mask"], **how)  # (B, <= max_new_tokens)
         return [tokenizer.decode(ids[ids >= 0], skip_special_tokens=True).strip() for ids in new]
 
@@ -131,7 +131,8 @@ def likelihoods(vlm, tokenizer, questions, template: str, batch: int = 16, file=
         log_p = vlm.llm.logits(hidden[row_of, place]).float().log_softmax(-1)  # (tokens, V)
         log_p = log_p.gather(1, next_ids[row_of, place][:, None])[:, 0]  # (tokens,)
         sums = log_p.new_zeros(len(samples)).index_add(0, row_of, log_p)  # (B,)
-        return [part.tolist() for part in sums.split([len(row["options"]) for row in rows])]
+        counts = [len(row["options"]) for row in rows]
+        return [part.tolist() for part in sums.split(counts)]
 
     return in_batches(questions, answer, batch, file)
 
@@ -140,8 +141,8 @@ def in_batches(questions, answer, batch: int, file=None) -> list:
     """`answer(some questions) -> [what JSON can hold]` for all questions, in their order.
 
     Batches hold questions of similar length, and are the same on any number of ranks, which take turns: so
-    are the answers, to the last bit. With `file`, each rank appends to FILE.RANK as they come, and what such
-    files hold already is not asked again. The ranks' first error is raised on all of them.
+    are the answers, to the last bit. With `file`, each rank appends to FILE.RANK.jsonl as they come, and
+    what such files hold already is not asked again. The ranks' first error is raised on all of them.
     """
     def length(i):  # a picture is longer than most texts; in characters, which is near enough
         return questions[i]["image"] is None, -len(questions[i]["prompt"])
@@ -150,7 +151,7 @@ def in_batches(questions, answer, batch: int, file=None) -> list:
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     # rank 0 reads alone: the files of the others are about to grow
     answers = on_every_rank(lambda: read_answers(file, questions) if file and rank() == 0 else {})[0]
-    left = [indices for indices in batches if not all(i in answers for i in indices)]
+    left = [indices for indices in batches if not set(indices) <= answers.keys()]
 
     def answer_mine():
         mine, new = left[rank() :: world_size()], {}
@@ -197,8 +198,8 @@ def append_answers(file, questions, answers):
 
 
 def read_answers(file, questions) -> dict:
-    """{index: answer} of what FILE.0, FILE.1 .. hold. A line that a kill has cut short is dropped; one that
-    belongs to none of the questions is a ValueError."""
+    """{index: answer} of what FILE.0.jsonl, FILE.1.jsonl .. hold. A line that a kill has cut short is
+    dropped; one that belongs to none of the questions is a ValueError."""
     answers, index = {}, {question["id"]: i for i, question in enumerate(questions)}
     for part in sorted(Path(file).parent.glob(f"{Path(file).name}.*.jsonl")):
         text = part.read_text()
@@ -290,6 +291,8 @@ def read_entries(file: Path, *keys) -> list:
     if isinstance(entries, dict):
         named = [{"id": name, **entry} for name, entry in entries.items() if isinstance(entry, dict)]
         entries = entries.get("questions") or entries.get("data") or named or [entries]
+    if not isinstance(entries, list):
+        raise ValueError(f"{file}: not a list of entries")
     for number, entry in enumerate(entries, start=1):
         missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
         if missing:
@@ -379,15 +382,17 @@ def score_scienceqa(questions, choices) -> dict:
     """Accuracy in percent: of all questions, of those with an image (`img`), of those without (`txt`: not the
     official TXT), and of the official split's parts. No choice (None) is wrong."""
     right = [choice == question["answer"] for question, choice in zip(questions, choices)]
-    scores, in_part = accuracy(right, questions), []
-    for name, wanted in (("accuracy_img", True), ("accuracy_txt", False)):
+    scores, in_part, parts = accuracy(right, questions), [], []
+    for name, wanted in (("img", True), ("txt", False)):
         rows = [i for i, question in enumerate(questions) if (question["image"] is not None) == wanted]
-        scores |= accuracy([right[i] for i in rows], [questions[i] for i in rows], name)
-        scores["questions" + name.removeprefix("accuracy")] = len(rows)
+        asked = [questions[i] for i in rows]
+        scores |= accuracy([right[i] for i in rows], asked, f"accuracy_{name}")
+        scores[f"questions_{name}"] = len(rows)
     for question, value in zip(questions, right):
-        in_part += [(value, part) for part in official_split(question)]
+        parts += official_split(question)
+        in_part += [value] * len(official_split(question))
     return scores | {"questions": len(questions), "unparsed": choices.count(None),
-                     "categories": by_category(*zip(*in_part)) if in_part else {}}
+                     "categories": by_category(in_part, parts)}
 
 
 def load_pope(folder, split: str = "") -> list:
@@ -415,7 +420,7 @@ def parse_pope(text: str, question=None) -> str:
 
 def score_pope(questions, choices) -> dict:
     """Per category and on average, in percent: F1 of "yes" (the headline), accuracy, share of yes."""
-    groups, scores, asked, influence = {}, {}, [], {"f1": [], "accuracy": []}
+    groups, scores, mean, asked, influence = {}, {}, {}, [], {"f1": [], "accuracy": []}
     for question, choice in zip(questions, choices):
         row = question, question["answer"] == "yes", choice == "yes"
         groups.setdefault(question["category"], []).append(row)
@@ -429,9 +434,8 @@ def score_pope(questions, choices) -> dict:
             asked.append(question)
             influence["f1"].append((2 * (gold and said) - f1 * (gold + said)) / each / len(groups))
             influence["accuracy"].append(((gold == said) - right) / len(rows) / len(groups))
-    # every category counts alike, however many questions it has
-    mean = {key: round(sum(score[key] for score in scores.values()) / len(scores), 2)
-            for key in ("f1", "accuracy", "yes")}
+    for key in ("f1", "accuracy", "yes"):  # every category counts alike, however many questions it has
+        mean[key] = round(sum(score[key] for score in scores.values()) / len(scores), 2)
     errors = {f"{key}_se": standard_error(values, asked) for key, values in influence.items()}
     return mean | errors | {"questions": len(questions), "categories": scores}
 
@@ -526,14 +530,17 @@ def load_mmbench(folder, split: str = "dev", chinese: bool = False) -> list:
     rows = read_entries(files[0], "index", "question", *"ABCD", "image")
     images = {row["index"]: row["image"] for row in rows}
     for row in rows:
-        given = {key: "" if (text or "").lower() in NOT_GIVEN else text for key, text in row.items()}
-        choices = list(itertools.takewhile(bool, (given[letter] for letter in "ABCD")))
-        text = f"{given['hint']}\n{row['question']}" if given.get("hint") else row["question"]
+        if not row["index"].isdigit():
+            raise ValueError(f"{files[0]}: the index {row['index']!r} is not a number")
+        texts = [row.get(key) or "" for key in ("hint", "answer", *"ABCD")]
+        hint, answer, *choices = ["" if text.lower() in NOT_GIVEN else text for text in texts]
+        choices = list(itertools.takewhile(bool, choices))
+        text = f"{hint}\n{row['question']}" if hint else row["question"]
         ending = "\n请直接回答选项字母。" if chinese else data.LETTER_ANSWER
         kept = [key for key in ("index", "question", *"ABCD", "answer", "split") if key in row]
         questions.append(to_question(
             files[0], row["index"], lettered(text, choices), images.get(row["image"], row["image"]).encode(),
-            given.get("answer") or None, row.get("category"), ending, options=list("ABCD"[: len(choices)]),
+            answer or None, row.get("category"), ending, options=list("ABCD"[: len(choices)]),
             choices=choices, group=int(row["index"]) % 10**6, row={key: row[key] for key in kept}))
     return questions
 
@@ -700,13 +707,15 @@ def parse_mmmu(text: str, question):
         return open_candidates(text)
     for sign in ",.!?;:'":
         text = text.strip(sign)
-    forms = [(f" {text} ", [form.format(x) for x in question["options"]]) for form in ("({})", " {} ")]
+    forms, letters = [], question["options"]
+    for form in ("({})", " {} "):
+        forms.append((f" {text} ", [form.format(letter) for letter in letters]))
     if len(text.split()) > 5:
         forms.append((text.lower(), [choice.lower() for choice in question["choices"]]))
     for said, wanted in forms:
         places = [said.rfind(form) for form in wanted]
         if max(places) >= 0:
-            return question["options"][places.index(max(places))]
+            return letters[places.index(max(places))]
     return None
 
 
@@ -757,9 +766,10 @@ def score_mmmu(questions, choices) -> dict:
             right.append(choice == question["answer"])
         else:
             right.append(is_expected(choice, question["answer"]))
+    further = sum(question["pictures"] > 1 for question in questions)
     return accuracy(right, questions) | {
         "questions": len(questions), "unparsed": choices.count(None),
-        "questions_with_further_pictures": sum(question["pictures"] > 1 for question in questions),
+        "questions_with_further_pictures": further,
         "categories": by_category(right, [question["category"] for question in questions])}
 
 
@@ -808,7 +818,10 @@ def load_questions(name: str, folder, split=None, limit=None) -> list:
     """A benchmark's questions, checked; of `limit` the first so many, with what counts together with them."""
     bench = BENCHES[name]
     split = bench.split if split is None else split
-    questions = bench.load(folder, split)
+    try:
+        questions = bench.load(folder, split)
+    except (KeyError, TypeError, AttributeError) as error:  # an entry is of another kind than it should be
+        raise ValueError(f"{folder}: not in the layout of {name}: {error!r}") from None
     if not questions:
         raise ValueError(f"{folder}: no questions of {name} in split {split!r}")
     seen = set()
@@ -830,10 +843,16 @@ def score_choices(bench: Bench, questions, choices) -> dict:
 def answer_bench(vlm, tokenizer, template, name, folder, split=None, limit=None, file=None) -> tuple:
     """(scores, questions, answers, what the benchmark's rule reads from them) of one benchmark."""
     bench, questions = BENCHES[name], load_questions(name, folder, split, limit)
-    batch = min(64, 4096 // bench.tokens)  # the key-value cache is as long as the longest answer
-    answers = ask(vlm, tokenizer, questions, template, bench.tokens, batch, file)
-    choices = [bench.parse(text, question) for text, question in zip(answers, questions)]
+    answers, choices = ask_bench(vlm, tokenizer, template, bench, questions, file)
     return score_choices(bench, questions, choices), questions, answers, choices
+
+
+def ask_bench(vlm, tokenizer, template, bench: Bench, questions, file) -> tuple:
+    """(answers, what the benchmark's rule reads from them)."""
+    tokens = min(bench.tokens, vlm.llm.config.max_position_embeddings // 2)  # a question needs positions, too
+    batch = min(64, 4096 // tokens)  # the key-value cache is as long as the longest answer
+    answers = ask(vlm, tokenizer, questions, template, tokens, batch, file)
+    return answers, [bench.parse(text, question) for text, question in zip(answers, questions)]
 
 
 def percentages(scores: dict) -> dict:
@@ -844,7 +863,7 @@ def percentages(scores: dict) -> dict:
 def likeliest(vlm, tokenizer, template, questions, choices, file) -> list:
     """`choices`, but where a question has options, the one whose letter (or Yes, No) is the likeliest."""
     closed = [question for question in questions if question.get("options")]
-    asked = [q | {"options": [option.capitalize() for option in q["options"]]} for q in closed]
+    asked = [q | {"options": list(map(str.capitalize, q["options"]))} for q in closed]
     chosen = {}
     for question, row in zip(closed, likelihoods(vlm, tokenizer, asked, template, file=file)):
         chosen[question["id"]] = question["options"][row.index(max(row))]
@@ -869,8 +888,10 @@ def score_floors(bench: Bench, questions, blind) -> dict:
         sheets[f"always {letter}"] = [sheet(lambda question: letter)]
     floors = {}
     for name, answers in sheets.items():
-        found = [percentages(bench.score(questions, choices)) for choices in answers]
-        floors[name] = {key: round(sum(row[key] for row in found) / len(found), 2) for key in found[0]}
+        total = Counter()
+        for choices in answers:
+            total.update(percentages(bench.score(questions, choices)))
+        floors[name] = {key: round(value / len(answers), 2) for key, value in total.items()}
     return floors
 
 
@@ -886,16 +907,15 @@ def run_bench(name, ckpt, run: tuple, folder, args) -> dict:
         found = score_choices(bench, questions, found)
         scores["likelihood"] = {key: value for key, value in found.items() if isinstance(value, float)}
     if args.floors and is_scored:
-        blind = ask(vlm, tokenizer, without_picture(questions), template, bench.tokens,
-                    file=f"{partial_file}-blind")
-        blind = [bench.parse(text, question) for text, question in zip(blind, questions)]
+        _, blind = ask_bench(vlm, tokenizer, template, bench, without_picture(questions),
+                             f"{partial_file}-blind")
         scores["floors"] = score_floors(bench, questions, blind)
     result = {"ckpt": str(ckpt), "bench": name, "split": split, **scores}
     if rank() == 0:
         write_predictions(Path(ckpt) / f"{name}.json", result, questions, answers, choices)
         for file in Path(ckpt).glob(f"{partial_file.name}*.jsonl"):
             file.unlink()
-        print(f"{name} of {ckpt}: {len(questions)} questions" + (summary(scores) if is_scored else ""))
+        print(f"{name} of {ckpt}: {summary(scores)}")
         if bench.submit:
             file = args.submit or Path(ckpt) / f"{name}-submit{'.tsv' if 'mmbench' in name else '.json'}"
             bench.submit(questions, answers, file)
@@ -904,11 +924,15 @@ def run_bench(name, ckpt, run: tuple, folder, args) -> dict:
 
 
 def summary(scores: dict) -> str:
-    """What is read first, in words: accuracies with their errors, and how many answers are unreadable."""
-    text = f", accuracy {scores['accuracy']} ± {scores['accuracy_se']}"
+    """What is read first, in words: the scores with their errors, and how many answers are unreadable."""
+    parts = [f"{scores['questions']} questions"]
+    for key in [key.removesuffix("_se") for key in scores if key.endswith("_se")]:
+        parts.append(f"{key} {scores[key]} ± {scores[key + '_se']}")
     if likely := scores.get("likelihood"):
-        text += f" (by likelihood {likely['accuracy']} ± {likely['accuracy_se']})"
-    return f"{text}, {scores.get('unparsed', 0)} answers that the rule cannot read"
+        parts.append(f"by likelihood {likely['accuracy']} ± {likely['accuracy_se']}")
+    if "unparsed" in scores:
+        parts.append(f"{scores['unparsed']} answers that the rule cannot read")
+    return ", ".join(parts)
 
 
 def write_predictions(file: Path, result: dict, questions, answers, choices):
@@ -975,7 +999,8 @@ def run_retrieval(ckpt, file, images, device) -> dict:
     image, text, keys, _ = caption_vectors(vlm, tokenizer, config, file, images)
     result = {"ckpt": str(ckpt), "bench": "retrieval", "pairs": len(keys),
               "distinct_captions": len(keys.unique()), **score_retrieval(image, text, keys)}
-    (Path(ckpt) / "retrieval.json").write_text(json.dumps(result, indent=1))
+    if rank() == 0:
+        (Path(ckpt) / "retrieval.json").write_text(json.dumps(result, indent=1))
     return result
 
 
@@ -991,8 +1016,10 @@ def last_run() -> Path:
 
 def start_ranks() -> torch.device:
     """Join the process group if torchrun made one; return this rank's device."""
-    is_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if is_cuda else torch.device("cpu")
+    is_cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    if is_cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"local rank {local_rank}; this machine has {torch.cuda.device_count()} GPUs")
+    device = torch.device("cuda", local_rank) if is_cuda else torch.device("cpu")
     if is_cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
