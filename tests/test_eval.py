@@ -495,14 +495,15 @@ def ask_everything(rank, world, run, root, batch, file=None):
     found = {}
     for name in BENCHES:
         questions = load(name, root / BENCHES[name].folder)
-        found[name] = evaluation.ask(vlm, tokenizer, questions, config["template"], 6, batch)
+        own = file and f"{file}-{name}"
+        found[name] = evaluation.ask(vlm, tokenizer, questions, config["template"], 6, batch, own)
         closed = [question for question in questions if question.get("options")]
         rows = evaluation.likelihoods(vlm, tokenizer, closed, config["template"], batch)
         found[f"{name} likelihoods"] = [[round(value, 3) for value in row] for row in rows]
     return found
 
 
-def test_batched_is_one_at_a_time_and_two_ranks_are_one(run, root, ranks):
+def test_batched_is_one_at_a_time_and_two_ranks_are_one(run, root, ranks, tmp_path):
     alone = ask_everything(0, 1, run, root, 1)
     batched = ask_everything(0, 1, run, root, 4)
     assert len({answer for name in BENCHES for answer in alone[name]}) > 20
@@ -510,8 +511,13 @@ def test_batched_is_one_at_a_time_and_two_ranks_are_one(run, root, ranks):
         assert alone[name] == batched[name], name
         for one, many in zip(alone[f"{name} likelihoods"], batched[f"{name} likelihoods"]):
             assert one == pytest.approx(many, abs=2e-3)
-    for found in ranks(2, ask_everything, run, root, 4):
+    for found in ranks(2, ask_everything, run, root, 4, tmp_path / "answers"):
         assert found == batched  # to the last bit: the batches are the same
+    for name in BENCHES:
+        shares = [tmp_path / f"answers-{name}.{rank}.jsonl" for rank in (0, 1)]
+        counts = [len(share.read_text().splitlines()) for share in shares if share.exists()]
+        # a batch more on one rank, and nothing twice
+        assert sum(counts) == len(batched[name]) and max(counts) <= len(batched[name]) / 2 + 4
 
 
 def test_likelihoods_equal_a_plain_loop(model, root):
@@ -553,7 +559,7 @@ def own_run(run, tmp_path):
 
 
 def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(own_run, root, monkeypatch):
-    """Killed while writing, in each of the three rounds of questions; the last kill leaves half a line. Two
+    """Killed while writing, in each of the three rounds of questions; the first kill leaves half a line. Two
     ranks' files go on in one process."""
     argv = ["mmbench", "--data", root / "MMBench", "--score", "likelihood", "--floors"]
     in_batches = evaluation.in_batches
@@ -577,8 +583,8 @@ def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(own_run, root
         lines = part.read_text().splitlines(keepends=True)
         if rounds == 0:
             assert len(lines) == 8
-            part.write_text("".join(lines[:4]))
-            part.with_name(part.name.replace(".0.", ".1.")).write_text("".join(lines[4:]) + lines[0][:25])
+            part.write_text("".join(lines[:4]) + lines[0][:25])
+            part.with_name(part.name.replace(".0.", ".1.")).write_text("".join(lines[4:]) + lines[1][:9])
     asked.append("no more deaths")
     assert scored(own_run, *argv) == expected
     assert len(asked) == 20 + 20 + 20 + 1  # nothing was asked twice
