@@ -478,10 +478,10 @@ def score_mme(questions, choices) -> dict:
     their sums over MME's ten categories of perception and over all others (of the toy world's four, "color"
     is one of the ten); both accuracies over everything in percent."""
     right = [choice == question["answer"] for question, choice in zip(questions, choices)]
-    both = [first and second for first, second in zip(right[::2], right[1::2])]  # a picture's two questions
-    by_name, categories, scores = {}, {}, {}
-    for question, *row in zip(questions[::2], right[::2], right[1::2], both):
-        by_name.setdefault(question["category"], []).append((question, (row[0] + row[1]) / 2 + row[2]))
+    pairs, by_name, categories, scores = list(zip(right[::2], right[1::2])), {}, {}, {}  # of each picture
+    for question, (first, second) in zip(questions[::2], pairs):
+        value = (first + second) / 2 + (first and second)
+        by_name.setdefault(question["category"], []).append((question, value))
     for part in ("perception", "others"):
         total, asked, influence = 0, [], []
         for name, rows in sorted(by_name.items()):
@@ -492,8 +492,9 @@ def score_mme(questions, choices) -> dict:
                 influence += [(value - score) / len(rows) for _, value in rows]
                 total += 100 * score
         scores |= {part: round(total, 2), f"{part}_se": standard_error(influence, asked)}
-    return accuracy(right, questions) | accuracy(both, questions[::2], "accuracy_plus") | scores | {
-        "questions": len(questions), "pictures": len(both), "unparsed": choices.count(None),
+    plus = accuracy([all(pair) for pair in pairs], questions[::2], "accuracy_plus")
+    return accuracy(right, questions) | plus | scores | {
+        "questions": len(questions), "pictures": len(pairs), "unparsed": choices.count(None),
         "categories": categories}
 
 
@@ -624,9 +625,9 @@ something'd've something'll that's there'd there'd've there're there's they'd th
 they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've
 who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
 y'all'd've you'd you'd've you'll you're you've""".split()
-MISSPELT = {"somebody'd": "somebodyd"}  # so the official list has it; else a word that lacks one apostrophe
-for word in CONTRACTIONS:
-    MISSPELT |= {word[: m.start()] + word[m.end() :]: word for m in re.finditer("'", word)}
+MISSPELT = {word[: at.start()] + word[at.end() :]: word
+            for word in CONTRACTIONS for at in re.finditer("'", word)}
+MISSPELT["somebody'd"] = "somebodyd"  # so the official list has it; all others lack one apostrophe
 
 
 def parse_vqa(text: str, question=None) -> str:
@@ -814,13 +815,16 @@ BENCHES = {
 }
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Running a benchmark
+
 def load_questions(name: str, folder, split=None, limit=None) -> list:
     """A benchmark's questions, checked; of `limit` the first so many, with what counts together with them."""
     bench = BENCHES[name]
     split = bench.split if split is None else split
     try:
         questions = bench.load(folder, split)
-    except (KeyError, TypeError, AttributeError) as error:  # an entry is of another kind than it should be
+    except (KeyError, TypeError, AttributeError, SyntaxError) as error:  # something is of another kind
         raise ValueError(f"{folder}: not in the layout of {name}: {error!r}") from None
     if not questions:
         raise ValueError(f"{folder}: no questions of {name} in split {split!r}")
