@@ -1,31 +1,46 @@
-"""Questions to a trained model: benchmarks by their own rules, retrieval, and one question about one picture.
+"""Questions to a trained model: benchmarks by their official rules, retrieval, one question, one picture.
 
     python eval.py --bench scienceqa                              # the last run, on its preset's ScienceQA
-    python eval.py --bench scienceqa --ckpt runs/7b/instruct --data data/ScienceQA
+    python eval.py --bench scienceqa --ckpt runs/7b/instruct --data data/ScienceQA --score likelihood --floors
+    torchrun --nproc_per_node=8 eval.py --bench all --data data   # every benchmark that lies there
     python eval.py --ask picture.png "What color is the shape?"
     python eval.py --bench retrieval                              # pictures against captions, no answers
 
-The prompt is built here from the raw files, the answer is generated greedily, and an answer that is missing
-or that the official rule cannot read counts as wrong and stays in the denominator. Published ScienceQA
-numbers of one and the same checkpoint differ by ten points, mostly because of prompts, parsing and
-denominators.
+A score is only as good as its prompt, its parser and its denominator: published ScienceQA numbers of one and
+the same checkpoint differ by ten points. So the prompt is built here from the raw files, the answer is
+greedy, the official rule reads it, and what is missing or unreadable is wrong and stays in the denominator,
+which is printed. (MMMU's rule guesses instead.)
 
-The last line printed is one JSON object with the scores (one line a run, where several are named). Every
-prediction goes to BENCH.json in the run directory (of a Hub id: its folder in the Hub's cache).
+Answers are appended to BENCH.partial.RANK.jsonl in the run directory as they come; after a kill, the same
+command goes on from there. In the end all are in BENCH.json (of a Hub id: in its folder in the Hub's cache),
+beside the scores; the last line printed is one JSON object with these (one line a run and benchmark).
 """
 
 import argparse
+import ast
+import base64
+import csv
+import io
+import itertools
 import json
+import math
+import random
 import re
+import string
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
 import data
 import losses
+from losses import leave_ranks, rank, say, start_ranks, world_size
 from projector import VLM, choose_dtype
 from vit import read_json, resolve_model
 
@@ -47,37 +62,292 @@ def load_run(folder, device) -> tuple:
     return vlm, tokenizer, config
 
 
+def load_picture(image) -> Image.Image:
+    """RGB, of a path, or of `bytes`: a picture file in base64, as MMBench's table holds it."""
+    if not isinstance(image, bytes):
+        return data.load_image(image)
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"not a readable image: {error}") from None
+
+
+def to_sample(vlm, tokenizer, question: dict, template: str, answer: str | None = None) -> dict:
+    """A question as data.collate takes it, open for an answer, or with one (and no end token behind it)."""
+    turns = [("human", question["prompt"])] + ([] if answer is None else [("gpt", answer)])
+    name, pixels = f"question {question['id']!r}", None
+    if "file" in question:
+        name = f"{question['file']}: {name}"
+    try:
+        pieces = [piece for piece in data.TEMPLATES[template](turns, tokenizer) if piece[1] != data.END]
+        ids, roles = data.tokenise(pieces, tokenizer, question["image"] is not None)
+        if question["image"] is not None:
+            # "pad", whatever the run was trained with: a question may be about the picture's edge
+            pixels = data.preprocess(load_picture(question["image"]), vlm.vit.config, "pad")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    return {"ids": ids, "roles": roles, "pixels": pixels, "name": name}
+
+
+def to_batch(vlm, tokenizer, samples, room: int) -> dict:
+    """One batch on the model's device, padded on the left. ValueError where a row is longer than `room`."""
+    m = data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id,
+                     vlm.vit.config.image_size, room, side="left")
+    return data.to_device(m, vlm.llm.head_weight.device)
+
+
 @torch.no_grad()
-def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batch: int = 64, **how) -> list:
-    """Answers, as stripped text, to [{"id", "prompt", "image" path or None}]: greedy, or sampled with
-    `temperature` and `top_p`. Prompts of one batch are padded on the left, images padded to squares."""
-    answers, c, to_pieces = [], vlm.vit.config, data.TEMPLATES[template]
+def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batch: int = 64, file=None,
+        **how) -> list:
+    """Answers, as stripped text, to [{"id", "prompt", "image" path, base64 bytes or None}]: greedy, or
+    sampled with `temperature` and `top_p`. `file`: see `in_batches`."""
     room = vlm.llm.config.max_position_embeddings - max_new_tokens  # the answer needs positions too
     # a run learns to end with its tokenizer's end token, whatever its LLM's config says
     how["end_tokens"] = [tokenizer.eos_token_id]
-    for start in tqdm(range(0, len(questions), batch), desc="ask", unit=" batches"):
+
+    def answer(rows):
+        samples = [to_sample(vlm, tokenizer, row, template) for row in rows]
+        m = to_batch(vlm, tokenizer, samples, room)
+        new = vlm.generate(m["ids"], m["pixels"], max_new_tokens, m["mask"], **how)  # (B, <= max_new_tokens)
+        return [tokenizer.decode(ids[ids >= 0], skip_special_tokens=True).strip() for ids in new]
+
+    return in_batches(questions, answer, batch, file)
+
+
+@torch.no_grad()
+def likelihoods(vlm, tokenizer, questions, template: str, batch: int = 16, file=None) -> list:
+    """For each question the log-probabilities, in nats, of its "options" (a list of texts) as the answer:
+    summed over the tokens of each, the end token not among them. No parser is needed, and nothing is
+    unreadable. Options of several tokens are not made comparable here: a longer one has more to lose."""
+    def answer(rows):
         samples = []
-        for question in questions[start : start + batch]:
-            image, pieces = question["image"], to_pieces([("human", question["prompt"])], tokenizer)
-            ids, roles = data.tokenise(pieces, tokenizer, image is not None)
-            # "pad", whatever the run was trained with: a question may be about the picture's edge
-            pixels = data.preprocess(data.load_image(image), c, "pad") if image else None
-            name = f"question {question['id']!r}"
-            samples.append({"ids": ids, "roles": roles, "pixels": pixels, "name": name})
-        m = data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id,
-                         c.image_size, room, side="left")
-        m = data.to_device(m, vlm.llm.head_weight.device)
-        for row in vlm.generate(m["ids"], m["pixels"], max_new_tokens, m["mask"], **how):
-            answers.append(tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip())
+        for row in rows:
+            samples += [to_sample(vlm, tokenizer, row, template, option) for option in row["options"]]
+        m = to_batch(vlm, tokenizer, samples, vlm.llm.config.max_position_embeddings)
+        hidden = vlm.llm.hidden(vlm.splice(m["ids"], vlm.encode(m["pixels"])), m["mask"])  # (B, S, C)
+        next_ids = m["labels"][:, 1:]  # (B, S - 1): what each position says next, where that is the option's
+        row_of, place = (next_ids != data.IGNORE).nonzero(as_tuple=True)  # (tokens,) each
+        log_p = vlm.llm.logits(hidden[row_of, place]).float().log_softmax(-1)  # (tokens, V)
+        log_p = log_p.gather(1, next_ids[row_of, place][:, None])[:, 0]  # (tokens,)
+        sums = log_p.new_zeros(len(samples)).index_add(0, row_of, log_p)  # (B,)
+        counts = [len(row["options"]) for row in rows]
+        return [part.tolist() for part in sums.split(counts)]
+
+    return in_batches(questions, answer, batch, file)
+
+
+def in_batches(questions, answer, batch: int, file=None) -> list:
+    """`answer(some questions) -> [what JSON can hold]` for all questions, in their order.
+
+    Batches hold questions of similar length, and are the same on any number of ranks, which take turns: so
+    are the answers, to the last bit. With `file`, each rank appends to FILE.RANK.jsonl as they come, and
+    what such files hold already is not asked again. The ranks' first error is raised on all of them.
+    """
+    def length(i):  # a picture is longer than most texts; in characters, which is near enough
+        return questions[i]["image"] is None, -len(questions[i]["prompt"])
+
+    order = sorted(range(len(questions)), key=length)  # longest first: what needs too much memory fails soon
+    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+    # rank 0 reads alone: the files of the others are about to grow
+    answers = on_every_rank(lambda: read_answers(file, questions) if file and rank() == 0 else {})[0]
+    left = [indices for indices in batches if not set(indices) <= answers.keys()]
+
+    def answer_mine():
+        mine, new = left[rank() :: world_size()], {}
+        with tqdm(desc="ask", total=sum(map(len, mine)), unit=" questions", disable=rank() > 0) as bar:
+            for indices in mine:
+                rows = [questions[i] for i in indices]
+                found = answer(rows)
+                new |= dict(zip(indices, found))
+                if file:
+                    append_answers(f"{file}.{rank()}.jsonl", rows, found)
+                bar.update(len(rows))
+        return new
+
+    for new in on_every_rank(answer_mine):
+        answers |= new
+    return [answers[i] for i in range(len(questions))]
+
+
+def on_every_rank(function) -> list:
+    """What `function()` returns on each rank. Where it fails on one, all get that one's ValueError: nobody
+    waits for a rank that is gone."""
+    value = error = None
+    try:
+        value = function()
+    except (OSError, ValueError) as problem:
+        error = str(problem) or repr(problem)
+    results = [(value, error)] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(results, (value, error))
+    for _, error in results:
+        if error:
+            raise ValueError(error)
+    return [value for value, _ in results]
+
+
+def append_answers(file, questions, answers):
+    """One JSON line a question; all lines of a batch in one write."""
+    lines = []
+    for question, answer in zip(questions, answers):
+        line = {"id": question["id"], "prompt": question["prompt"], "answer": answer}
+        lines.append(json.dumps(line) + "\n")
+    with open(file, "a") as f:
+        f.write("".join(lines))
+
+
+def read_answers(file, questions) -> dict:
+    """{index: answer} of what FILE.0.jsonl, FILE.1.jsonl .. hold. A line that a kill has cut short is
+    dropped; one that belongs to none of the questions is a ValueError."""
+    answers, index = {}, {question["id"]: i for i, question in enumerate(questions)}
+    for part in sorted(Path(file).parent.glob(f"{Path(file).name}.*.jsonl")):
+        text = part.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            part.write_text(whole)
+        for line in whole.splitlines():
+            row = json.loads(line)
+            i = index.get(row["id"])
+            if i is None or questions[i]["prompt"] != row["prompt"]:
+                raise ValueError(f"{part}: question {row['id']!r} is not asked now, or reads otherwise; "
+                                 "go on with the options it was begun with, or remove the file")
+            answers[i] = row["answer"]
     return answers
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the benchmarks share
+
+def percent(rows) -> float:
+    """The mean of a list of booleans, or of parts of 1, in percent."""
+    return round(100 * sum(rows) / max(1, len(rows)), 2)  # max: a split may have no question with a picture
+
+
+def standard_error(influences, questions) -> float:
+    """Of a score in percent, from how much each question moves it (its influence, in parts of 1).
+
+    Questions about one picture are not independent, so their influences are added before they are squared
+    (Liang and Zeger 1986). Of a mean they are (right - mean) / n, and where each question has its own picture
+    this is the binomial sqrt(p (1 - p) / n).
+    """
+    of_picture = Counter()
+    for value, question in zip(influences, questions):
+        of_picture[question["image"] or question["id"]] += value
+    return round(100 * math.sqrt(sum(value**2 for value in of_picture.values())), 2)
+
+
+def accuracy(right, questions, name: str = "accuracy") -> dict:
+    """{name: the mean of `right` in percent, name_se: its standard error in points}."""
+    n, total = max(1, len(right)), sum(right)
+    return {name: percent(right),
+            f"{name}_se": standard_error([(value - total / n) / n for value in right], questions)}
+
+
+def by_category(right, names) -> dict:
+    """{name: {"accuracy", "questions"}}, sorted by name."""
+    rows = {}
+    for name, value in sorted(zip(map(str, names), right)):
+        rows.setdefault(name, []).append(value)
+    return {name: {"accuracy": percent(values), "questions": len(values)} for name, values in rows.items()}
+
+
+def score_accuracy(questions, choices) -> dict:
+    """Micro average, and by category. No choice (None) is wrong."""
+    right = [choice == question["answer"] for question, choice in zip(questions, choices)]
+    return accuracy(right, questions) | {
+        "questions": len(questions), "unparsed": choices.count(None),
+        "categories": by_category(right, [question["category"] for question in questions])}
+
+
+CONVERT = {  # what no package of ours reads: the line of pandas that makes what we do
+    ".xlsx": 'pandas.read_excel("IN").to_csv("OUT.tsv", sep="\\t", index=False)',
+    ".parquet": 'json.dump(pandas.read_parquet("IN").to_dict("records"), open("OUT.json", "w"), default='
+                'lambda x: base64.b64encode(x).decode() if isinstance(x, bytes) else x.tolist())'}
+
+
+def find_files(folder, pattern: str) -> list:
+    """Sorted. FileNotFoundError if there are none; beside Parquet or Excel it says how to convert these."""
+    files = sorted(Path(folder).glob(pattern))
+    if not files:
+        other = [file for file in sorted(Path(folder).glob("**/*")) if file.suffix in CONVERT]
+        how = f"; {other[0]} is not read here, but {CONVERT[other[0].suffix]} converts it" if other else ""
+        raise FileNotFoundError(f"{folder}: no {pattern}{how}")
+    return files
+
+
+def read_entries(file: Path, *keys) -> list:
+    """The dicts in a file, each with all `keys`: a JSON list (maybe below "questions" or "data"), a JSON dict
+    of dicts (whose names become "id"), JSON lines, or a table (.tsv)."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    try:
+        if file.suffix == ".tsv":
+            csv.field_size_limit(2**31 - 1)  # a picture is one field
+            entries = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
+        else:
+            entries = parse_json(text)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{file}: {error}") from None
+    if isinstance(entries, dict):
+        named = [{"id": name, **entry} for name, entry in entries.items() if isinstance(entry, dict)]
+        entries = entries.get("questions") or entries.get("data") or named or [entries]
+    if not isinstance(entries, list):
+        raise ValueError(f"{file}: not a list of entries")
+    for number, entry in enumerate(entries, start=1):
+        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+        if missing:
+            raise ValueError(f"{file}: entry {number} has no {missing[0]!r}")
+    return entries
+
+
+def parse_json(text: str):
+    """The content of JSON, or a list of what its lines hold: POPE calls such files .json, too."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":  # behind the first value
+            raise
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def to_question(file, name, text: str, image, answer=None, category=None, ending=data.SHORT_ANSWER,
+                **more) -> dict:
+    """A question about a picture (a Path, or a file's bytes in base64) in LLaVA's form. Closed ones have
+    "options", what may be chosen; those that only count together have one "group". An answer of None is known
+    to a server or judge alone."""
+    return {"id": name, "prompt": f"{data.IMAGE}\n{text}{ending}", "image": image, "answer": answer,
+            "category": category, "file": str(file), **more}
+
+
+def lettered(text: str, choices) -> str:
+    """The question and a line `A. choice` for each choice."""
+    return "\n".join([text, *(f"{x}. {choice}" for x, choice in zip(string.ascii_uppercase, choices))])
+
+
+def find_problem(question: dict, seen) -> str | None:
+    """What cannot be as its benchmark means it, in a few words. `seen`: the ids before it."""
+    image, options = question["image"], question.get("options")
+    if question["id"] in seen:
+        return "is there twice"
+    if not image and question["prompt"].startswith(data.IMAGE):
+        return "has no picture"
+    if isinstance(image, Path) and not image.exists():
+        return f"asks about a picture that is not there: {image}"
+    if options and question["answer"] is not None and question["answer"] not in options:
+        return f"has the answer {question['answer']!r}, which is none of {', '.join(options)}"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Benchmarks: load (files -> questions), parse (answer -> choice), score (choices -> numbers)
 
-def percent(rows) -> float:
-    """How many of a list of booleans are true."""
-    return round(100 * sum(rows) / max(1, len(rows)), 2)  # max: a split may have no question with a picture
+def load_scienceqa(folder, split: str = "test") -> list:
+    """data.load_scienceqa's questions, with what the official split goes by: subject, grade, hint."""
+    file, questions = Path(folder) / "problems.json", data.load_scienceqa(folder, split)
+    problems = read_json(file)
+    for question in questions:
+        question |= {key: problems[question["id"]].get(key) or "" for key in ("subject", "grade", "hint")}
+        question |= {"file": str(file), "options": list(data.LETTERS[: question["num_choices"]])}
+    return questions
 
 
 def parse_choice(text: str, question: dict):
@@ -96,37 +366,48 @@ def parse_choice(text: str, question: dict):
     return letter if letter and letter in data.LETTERS[: question["num_choices"]] else None
 
 
+def official_split(question: dict) -> list:
+    """The parts of ScienceQA's evaluate_acc that a question is in; TXT: with a hint, NO: without either."""
+    has_image, has_hint = question["image"] is not None, bool(question.get("hint"))
+    subject, grade = question.get("subject", ""), question.get("grade", "").removeprefix("grade")
+    parts = {"NAT": subject.startswith("natural"), "SOC": subject.startswith("social"),
+             "LAN": subject.startswith("language"), "TXT": has_hint, "IMG": has_image,
+             "NO": not has_hint and not has_image, "G1-6": grade in list("123456"),
+             "G7-12": grade in "7 8 9 10 11 12".split()}
+    return [name for name, is_in in parts.items() if is_in]
+
+
 def score_scienceqa(questions, choices) -> dict:
-    """Accuracy in percent, over all questions and those with an image (IMG). No choice (None) is wrong."""
-    right = {True: [], False: []}  # by whether the question has an image
-    for question, choice in zip(questions, choices):
-        right[question["image"] is not None].append(choice == question["answer"])
-    return {"accuracy": percent(right[True] + right[False]), "accuracy_img": percent(right[True]),
-            "accuracy_txt": percent(right[False]), "questions": len(questions),
-            "questions_img": len(right[True]), "unparsed": choices.count(None)}
+    """Accuracy in percent: of all questions, of those with an image (`img`), of those without (`txt`: not the
+    official TXT), and of the official split's parts. No choice (None) is wrong."""
+    right = [choice == question["answer"] for question, choice in zip(questions, choices)]
+    scores, in_part, parts = accuracy(right, questions), [], []
+    for name, wanted in (("img", True), ("txt", False)):
+        rows = [i for i, question in enumerate(questions) if (question["image"] is not None) == wanted]
+        asked = [questions[i] for i in rows]
+        scores |= accuracy([right[i] for i in rows], asked, f"accuracy_{name}")
+        scores[f"questions_{name}"] = len(rows)
+    for question, value in zip(questions, right):
+        parts += official_split(question)
+        in_part += [value] * len(official_split(question))
+    return scores | {"questions": len(questions), "unparsed": choices.count(None),
+                     "categories": by_category(in_part, parts)}
 
 
 def load_pope(folder, split: str = "") -> list:
-    """[{"id", "prompt", "image", "category", "answer" "yes" or "no"}] of POPE's files `*pope_{category}.json`
-    (JSON lines of question_id, image, text, label), all of them or `split` alone; images below images/ or
-    val2014/."""
-    folder, questions = Path(folder), []
-    images = next((folder / name for name in ("images", "val2014") if (folder / name).is_dir()), folder)
-    for file in sorted(folder.glob(f"*pope_{split or '*'}.json")):
+    """POPE's files `*pope_{category}.json` (question_id, image, text, label; JSON lines, or the lists of its
+    aokvqa and gqa), all of them or `split` alone, in the folder or, as LLaVA has them, in coco/. Question and
+    label are one row; LLaVA's scorer pairs them by position, and a new revision breaks the pairs."""
+    folder, questions, pattern = Path(folder), [], f"*pope_*{split}.json"
+    places = [folder / "images", folder / "val2014", folder.parent / "images", folder.parent / "val2014"]
+    images = next((place for place in places if place.is_dir()), folder)
+    is_llavas = not any(folder.glob(pattern)) and (folder / "coco").is_dir()
+    for file in find_files(folder / "coco" if is_llavas else folder, pattern):
         category = file.stem.rsplit("pope_", 1)[1]
-        for number, line in enumerate(file.read_text(errors="replace").splitlines()):  # .json, but JSON lines
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-                questions.append({"id": f"{category}-{entry['question_id']}", "category": category,
-                                  "prompt": f"{data.IMAGE}\n{entry['text']}{data.SHORT_ANSWER}",
-                                  "image": images / entry["image"],
-                                  "answer": {"yes": "yes", "no": "no"}[entry["label"]]})  # no third
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}: line {number + 1} is not a POPE question: {error!r}") from None
-    if not questions:
-        raise FileNotFoundError(f"{folder}: no *pope_{split or 'CATEGORY'}.json")
+        for row in read_entries(file, "question_id", "image", "text", "label"):
+            name, image = f"{category}-{row['question_id']}", images / row["image"]
+            questions.append(to_question(file, name, row["text"], image, row["label"], category,
+                                         options=["yes", "no"]))
     return questions
 
 
@@ -138,22 +419,28 @@ def parse_pope(text: str, question=None) -> str:
 
 def score_pope(questions, choices) -> dict:
     """Per category and on average, in percent: F1 of "yes" (the headline), accuracy, share of yes."""
-    pairs, scores, mean = {}, {}, {}
+    groups, scores, mean, asked, influence = {}, {}, {}, [], {"f1": [], "accuracy": []}
     for question, choice in zip(questions, choices):
-        pairs.setdefault(question["category"], []).append((question["answer"] == "yes", choice == "yes"))
-    for category, rows in sorted(pairs.items()):
-        said = [said for _, said in rows]
-        both, each = sum(a and b for a, b in rows), sum(a + b for a, b in rows)
-        scores[category] = {"f1": round(200 * both / max(1, each), 2),  # 2 TP / (2 TP + FP + FN)
-                            "accuracy": percent([a == b for a, b in rows]), "yes": percent(said)}
+        row = question, question["answer"] == "yes", choice == "yes"
+        groups.setdefault(question["category"], []).append(row)
+    for category, rows in sorted(groups.items()):
+        each = max(1, sum(gold + said for _, gold, said in rows))
+        f1 = 2 * sum(gold and said for _, gold, said in rows) / each  # 2 TP / (2 TP + FP + FN)
+        right = sum(gold == said for _, gold, said in rows) / len(rows)
+        scores[category] = {"f1": round(100 * f1, 2), "accuracy": round(100 * right, 2),
+                            "yes": percent([said for _, _, said in rows]), "questions": len(rows)}
+        for question, gold, said in rows:
+            asked.append(question)
+            influence["f1"].append((2 * (gold and said) - f1 * (gold + said)) / each / len(groups))
+            influence["accuracy"].append(((gold == said) - right) / len(rows) / len(groups))
     for key in ("f1", "accuracy", "yes"):  # every category counts alike, however many questions it has
         mean[key] = round(sum(score[key] for score in scores.values()) / len(scores), 2)
-    return mean | {"questions": len(questions), "categories": scores}
+    errors = {f"{key}_se": standard_error(values, asked) for key, values in influence.items()}
+    return mean | errors | {"questions": len(questions), "categories": scores}
 
 
 def load_mme(folder, split: str = "") -> list:
-    """[{"id", "prompt", "image", "category", "answer"}] of MME's folder, two consecutive questions for each
-    image.
+    """Of MME's folder, two consecutive questions for each image.
 
     A category (or `split` alone) is a folder of pictures and text files `question<TAB>Yes|No`, side by side
     or in images/ and questions_answers_YN/. LLaVA asks for a short answer instead of the questions' own "yes
@@ -169,12 +456,11 @@ def load_mme(folder, split: str = "") -> list:
             raise ValueError(f"{file}: not two lines of question, tab, Yes or No")
         for number, line in enumerate(lines):
             text, answer = line.replace("Please answer yes or no.", "").split("\t")
-            questions.append({"id": f"{category.name}/{file.stem}/{number}", "category": category.name,
-                              "prompt": f"{data.IMAGE}\n{text.strip()}{data.SHORT_ANSWER}",
-                              "image": [*pictures, images / file.stem][0], "answer": answer.strip().lower()})
-    if not questions:
-        raise FileNotFoundError(f"{folder}: no {split or 'CATEGORY'}/*.txt")
-    return questions
+            pair = f"{category.name}/{file.stem}"
+            questions.append(to_question(
+                file, f"{pair}/{number}", text.strip(), [*pictures, images / f"{file.stem}.png"][0],
+                answer.strip().lower(), category.name, options=["yes", "no"], group=pair))
+    return questions or find_files(folder, f"{name}/*.txt")  # this raises
 
 
 def parse_mme(text: str, question=None):
@@ -191,17 +477,315 @@ def score_mme(questions, choices) -> dict:
     their sums over MME's ten categories of perception and over all others (of the toy world's four, "color"
     is one of the ten); both accuracies over everything in percent."""
     right = [choice == question["answer"] for question, choice in zip(questions, choices)]
-    both, by_category, scores = [], {}, {}
-    for question, first, second in zip(questions[::2], right[::2], right[1::2]):  # a picture's two questions
-        both.append(first and second)
-        by_category.setdefault(question["category"], []).append((first, second))
-    for category, pairs in sorted(by_category.items()):
-        single = [answer for pair in pairs for answer in pair]
-        scores[category] = round(percent(single) + percent([all(pair) for pair in pairs]), 2)
-    perception = sum(score for category, score in scores.items() if category in PERCEPTION)
-    return {"accuracy": percent(right), "accuracy_plus": percent(both), "perception": round(perception, 2),
-            "others": round(sum(scores.values()) - perception, 2), "questions": len(questions),
-            "unparsed": choices.count(None), "categories": scores}
+    pairs, by_name, categories, scores = list(zip(right[::2], right[1::2])), {}, {}, {}  # of each picture
+    for question, (first, second) in zip(questions[::2], pairs):
+        value = (first + second) / 2 + (first and second)
+        by_name.setdefault(question["category"], []).append((question, value))
+    for part in ("perception", "others"):
+        total, asked, influence = 0, [], []
+        for name, rows in sorted(by_name.items()):
+            if (name in PERCEPTION) == (part == "perception"):
+                score = sum(value for _, value in rows) / len(rows)  # 0 to 2
+                categories[name] = {"score": round(100 * score, 2), "questions": 2 * len(rows)}
+                asked += [question for question, _ in rows]
+                influence += [(value - score) / len(rows) for _, value in rows]
+                total += 100 * score
+        scores |= {part: round(total, 2), f"{part}_se": standard_error(influence, asked)}
+    plus = accuracy([all(pair) for pair in pairs], questions[::2], "accuracy_plus")
+    return accuracy(right, questions) | plus | scores | {
+        "questions": len(questions), "pictures": len(pairs), "unparsed": choices.count(None),
+        "categories": categories}
+
+
+def load_seed(folder, split: str = "image") -> list:
+    """The image part of SEED-Bench.json, in nine dimensions; pictures in SEED-Bench-image/."""
+    file, questions = find_files(folder, "SEED-Bench.json")[0], []
+    names = {number: name for name, number in read_json(file).get("question_type", {}).items()}
+    keys = ("choice_a", "choice_b", "choice_c", "choice_d")
+    for row in read_entries(file, "question_id", "data_id", "data_type", "question", "answer", *keys):
+        if row["data_type"] == split:
+            kind, text = row.get("question_type_id"), lettered(row["question"], [row[key] for key in keys])
+            questions.append(to_question(
+                file, row["question_id"], text, file.parent / "SEED-Bench-image" / row["data_id"],
+                row["answer"], names.get(kind, kind), data.LETTER_ANSWER, options=list("ABCD")))
+    return questions
+
+
+def parse_seed(text: str, question):
+    """SEED-Bench's rule: the answer is the letter and nothing else."""
+    return text if text in question["options"] else None
+
+
+NOT_GIVEN = {"", "nan", "none", "null", "na", "n/a"}  # what pandas, which LLaVA reads with, takes for nothing
+
+
+def load_mmbench(folder, split: str = "dev", chinese: bool = False) -> list:
+    """A table mmbench_dev_*.tsv (Chinese: with cn in its name) of index, question, hint, A to D, answer,
+    category, image; `split` is a part of its name. Row index + k x 10^6 asks question `index` again, its
+    options rotated. An image is base64, or the index of the row that has it. A test split has no answers."""
+    files, questions = find_files(folder, "*.tsv"), []
+    files = [f for f in files if split in f.stem.lower() and ("cn" in f.stem.lower()) == chinese]
+    if len(files) != 1:
+        raise ValueError(f"{folder}: --split has to name one table; {split!r} fits {[f.name for f in files]}")
+    rows = read_entries(files[0], "index", "question", *"ABCD", "image")
+    images = {row["index"]: row["image"] for row in rows}
+    for row in rows:
+        if not row["index"].isdigit():
+            raise ValueError(f"{files[0]}: the index {row['index']!r} is not a number")
+        texts = [row.get(key) or "" for key in ("hint", "answer", *"ABCD")]
+        hint, answer, *choices = ["" if text.lower() in NOT_GIVEN else text for text in texts]
+        choices = list(itertools.takewhile(bool, choices))
+        text = f"{hint}\n{row['question']}" if hint else row["question"]
+        ending = "\n请直接回答选项字母。" if chinese else data.LETTER_ANSWER
+        kept = [key for key in ("index", "question", *"ABCD", "answer", "split") if key in row]
+        questions.append(to_question(
+            files[0], row["index"], lettered(text, choices), images.get(row["image"], row["image"]).encode(),
+            answer or None, row.get("category"), ending, options=list("ABCD"[: len(choices)]),
+            choices=choices, group=int(row["index"]) % 10**6, row={key: row[key] for key in kept}))
+    return questions
+
+
+AROUND = "{} {}. {}, {}: {}) {}). ({}) ({}). :{} :{}, :{}. :{}) :{}).".split()  # a letter as one of the words
+
+
+def parse_mmbench(text: str, question):
+    """MMBench's rules without its language model: the one letter that stands alone or in one of the forms
+    AROUND (a lone A among more than three words may be an article), else the one choice whose text occurs."""
+    words, said = text.split(), text.lower()
+    for form in AROUND:
+        found = [letter for letter in "ABCDE" if form.format(letter) in words]
+        if len(found) == 1 and not (form == "{}" and found == ["A"] and len(words) > 3):
+            return found[0] if found[0] in question["options"] else None
+    found = [x for x, choice in zip(question["options"], question["choices"]) if choice.lower() in said]
+    return found[0] if len(found) == 1 else None
+
+
+def score_mmbench(questions, choices) -> dict:
+    """Circular: a question is right if it is in all its rotations; `accuracy_single`: each by itself."""
+    right = [choice == question["answer"] for question, choice in zip(questions, choices)]
+    first, circular = {}, {}
+    for question, value in zip(questions, right):
+        first.setdefault(question["group"], question)
+        circular[question["group"]] = circular.get(question["group"], True) and value
+    values, base = list(circular.values()), list(first.values())
+    return accuracy(values, base) | {
+        "accuracy_single": percent(right), "questions": len(base), "rotations": len(questions),
+        "unparsed": choices.count(None), "categories": by_category(values, [q["category"] for q in base])}
+
+
+def submit_mmbench(questions, answers, file):
+    """The server's table, as LLaVA makes it. It wants Excel: pandas.read_table(FILE).to_excel(...)."""
+    names = list(questions[0]["row"])
+    names.insert(6, "prediction")
+    with open(file, "w", newline="", encoding="utf-8") as f:
+        table = csv.DictWriter(f, names, delimiter="\t")
+        table.writeheader()
+        table.writerows(question["row"] | {"prediction": text} for question, text in zip(questions, answers))
+
+
+def load_gqa(folder, split: str = "testdev_balanced") -> list:
+    """{split}_questions.json of GQA: question id -> question, answer, imageId; pictures in images/."""
+    file, questions = find_files(folder, f"**/{split}_questions.json")[0], []
+    for row in read_entries(file, "question", "answer", "imageId"):
+        kind, image = (row.get("types") or {}).get("structural"), f"{row['imageId']}.jpg"
+        questions.append(to_question(file, row["id"], row["question"], Path(folder) / "images" / image,
+                                     row["answer"], kind))
+    return questions
+
+
+def parse_gqa(text: str, question=None) -> str:
+    """Lower case, without dots at the end; then GQA wants the very answer."""
+    return text.rstrip(".").lower()
+
+
+def load_textvqa(folder, split: str = "val") -> list:
+    """TextVQA_0.5.1_{split}.json, with ten answers each, and the OCR tokens, which the prompt tells, of
+    TextVQA_Rosetta_OCR_v0.2_{split}.json; pictures in train_images/."""
+    file, questions = find_files(folder, f"TextVQA_0.5.1_{split}.json")[0], []
+    ocr = find_files(folder, f"TextVQA_Rosetta_OCR_*_{split}.json")[0]
+    tokens = {row["image_id"]: row["ocr_tokens"] for row in read_entries(ocr, "image_id", "ocr_tokens")}
+    for row in read_entries(file, "question_id", "image_id", "question", "answers"):
+        if row["image_id"] not in tokens:
+            raise ValueError(f"{ocr}: nothing for question {row['question_id']!r}; is it of another split?")
+        told = tokens[row["image_id"]]
+        text = row["question"] + (f"\nReference OCR token: {', '.join(told)}" if told else "")
+        image = file.parent / "train_images" / f"{row['image_id']}.jpg"
+        questions.append(to_question(file, row["question_id"], text, image, row["answers"]))
+    return questions
+
+
+NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
+                   "0 0 1 2 3 4 5 6 7 8 9 10".split()))
+CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
+hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't
+shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
+something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're
+they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've
+who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
+y'all'd've you'd you'd've you'll you're you've""".split()
+MISSPELT = {word[: at.start()] + word[at.end() :]: word
+            for word in CONTRACTIONS for at in re.finditer("'", word)}
+MISSPELT["somebody'd"] = "somebodyd"  # so the official list has it; all others lack one apostrophe
+
+
+def parse_vqa(text: str, question=None) -> str:
+    """An answer as the VQA server and TextVQA's scorer normalise it: lower case, without commas, question
+    marks, articles and dots that end no number; a sign is deleted in the whole text where it stands beside a
+    space somewhere, else it becomes one; number words are digits; contractions have their apostrophes."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    original = text = re.sub("[\n\t]", " ", text)
+    for sign in ";/[]\"{}()=+\\_-><@`!":
+        text = text.replace(sign, "" if f"{sign} " in original or f" {sign}" in original else " ")
+    words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", text).split()]
+    return " ".join(MISSPELT.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def score_textvqa(questions, choices) -> dict:
+    """VQA accuracy: the mean of min(1, matches / 3) over the ten subsets that leave out one answer of ten."""
+    right = []
+    for question, choice in zip(questions, choices):
+        answers = [parse_vqa(answer) for answer in question["answer"]]
+        n, same = len(answers), answers.count(choice)  # `same` of the subsets have one match less
+        right.append((same * min(1, (same - 1) / 3) + (n - same) * min(1, same / 3)) / n)
+    return accuracy(right, questions) | {"questions": len(questions)}
+
+
+def load_vqav2(folder, split: str = "test-dev2015") -> list:
+    """v2_OpenEnded_mscoco_{split}_questions.json; pictures in test2015/. The answers are the server's."""
+    file, questions = find_files(folder, f"v2_OpenEnded_mscoco_{split}_questions.json")[0], []
+    images = split.replace("-dev", "")
+    for row in read_entries(file, "question_id", "image_id", "question"):
+        image = file.parent / images / f"COCO_{images}_{row['image_id']:012d}.jpg"
+        questions.append(to_question(file, row["question_id"], row["question"], image))
+    return questions
+
+
+def submit_vqav2(questions, answers, file):
+    """The server's JSON: normalised answers, and "" for the rest of the test split if its file is there."""
+    texts = {question["id"]: parse_vqa(text) for question, text in zip(questions, answers)}
+    test = Path(questions[0]["file"]).with_name("v2_OpenEnded_mscoco_test2015_questions.json")
+    ids = [row["question_id"] for row in read_entries(test, "question_id")] if test.exists() else list(texts)
+    rows = [{"question_id": number, "answer": texts.get(number, "")} for number in ids]
+    Path(file).write_text(json.dumps(rows))
+
+
+def load_mmmu(folder, split: str = "validation") -> list:
+    """MMMU's {split}*.json(l), a file for each subject or one for all: id, question, options (a list, or its
+    text), answer, question_type, image_1 to image_7, each a path beside the file or {"bytes": base64}.
+    Asked as in LLaVA's own run: about the first picture, `<image 2>` staying text."""
+    questions = []
+    for file in find_files(folder, f"**/{split}*.json*"):
+        for row in read_entries(file, "id", "question", "options", "answer", "question_type", "image_1"):
+            pictures = [row[f"image_{i}"] for i in range(1, 8) if row.get(f"image_{i}")]
+            image = pictures[0] if pictures else None
+            if isinstance(image, dict):
+                image = image["bytes"].encode() if image.get("bytes") else image.get("path")
+            image = file.parent / image if isinstance(image, str) else image
+            asked, ending, answer, more = row["question"], data.SHORT_ANSWER, as_list(row["answer"]), {}
+            if row["question_type"] == "multiple-choice":
+                choices, answer, ending = as_list(row["options"]), row["answer"], data.LETTER_ANSWER
+                more = {"choices": choices, "options": list(string.ascii_uppercase[: len(choices)])}
+                asked += "\n" + "".join(f"({x}) {text}\n" for x, text in zip(more["options"], choices))
+            subject = row["id"].partition("_")[2].rpartition("_")[0]  # of validation_Art_Theory_3
+            questions.append(to_question(file, row["id"], asked, image, answer, subject, ending,
+                                         pictures=len(pictures), **more))
+    return questions
+
+
+def as_list(value) -> list:
+    """MMMU's lists are written as Python texts; a text that is none is a list of itself."""
+    if isinstance(value, str):
+        value = ast.literal_eval(value) if re.fullmatch(r"\[.*\]", value, re.DOTALL) else [value]
+    return [str(item) for item in value]
+
+
+def parse_mmmu(text: str, question):
+    """MMMU's rule. Multiple choice: of the letters in brackets, else of those that stand alone, else (in an
+    answer of more than five words) of the choices told, the last; else None. Open: a list of candidates."""
+    if not question.get("options"):
+        return open_candidates(text)
+    for sign in ",.!?;:'":
+        text = text.strip(sign)
+    forms, letters = [], question["options"]
+    for form in ("({})", " {} "):
+        forms.append((f" {text} ", [form.format(letter) for letter in letters]))
+    if len(text.split()) > 5:
+        forms.append((text.lower(), [choice.lower() for choice in question["choices"]]))
+    for said, wanted in forms:
+        places = [said.rfind(form) for form in wanted]
+        if max(places) >= 0:
+            return letters[places.index(max(places))]
+    return None
+
+
+def open_candidates(text: str) -> list:
+    """What MMMU's rule takes from an open answer: of each line the shortest end behind a word that announces
+    a result (if there is none, the whole answer), and the numbers therein, as `normalised` has them."""
+    text = text.strip().strip(".").lower()
+    found, lines = [], text.split("\n")
+    words = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
+    for number, line in enumerate(lines):
+        shortest, last = "", ["="] if number == len(lines) - 1 else []
+        for end in [line.split(word)[-1].strip() for word in words + last if word in line]:
+            shortest = end if not shortest or len(end) < len(shortest) else shortest
+        found += [shortest] if shortest and shortest not in list(":,.!?;'") else []
+    found = found or [text]
+    for end in list(found):
+        for number in (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
+                       r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"):
+            found += re.findall(number, end)
+    return [value for end in found for value in normalised(end)]
+
+
+def normalised(text: str) -> list:
+    """A number rounded to two places, or the lower-case text; of one letter only with a space beside it."""
+    text = text.strip().lower()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def is_expected(candidates, answers) -> bool:
+    """MMMU's rule for open questions: an expected number is a candidate, or an expected text in one."""
+    wanted = [value for answer in answers for value in normalised(answer)]
+    texts = [value for value in wanted if isinstance(value, str)]
+    for candidate in candidates or ():
+        if candidate in wanted or (isinstance(candidate, str) and any(text in candidate for text in texts)):
+            return True
+    return False
+
+
+def score_mmmu(questions, choices) -> dict:
+    """Mean over all questions. As in the official scorer, an unreadable choice is a guess (seed 42)."""
+    right, rng = [], random.Random(42)
+    for question, choice in zip(questions, choices):
+        if question.get("options"):
+            choice = rng.choice(question["options"]) if choice is None else choice
+            right.append(choice == question["answer"])
+        else:
+            right.append(is_expected(choice, question["answer"]))
+    further = sum(question["pictures"] > 1 for question in questions)
+    return accuracy(right, questions) | {
+        "questions": len(questions), "unparsed": choices.count(None),
+        "questions_with_further_pictures": further,
+        "categories": by_category(right, [question["category"] for question in questions])}
+
+
+def load_mmvet(folder, split: str = "") -> list:
+    """mm-vet.json: id -> imagename, question; pictures in images/. A language model judges."""
+    file, questions = find_files(folder, "mm-vet.json")[0], []
+    for row in read_entries(file, "imagename", "question"):
+        image = file.parent / "images" / row["imagename"]
+        questions.append(to_question(file, row["id"], row["question"], image, ending=""))
+    return questions
+
+
+def submit_mmvet(questions, answers, file):
+    """What MM-Vet's judge reads: {id: answer}."""
+    texts = {question["id"]: text for question, text in zip(questions, answers)}
+    Path(file).write_text(json.dumps(texts, indent=1))
 
 
 class Bench(NamedTuple):
@@ -209,44 +793,161 @@ class Bench(NamedTuple):
     split: str  # where none is named
     load: object  # (folder, split) -> questions
     parse: object  # (answer, question) -> choice, or None
-    score: object  # (questions, choices) -> {name: number}
+    score: object  # (questions, choices) -> {name: number}; None: a server or a judge does
+    submit: object = None  # (questions, answers, file): writes what that wants
+    tokens: int = 32  # most tokens of an answer
 
 
 BENCHES = {
-    "scienceqa": Bench("ScienceQA", "test", data.load_scienceqa, parse_choice, score_scienceqa),
+    "scienceqa": Bench("ScienceQA", "test", load_scienceqa, parse_choice, score_scienceqa),
     "pope": Bench("POPE", "", load_pope, parse_pope, score_pope),
     "mme": Bench("MME_Benchmark_release_version", "", load_mme, parse_mme, score_mme),
+    "seed": Bench("SEED-Bench", "image", load_seed, parse_seed, score_accuracy),
+    "mmbench": Bench("MMBench", "dev", load_mmbench, parse_mmbench, score_mmbench, submit_mmbench),
+    "mmbench-cn": Bench("MMBench-CN", "dev", partial(load_mmbench, chinese=True), parse_mmbench,
+                        score_mmbench, submit_mmbench),
+    "gqa": Bench("GQA", "testdev_balanced", load_gqa, parse_gqa, score_accuracy),
+    "textvqa": Bench("TextVQA", "val", load_textvqa, parse_vqa, score_textvqa),
+    "vqav2": Bench("VQAv2", "test-dev2015", load_vqav2, parse_vqa, None, submit_vqav2),
+    "mmmu": Bench("MMMU", "validation", load_mmmu, parse_mmmu, score_mmmu, tokens=128),
+    "mmvet": Bench("mm-vet", "", load_mmvet, lambda text, question: text, None, submit_mmvet, tokens=1024),
 }
 
 
-def answer_bench(vlm, tokenizer, template, name, folder, split=None) -> tuple:
-    """(scores, questions, answers, what the benchmark's rule reads from them) of one benchmark."""
+# ------------------------------------------------------------------------------------------------------------
+# Running a benchmark
+
+def load_questions(name: str, folder, split=None, limit=None) -> list:
+    """A benchmark's questions, checked; of `limit` the first so many, with what counts together with them."""
     bench = BENCHES[name]
-    questions = bench.load(folder, bench.split if split is None else split)
-    answers = ask(vlm, tokenizer, questions, template)
-    choices = [bench.parse(text, question) for text, question in zip(answers, questions)]
-    return bench.score(questions, choices), questions, answers, choices
+    split = bench.split if split is None else split
+    try:
+        questions = bench.load(folder, split)
+    except (KeyError, TypeError, AttributeError, SyntaxError) as error:  # something is of another kind
+        raise ValueError(f"{folder}: not in the layout of {name}: {error!r}") from None
+    if not questions:
+        raise ValueError(f"{folder}: no questions of {name} in split {split!r}")
+    seen = set()
+    for question in questions:
+        if problem := find_problem(question, seen):
+            raise ValueError(f"{question['file']}: question {question['id']!r} {problem}")
+        seen.add(question["id"])
+    groups = [question.get("group", question["id"]) for question in questions]
+    kept = set(list(dict.fromkeys(groups))[:limit])
+    return [question for question, group in zip(questions, groups) if group in kept]
 
 
-def run_bench(name, ckpt, folder, split, device) -> dict:
-    """Score a run directory; write scores and every prediction to its BENCH.json."""
-    vlm, tokenizer, config = load_run(ckpt, device)
-    if not folder and not config.get("benchmarks"):
-        raise ValueError(f"{ckpt}: its config.json names no folder of benchmarks; give {name}'s with --data")
-    folder = folder or Path(config["benchmarks"]) / BENCHES[name].folder
-    split = BENCHES[name].split if split is None else split
-    template, predictions = config["template"], []
-    scores, questions, answers, choices = answer_bench(vlm, tokenizer, template, name, folder, split)
+def score_choices(bench: Bench, questions, choices) -> dict:
+    if all(question["answer"] is None for question in questions):  # a server or a judge scores
+        return {"questions": len(questions)}
+    return bench.score(questions, choices)
+
+
+def answer_bench(vlm, tokenizer, template, name, folder, split=None, limit=None, file=None) -> tuple:
+    """(scores, questions, answers, what the benchmark's rule reads from them) of one benchmark."""
+    bench, questions = BENCHES[name], load_questions(name, folder, split, limit)
+    answers, choices = ask_bench(vlm, tokenizer, template, bench, questions, file)
+    return score_choices(bench, questions, choices), questions, answers, choices
+
+
+def ask_bench(vlm, tokenizer, template, bench: Bench, questions, file) -> tuple:
+    """(answers, what the benchmark's rule reads from them)."""
+    tokens = min(bench.tokens, vlm.llm.config.max_position_embeddings // 2)  # a question needs positions, too
+    batch = min(64, 4096 // tokens)  # the key-value cache is as long as the longest answer
+    answers = ask(vlm, tokenizer, questions, template, tokens, batch, file)
+    return answers, [bench.parse(text, question) for text, question in zip(answers, questions)]
+
+
+def percentages(scores: dict) -> dict:
+    """The scores without counts, categories and standard errors."""
+    return {key: x for key, x in scores.items() if isinstance(x, float) and not key.endswith("_se")}
+
+
+def likeliest(vlm, tokenizer, template, questions, choices, file) -> list:
+    """`choices`, but where a question has options, the one whose letter (or Yes, No) is the likeliest."""
+    closed = [question for question in questions if question.get("options")]
+    asked = [q | {"options": list(map(str.capitalize, q["options"]))} for q in closed]
+    chosen = {}
+    for question, row in zip(closed, likelihoods(vlm, tokenizer, asked, template, file=file)):
+        chosen[question["id"]] = question["options"][row.index(max(row))]
+    return [chosen.get(question["id"], choice) for question, choice in zip(questions, choices)]
+
+
+def without_picture(questions) -> list:
+    return [q | {"image": None, "prompt": q["prompt"].removeprefix(f"{data.IMAGE}\n")} for q in questions]
+
+
+def score_floors(bench: Bench, questions, blind) -> dict:
+    """The percentages of a model that sees no picture (`blind`, its choices), and of no model at all: chance
+    (the mean of 100 random sheets) and the commonest of the right answers, wherever it is an option."""
+    def sheet(choose):
+        return [choose(question) if question.get("options") else None for question in questions]
+
+    sheets, rng = {"without_picture": [blind]}, random.Random(0)
+    common = Counter(question["answer"] for question in questions if question.get("options"))
+    if common:
+        letter = common.most_common(1)[0][0]
+        sheets["chance"] = [sheet(lambda question: rng.choice(question["options"])) for _ in range(100)]
+        sheets[f"always {letter}"] = [sheet(lambda question: letter)]
+    floors = {}
+    for name, answers in sheets.items():
+        total = Counter()
+        for choices in answers:
+            total.update(percentages(bench.score(questions, choices)))
+        floors[name] = {key: round(value / len(answers), 2) for key, value in total.items()}
+    return floors
+
+
+def run_bench(name, ckpt, run: tuple, folder, args) -> dict:
+    """Score a run; its BENCH.json gets the scores and every prediction, beside it what a server wants."""
+    (vlm, tokenizer, config), bench, partial_file = run, BENCHES[name], Path(ckpt) / f"{name}.partial"
+    template, split = config["template"], bench.split if args.split is None else args.split
+    scores, questions, answers, choices = answer_bench(vlm, tokenizer, template, name, folder, split,
+                                                       args.limit, partial_file)
+    is_scored = any(question["answer"] is not None for question in questions)
+    if args.score == "likelihood" and any(question.get("options") for question in questions):
+        found = likeliest(vlm, tokenizer, template, questions, choices, f"{partial_file}-likelihood")
+        found = score_choices(bench, questions, found)
+        scores["likelihood"] = {key: value for key, value in found.items() if isinstance(value, float)}
+    if args.floors and is_scored:
+        _, blind = ask_bench(vlm, tokenizer, template, bench, without_picture(questions),
+                             f"{partial_file}-blind")
+        scores["floors"] = score_floors(bench, questions, blind)
     result = {"ckpt": str(ckpt), "bench": name, "split": split, **scores}
-    # every answer is kept: a score that surprises is understood by reading them
-    for question, text, choice in zip(questions, answers, choices):
-        image = str(question["image"]) if question["image"] else None
-        predictions.append(question | {"image": image, "text": text, "choice": choice})
-    out = {"scores": result, "predictions": predictions}
-    (Path(ckpt) / f"{name}.json").write_text(json.dumps(out, indent=1))
-    print(f"{name} of {ckpt}: {len(questions)} questions, {scores.get('unparsed', 0)} answers that the rule "
-          "cannot read; these count as wrong")
+    if rank() == 0:
+        write_predictions(Path(ckpt) / f"{name}.json", result, questions, answers, choices)
+        for file in Path(ckpt).glob(f"{partial_file.name}*.jsonl"):
+            file.unlink()
+        print(f"{name} of {ckpt}: {summary(scores)}")
+        if bench.submit:
+            file = args.submit or Path(ckpt) / f"{name}-submit{'.tsv' if 'mmbench' in name else '.json'}"
+            bench.submit(questions, answers, file)
+            print(f"wrote {file}")
     return result
+
+
+def summary(scores: dict) -> str:
+    """What is read first, in words: the scores with their errors, and how many answers are unreadable."""
+    parts = [f"{scores['questions']} questions"]
+    for key in [key.removesuffix("_se") for key in scores if key.endswith("_se")]:
+        parts.append(f"{key} {scores[key]} ± {scores[key + '_se']}")
+    if likely := scores.get("likelihood"):
+        parts.append(f"by likelihood {likely['accuracy']} ± {likely['accuracy_se']}")
+    if "unparsed" in scores:
+        parts.append(f"{scores['unparsed']} answers that the rule cannot read")
+    return ", ".join(parts)
+
+
+def write_predictions(file: Path, result: dict, questions, answers, choices):
+    """Complete or not at all. Every answer is kept: a score that surprises is understood by reading them."""
+    predictions = []
+    for question, text, choice in zip(questions, answers, choices):
+        image = "in the table" if isinstance(question["image"], bytes) else question["image"]
+        kept = {key: value for key, value in question.items() if key != "row"}
+        predictions.append(kept | {"image": image and str(image), "text": text, "choice": choice})
+    building = file.with_suffix(".building")
+    building.write_text(json.dumps({"scores": result, "predictions": predictions}, indent=1))
+    building.replace(file)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -301,7 +1002,8 @@ def run_retrieval(ckpt, file, images, device) -> dict:
     image, text, keys, _ = caption_vectors(vlm, tokenizer, config, file, images)
     result = {"ckpt": str(ckpt), "bench": "retrieval", "pairs": len(keys),
               "distinct_captions": len(keys.unique()), **score_retrieval(image, text, keys)}
-    (Path(ckpt) / "retrieval.json").write_text(json.dumps(result, indent=1))
+    if rank() == 0:
+        (Path(ckpt) / "retrieval.json").write_text(json.dumps(result, indent=1))
     return result
 
 
@@ -325,15 +1027,46 @@ def ask_one(ckpt, args, device) -> dict:
     return {"ckpt": str(ckpt), "image": image, "question": text, "answer": answer}
 
 
+def run_benches(ckpt, args, device):
+    """Yield the results of --bench: of one, or of all whose folders are there. One that fails does not stop
+    the others; a ValueError names it in the end."""
+    run = load_run(ckpt, device)
+    root, is_all, failed = args.data or run[2].get("benchmarks"), args.bench == "all", []
+    if not root:
+        raise ValueError(f"{ckpt}: its config.json names no folder of benchmarks; name one with --data")
+    folders = {name: Path(root) / BENCHES[name].folder for name in (BENCHES if is_all else [args.bench])}
+    if args.data and not is_all:
+        folders[args.bench] = Path(args.data)
+    there = [name for name in folders if folders[name].is_dir() or not is_all]
+    if absent := [f"{name} ({folders[name]})" for name in folders if name not in there]:
+        say(f"not there, so not run: {', '.join(absent)}")
+    for name in there:
+        try:
+            yield run_bench(name, ckpt, run, folders[name], args)
+        except (OSError, ValueError) as error:
+            if not is_all:
+                raise
+            failed.append(name)
+            say(f"{name} failed: {error}")
+    if failed or not there:
+        raise ValueError(f"failed: {', '.join(failed)}" if there else f"{root}: no benchmark is there")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="+", help="run directories (default: the last run)")
     group = parser.add_argument_group("benchmarks and measures")
-    group.add_argument("--bench", choices=[*BENCHES, "retrieval"])
-    group.add_argument("--data", help="the benchmark's folder; retrieval: a LLaVA JSON of captions (default: "
-                                      "in the `benchmarks` folder of the run's config)")
-    group.add_argument("--split", help="the benchmark's split (default: test) or category (default: all)")
+    group.add_argument("--bench", choices=[*BENCHES, "all", "retrieval"])
+    group.add_argument("--data", help="the benchmark's folder; all: the folder of these; retrieval: a LLaVA "
+                                      "JSON of captions (default: the `benchmarks` of the run's config)")
+    group.add_argument("--split", help="the benchmark's split, category or part of its file's name")
+    group.add_argument("--limit", type=int, help="only the first so many questions")
+    group.add_argument("--score", choices=["likelihood"], help="also by the likeliest option")
+    group.add_argument("--floors", action="store_true", help="also the scores of chance, of the commonest "
+                                                             "answer, of the model without the picture")
+    group.add_argument("--submit", type=Path, help="where to write the file for a server or judge "
+                                                   "(default: BENCH-submit in the run directory)")
     group.add_argument("--images", help="retrieval: the folder of the pictures (default: likewise)")
     group = parser.add_argument_group("one question")
     group.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")
@@ -344,7 +1077,16 @@ def parse_args(argv=None):
     if (args.bench is None) == (args.ask is None):
         parser.error("name one of --bench and --ask")
     if (args.split and args.bench not in BENCHES) or (args.images and args.bench != "retrieval"):
-        parser.error("--split is for benchmarks, --images for retrieval")
+        parser.error("--split is for one benchmark, --images for retrieval")
+    if (args.limit or args.score or args.floors) and args.bench not in (*BENCHES, "all"):
+        parser.error("--limit, --score and --floors are for benchmarks")
+    if args.limit is not None and args.limit < 1:
+        parser.error("--limit must be at least 1")
+    if args.submit and (args.bench not in BENCHES or not BENCHES[args.bench].submit):
+        named = ", ".join(name for name, bench in BENCHES.items() if bench.submit)
+        parser.error(f"--submit is for {named}")
+    if args.submit and not args.submit.parent.is_dir():
+        parser.error(f"--submit: no folder {args.submit.parent}")
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         parser.error("--temperature must not be below 0, --top_p in (0, 1], --max_new_tokens at least 1")
     return args
@@ -354,18 +1096,22 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if {("--bench", "gap"), ("--bench", "heatmap")} & set(zip(argv, argv[1:])):
         sys.exit("eval.py: gap and heatmap have moved; `python -m lab.spaces --help` shows how to call them")
-    args, device = parse_args(argv), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args = parse_args(argv)
     try:
+        device = start_ranks()
         for ckpt in [resolve_model(run) for run in args.ckpt] if args.ckpt else [last_run()]:
             if args.ask:
-                result = ask_one(ckpt, args, device)
+                results = [ask_one(ckpt, args, device)]
             elif args.bench == "retrieval":
-                result = run_retrieval(ckpt, args.data, args.images, device)
+                results = [run_retrieval(ckpt, args.data, args.images, device)]
             else:
-                result = run_bench(args.bench, ckpt, args.data, args.split, device)
-            print(json.dumps(result))
+                results = run_benches(ckpt, args, device)
+            for result in results:
+                say(json.dumps(result))
     except (OSError, ValueError) as error:
-        sys.exit(f"eval.py: {error}")
+        sys.exit(f"eval.py: {error}" if rank() == 0 else 1)  # every rank has this error; one says it
+    finally:
+        leave_ranks()
 
 
 if __name__ == "__main__":

@@ -335,7 +335,7 @@ def start_ranks() -> torch.device:
         torch.set_num_threads(max(1, os.cpu_count() // local_ranks))
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if is_cuda else "gloo", device_id=device if is_cuda else None,
-                                timeout=timedelta(hours=1))  # one rank may be reading or writing 13 GB alone
+                                timeout=timedelta(hours=6))  # one rank may write 13 GB, or answer, alone
     return device
 
 

@@ -806,8 +806,10 @@ def run_all(given: dict, device):
     set_last_run(root / "instruct")
     if rank() == 0:
         runs = [root / name for name in ("align/unaligned", "align", "instruct") if (root / name).is_dir()]
+        # without RANK, or it would wait for other ranks
+        alone = {name: value for name, value in os.environ.items() if name != "RANK"}
         sys.exit(subprocess.run([sys.executable, ROOT / "eval.py", "--bench", "scienceqa", "--ckpt",
-                                 *runs]).returncode)
+                                 *runs], env=alone).returncode)
 
 
 def main(argv=None):
