@@ -112,4 +112,4 @@ if __name__ == "__main__":
         print("gradients at the cut measured and balanced, align, patch loss: step time")
         for size, pairs in (("tiny", 60), ("medium", 12)):
             low, middle, high = statistics.quantiles(cost_of_measuring(size, pairs), n=4)
-            print(f"  {size:<12}x {middle:.3f} (quartiles {low:.3f} to {high:.3f}, {pairs} pairs)", flush=True)
+            print(f"  {size:<12}x {middle:.3f} (quartiles {low:.3f} to {high:.3f}, {pairs} pairs)")
