@@ -206,11 +206,11 @@ def contrastive_loss(image, text, scale, keys):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The balance. Both papers write a plain sum. On real towers it is lopsided: with SmolLM2-135M and
-# DINOv2-small the patch loss's gradient is 0.003 of the captioning loss's at the first step, and at weight 1
-# it learns nothing; on the toy world it is 0.06. A weight does not travel between towers, a share of the
-# gradient does. The two meet at the cut behind the projector: there their gradients are measured, weighted
-# and added. That, and the share as an option, are ours.
+# The balance. Both papers write a plain sum. On real towers (SmolLM2-135M, DINOv2-small; lab/README.md) the
+# patch loss then has 0.04 to 0.1 of the captioning loss's gradient, at a right angle to it, and in 70 steps
+# falls from 3.52 to 3.37, where alone it falls to 2.4. A weight does not travel between towers, a share of
+# the gradient does. The losses meet at the cut behind the projector: there their gradients are measured,
+# weighted and added up. That, and the share as an option, are ours.
 
 MEASURE_EVERY = 50  # steps, with the prompted loss: its gradient at the cut takes a backward of its own
 
@@ -278,10 +278,12 @@ def figures(sums: dict, terms, amplified: float, batch: int) -> dict:
     generative, patch, prompt   the losses, in nats; NAME_retrieval the part of images that find their caption
     NAME_grad       norm of the loss's gradient at the cut, as of weight 1 (gradients came `amplified`)
     NAME_weight     what the loss is multiplied with
-    NAME_ratio      norm of the weighted gradient over that of the captioning loss's; None: not measured
+    NAME_ratio      norm of the weighted gradient over that of the captioning loss's
     NAME_cosine     between the two gradients
     NAME_relative   loss / ln(batch): 1 is what knowing nothing costs
     projected_norm, word_norm   mean norms of projected patches and of the answers' word embeddings
+
+    None stands for what has no value: a float16 step that overflowed, a ratio to nothing.
     """
     line = {"projected_norm": ratio(sums["projected_norm"], sums["projected"]),
             "word_norm": ratio(sums["word_norm"], sums["words"])}
@@ -300,7 +302,8 @@ def figures(sums: dict, terms, amplified: float, batch: int) -> dict:
             line[f"{name}_relative"] = ratio(sums[name], math.log(batch))
         line[f"{name}_weight"] = term.weight() if "generative" in sums else 1.0  # alone, in contrast first
     parts = [line.get("generative", 0.0)] + [line[f"{name}_weight"] * line.get(name, 0.0) for name in terms]
-    return line | {"loss": sum(parts)}
+    line["loss"] = sum(parts)
+    return {key: value if value is not None and math.isfinite(value) else None for key, value in line.items()}
 
 
 def ratio(a: float, b: float) -> float | None:
