@@ -94,32 +94,35 @@ def flops_per_step(config, vlm) -> dict:
 
 
 def dry_run(config, device):
-    """Print the plan, take three steps, print what they took: the fastest of those after the first."""
-    dtype, shapes = choose_dtype(device), shapes_of(config)
+    """Print the plan, take three steps, print what they took: the fastest of those after the first. Before
+    them three of contrast first, where the run has such."""
+    dtype, shapes = choose_dtype(device, config.dtype), shapes_of(config)
     plan = train.outline(config, *shapes)
     flops = flops_per_step(config, plan)
     total, tokens = sum(flops.values()), config.batch * train.row_length(config, plan)
     train.say(f"a step: {tokens:,} tokens, {total / 1e15:.3g} PFLOP, parts: "
               + ", ".join(f"{name} {part / total:.2g}" for name, part in flops.items()))
     train.say(f"on 8 H100 at 40 % of their peak, 1,000 steps take {total / (8 * 0.4 * 989e12) / 3.6:.2g} h")
-    train.print_plan(config, plan, device, dtype, 3)
+    config.contrastive_first = min(3, config.contrastive_first)
+    train.print_plan(config, plan, device, dtype, 3 + config.contrastive_first)
     vlm = random_model(config, shapes, device, dtype)
-    optimizer, scales = train.build_optimizer(config, vlm, device)
+    optimizer, terms = train.build_optimizer(config, vlm, device)
     seconds = []
-    for _ in tqdm(range(3), desc=f"dry run, {config.stage}", disable=rank() > 0):
+    steps = range(3 + config.contrastive_first)
+    for step in tqdm(steps, desc=f"dry run, {config.stage}", disable=rank() > 0):
         parts = data.split_batch(config, world_size())[1]
         micro_batches = [random_batch(config, vlm, part) for part in range(parts)]
         began = time.time()
-        train.train_step(vlm, scales, optimizer, micro_batches, config, config.lr)
+        train.train_step(vlm, terms, optimizer, micro_batches, config, config.lr, step)
         seconds.append(time.time() - began)
-    fastest = min(seconds[1:])
+    first, fastest = seconds[: config.contrastive_first], min(seconds[-2:])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
     mfu = round(total / fastest / world_size() / peak, 3) if peak else None
     train.say(json.dumps({
         "dry_run": f"{config.preset} {config.stage}", "device": name, "ranks": world_size(),
         "ms_per_step_fastest_of_2": round(1000 * fastest, 1), "tokens_per_s": round(tokens / fastest),
-        "mfu": mfu,
+        "mfu": mfu, "ms_of_contrast_first": round(1000 * min(first), 1) if first else None,
         "peak_memory_gib": round(train.peak_memory(device) / 1024, 2),
         "predicted_gib": round(sum(train.memory_sum(config, plan, dtype).values()), 2)}))
 
