@@ -18,7 +18,7 @@ not depend on their number.
 What keeps it fair: the world and the towers were fixed by criteria that look at no alignment
 (lab/pretrain.py). Every recipe gets equal data, equal captioning steps and the same small grid of learning
 rates (times its own strengths), tuned with a seed of its own on the validation split. Test questions choose
-nothing. As contrast first costs steps of its own, "none, longer" has a quarter more.
+nothing. Contrast first costs steps of its own: "none, longer" captions for as much longer as they take.
 """
 
 import argparse
@@ -42,37 +42,38 @@ from lab import score, toy_world
 from lab.report import report
 from vit import read_json, resolve_model
 
+WEIGHTS = ({"contrastive_weight": 1.0}, {"contrastive_weight": 0.3}, {"contrastive_weight": 3.0})
 # name: the options of the align stage that make the recipe, and those among which its strength is tuned, the
-# first of them where nothing is tuned. `first` takes its steps as a part of the captioning steps.
+# first of them where nothing is tuned. `first` and `longer` stand for parts of the captioning steps, which
+# the size of the comparison knows.
 RECIPES = {
     "none": ({}, ({},)),
-    "none, longer": ({"longer": 1.25}, ({},)),
-    "patch": ({"contrastive": "patch"}, ({"contrastive_weight": 1.0}, {"contrastive_weight": 0.3},
-                                         {"contrastive_weight": 3.0})),
-    "prompt": ({"contrastive": "prompt"}, ({"contrastive_weight": 1.0}, {"contrastive_weight": 0.3},
-                                           {"contrastive_weight": 3.0})),
-    "both": ({"contrastive": "both"}, ({"contrastive_weight": 1.0}, {"contrastive_weight": 0.3},
-                                       {"contrastive_weight": 3.0})),
-    "balanced": ({"contrastive": "patch"}, ({"contrastive_balance": 0.3}, {"contrastive_balance": 0.1},
-                                            {"contrastive_balance": 1.0})),
-    "first": ({"contrastive": "patch", "contrastive_weight": 0.0}, ({"first": 4.0}, {"first": 2.0})),
-    "first, held": ({"contrastive": "patch", "contrastive_balance": 0.3}, ({"first": 4.0}, {"first": 2.0})),
+    "none, longer": ({"longer": True}, ({},)),
+    "patch": ({"contrastive": "patch"}, WEIGHTS),
+    "prompt": ({"contrastive": "prompt"}, WEIGHTS),
+    "both": ({"contrastive": "both"}, WEIGHTS),
+    "share 0.1": ({"contrastive": "patch", "contrastive_balance": 0.1}, ({},)),
+    "share 0.3": ({"contrastive": "patch", "contrastive_balance": 0.3}, ({},)),
+    "share 1": ({"contrastive": "patch", "contrastive_balance": 1.0}, ({},)),
+    "first": ({"contrastive": "patch", "contrastive_weight": 0.0, "first": True}, ({},)),
+    "first, share 0.1": ({"contrastive": "patch", "contrastive_balance": 0.1, "first": True}, ({},)),
 }
 PAPERS = ("none", "patch", "prompt", "both")  # what the papers have; the others are ours
 
 SIZES = {
     "full": dict(recipes=tuple(RECIPES), seeds=10, budgets=(30, 60, 120, 240), short=60, long=240, epochs=4.0,
                  fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0), lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-                 instruct_lr=(2e-4, 4e-4, 8e-4, 1.6e-3), ablations=5, tune=True, by_words=False, align={},
-                 instruct={}),
+                 instruct_lr=(2e-4, 4e-4, 8e-4, 1.6e-3), ablations=5, first=4.0, longer=2.0, tune=True,
+                 by_words=False, align={}, instruct={}),
     "quick": dict(recipes=PAPERS, seeds=2, budgets=(30, 60), short=30, long=60, epochs=1.0,
-                  fractions=(0.1, 1.0), lr=(2e-3,), instruct_lr=(4e-4,), ablations=0, tune=False,
-                  by_words=False, align={}, instruct={}),
+                  fractions=(0.1, 1.0), lr=(2e-3,), instruct_lr=(4e-4,), ablations=0, first=4.0, longer=2.0,
+                  tune=False, by_words=False, align={}, instruct={}),
 }
 REAL = dict(vit="towers/dinov2-small", llm="towers/smollm2", projector="pixel_shuffle", dtype="bfloat16")
-SIZES["emoji"] = SIZES["quick"] | dict(
+SIZES["emoji"] = SIZES["quick"] | dict(  # 1,000 first steps take as long as some 11 captioning steps
     recipes=tuple(RECIPES), seeds=3, budgets=(70,), short=70, long=70, lr=(1e-3,), instruct_lr=(1e-4,),
-    by_words=True, align=REAL | dict(batch=32, micro_batch=32), instruct=REAL | dict(template="chat"))
+    first=14.3, longer=1.3, by_words=True, align=REAL | dict(batch=32, micro_batch=32),
+    instruct=REAL | dict(template="chat"))
 FEW_FRACTIONS = (0.1, 1.0)  # parts of the instruction data after the long alignment, and in tuning
 TUNING_SEED = 1000  # no seed of the comparison itself
 UNPROMPTED = ("none", "patch", "both")
@@ -212,21 +213,20 @@ def run_name(stage: str, ablation: str = "", **options) -> str:
     """The name of a run's folder, and of its line in cells.jsonl: what tells it from the others."""
     if stage == "instruct":
         return f"{Path(options['init']).name}-instruct{options['data_fraction']}-lr{options['lr']}"
-    name = "{recipe}-{steps}-seed{seed}-lr{lr}".format(**options).replace(", ", "-")
-    for key in ("contrastive_weight", "contrastive_balance", "first"):
-        name += f"-{key.removeprefix('contrastive_')}{options[key]}" if key in options else ""
+    name = "{recipe}-{steps}-seed{seed}-lr{lr}".format(**options).replace(",", "").replace(" ", "-")
+    name += f"-weight{options['contrastive_weight']}" if "contrastive_weight" in options else ""
     return f"{name}-{ablation.replace(' ', '-')}" if ablation else name
 
 
 def train_options(setting: Setting, stage: str, options: dict) -> dict:
-    """Options of train.py from those of a recipe, whose `longer` and `first` are parts of its steps."""
+    """Options of train.py from those of a recipe."""
     given = {key: value for key, value in (setting.given | options).items() if key not in OTHER_STAGE[stage]}
     given = setting.size[stage] | given
     given.pop("recipe", None)
-    if first := given.pop("first", 0):
-        given["contrastive_first"] = round(first * given["steps"])
-    if longer := given.pop("longer", 0):
-        given["steps"] = round(longer * given["steps"])
+    if given.pop("first", False):
+        given["contrastive_first"] = round(setting.size["first"] * given["steps"])
+    if given.pop("longer", False):
+        given["steps"] = round(setting.size["longer"] * given["steps"])
     for tower in ("vit", "llm"):
         if given.get(tower, "").startswith("towers/"):  # the world brings its own
             given[tower] = str(setting.world / given[tower])

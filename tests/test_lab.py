@@ -193,7 +193,7 @@ def test_the_patches_of_a_shape_lie_where_it_is(place, patch):
 
 def small_comparison(out, world, folders, **more):
     """A comparison in miniature, with an ablation, as lab.compare calls it."""
-    recipes = "none", "patch", "both", "balanced", "first, held"
+    recipes = "none", "patch", "both", "share 0.3", "first, share 0.1"
     size = compare.SIZES["quick"] | dict(recipes=recipes, budgets=(2, 4), short=2, long=4, epochs=0.5,
                                          lr=(1e-3, 2e-3), ablations=1)
     given = {"vit": str(folders[0]), "llm": str(folders[1]), "batch": 8, "micro_batch": 8,
@@ -227,7 +227,7 @@ def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_
     assert not list(Path("c/runs").glob("*instruct*")) and not Path("runs/last").exists()
     for score in ("accuracy_img", "pope", "caption", "r5"):
         assert score in results["cells"][0]
-    first = Path("c/runs/first-held-4-seed0-lr0.001-balance0.3-first4.0/log.jsonl").read_text().splitlines()
+    first = Path("c/runs/first-share-0.1-4-seed0-lr0.001/log.jsonl").read_text().splitlines()
     assert len(first) == 16 + 4 and "generative" not in first[15] and "patch_ratio" in first[16]
 
     cells = Path("c/cells.jsonl").read_text().splitlines(True)
