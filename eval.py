@@ -9,7 +9,8 @@
 A score is only as good as its prompt, its parser and its denominator: published ScienceQA numbers of one and
 the same checkpoint differ by ten points. So the prompt is built here from the raw files, the answer is
 greedy, the official rule reads it, and what is missing or unreadable is wrong and stays in the denominator,
-which is printed. (MMMU's rule guesses instead.)
+which is printed. (MMMU's rule guesses instead.) The table BENCHES has a line for each benchmark: its folder,
+its split, load (files -> questions), parse (answer -> choice), score (choices -> numbers).
 
 Answers are appended to BENCH.partial.RANK.jsonl in the run directory as they come; after a kill, the same
 command goes on from there. In the end all are in BENCH.json (of a Hub id: in its folder in the Hub's cache),
@@ -24,6 +25,7 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import re
 import string
@@ -72,27 +74,30 @@ def load_picture(image) -> Image.Image:
         raise ValueError(f"not a readable image: {error}") from None
 
 
-def to_sample(vlm, tokenizer, question: dict, template: str, answer: str | None = None) -> dict:
-    """A question as data.collate takes it, open for an answer, or with one (and no end token behind it)."""
-    turns = [("human", question["prompt"])] + ([] if answer is None else [("gpt", answer)])
-    name, pixels = f"question {question['id']!r}", None
-    if "file" in question:
-        name = f"{question['file']}: {name}"
+def to_samples(vlm, tokenizer, question: dict, template: str, *answers) -> list:
+    """As data.collate takes them: the question, open for an answer, with its picture; then, for each of
+    `answers`, the question with that, without end token and picture."""
+    name, has_image, samples = f"question {question['id']!r}", question["image"] is not None, []
+    name = f"{question['file']}: {name}" if "file" in question else name
     try:
-        pieces = [piece for piece in data.TEMPLATES[template](turns, tokenizer) if piece[1] != data.END]
-        ids, roles = data.tokenise(pieces, tokenizer, question["image"] is not None)
-        if question["image"] is not None:
+        for answer in (None, *answers):
+            turns = [("human", question["prompt"])] + ([] if answer is None else [("gpt", answer)])
+            pieces = [piece for piece in data.TEMPLATES[template](turns, tokenizer) if piece[1] != data.END]
+            ids, roles = data.tokenise(pieces, tokenizer, has_image)
+            samples.append({"ids": ids, "roles": roles, "pixels": None, "name": name})
+        if has_image:
             # "pad", whatever the run was trained with: a question may be about the picture's edge
-            pixels = data.preprocess(load_picture(question["image"]), vlm.vit.config, "pad")
+            picture = load_picture(question["image"])
+            samples[0]["pixels"] = data.preprocess(picture, vlm.vit.config, "pad")
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None
-    return {"ids": ids, "roles": roles, "pixels": pixels, "name": name}
+    return samples
 
 
-def to_batch(vlm, tokenizer, samples, room: int) -> dict:
-    """One batch on the model's device, padded on the left. ValueError where a row is longer than `room`."""
+def to_batch(vlm, tokenizer, samples, room: int, side: str = "left") -> dict:
+    """One batch on the model's device, padded on that side. ValueError for a prompt longer than `room`."""
     m = data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id,
-                     vlm.vit.config.image_size, room, side="left")
+                     vlm.vit.config.image_size, room, side)
     return data.to_device(m, vlm.llm.head_weight.device)
 
 
@@ -106,7 +111,7 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
     how["end_tokens"] = [tokenizer.eos_token_id]
 
     def answer(rows):
-        samples = [to_sample(vlm, tokenizer, row, template) for row in rows]
+        samples = [to_samples(vlm, tokenizer, row, template)[0] for row in rows]
         m = to_batch(vlm, tokenizer, samples, room)
         new = vlm.generate(m["ids"], m["pixels"], max_new_tokens, m["mask"], **how)  # (B, <= max_new_tokens)
         return [tokenizer.decode(ids[ids >= 0], skip_special_tokens=True).strip() for ids in new]
@@ -118,20 +123,34 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
 def likelihoods(vlm, tokenizer, questions, template: str, batch: int = 16, file=None) -> list:
     """For each question the log-probabilities, in nats, of its "options" (a list of texts) as the answer:
     summed over the tokens of each, the end token not among them. No parser is needed, and nothing is
-    unreadable. Options of several tokens are not made comparable here: a longer one has more to lose."""
+    unreadable. Options of several tokens are not made comparable here: a longer one has more to lose.
+
+    A question and its picture go through the model once, each option only from where it differs.
+    """
+    most = vlm.llm.config.max_position_embeddings
+
     def answer(rows):
-        samples = []
+        samples, ends = [], []  # of each question: what all its options share; what each has behind that
         for row in rows:
-            samples += [to_sample(vlm, tokenizer, row, template, option) for option in row["options"]]
-        m = to_batch(vlm, tokenizer, samples, vlm.llm.config.max_position_embeddings)
-        hidden = vlm.llm.hidden(vlm.splice(m["ids"], vlm.encode(m["pixels"])), m["mask"])  # (B, S, C)
-        next_ids = m["labels"][:, 1:]  # (B, S - 1): what each position says next, where that is the option's
+            sample, *texts = to_samples(vlm, tokenizer, row, template, *row["options"])
+            # less one: the last common token predicts an option's first, so it goes with the options
+            shared = len(os.path.commonprefix([text["ids"] for text in (sample, *texts)])) - 1
+            samples.append(sample | {key: sample[key][:shared] for key in ("ids", "roles")})
+            ends.append([text | {key: text[key][shared:] for key in ("ids", "roles")} for text in texts])
+        most_options, B = max(map(len, ends)), len(rows)
+        turns = []  # first options of all questions, second options ..; who has fewer repeats the last
+        for number in range(most_options):
+            turns += [options[min(number, len(options) - 1)] for options in ends]
+        said = to_batch(vlm, tokenizer, turns, most, "right")  # ids (options x B, T)
+        m = to_batch(vlm, tokenizer, samples, most - said["ids"].shape[1])
+        embeds = vlm.splice(m["ids"], vlm.encode(m["pixels"]))  # (B, S, C)
+        hidden = torch.cat(vlm.llm.hidden_behind(embeds, m["mask"], said["ids"].split(B)))  # (.. x B, T, C)
+        next_ids = said["labels"][:, 1:]  # what each position says next, where that is the option's
         row_of, place = (next_ids != data.IGNORE).nonzero(as_tuple=True)  # (tokens,) each
         log_p = vlm.llm.logits(hidden[row_of, place]).float().log_softmax(-1)  # (tokens, V)
         log_p = log_p.gather(1, next_ids[row_of, place][:, None])[:, 0]  # (tokens,)
-        sums = log_p.new_zeros(len(samples)).index_add(0, row_of, log_p)  # (B,)
-        counts = [len(row["options"]) for row in rows]
-        return [part.tolist() for part in sums.split(counts)]
+        sums = log_p.new_zeros(len(turns)).index_add(0, row_of, log_p).view(most_options, B)
+        return [row[: len(options)] for row, options in zip(sums.T.tolist(), ends)]
 
     return in_batches(questions, answer, batch, file)
 
@@ -190,10 +209,9 @@ def append_answers(file, questions, answers):
     """One JSON line a question; all lines of a batch in one write."""
     lines = []
     for question, answer in zip(questions, answers):
-        line = {"id": question["id"], "prompt": question["prompt"], "answer": answer}
-        lines.append(json.dumps(line) + "\n")
+        lines.append(json.dumps({"id": question["id"], "prompt": question["prompt"], "answer": answer}))
     with open(file, "a") as f:
-        f.write("".join(lines))
+        f.write("\n".join(lines) + "\n")
 
 
 def read_answers(file, questions) -> dict:
@@ -205,8 +223,9 @@ def read_answers(file, questions) -> dict:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             part.write_text(whole)
-        for line in whole.splitlines():
-            row = json.loads(line)
+        if not whole:
+            continue
+        for row in read_entries(part, id=ID, prompt=str, answer=object):
             i = index.get(row["id"])
             if i is None or questions[i]["prompt"] != row["prompt"]:
                 raise ValueError(f"{part}: question {row['id']!r} is not asked now, or reads otherwise; "
@@ -216,7 +235,126 @@ def read_answers(file, questions) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What the benchmarks share
+# What the benchmarks share: reading files
+
+ID = (int, str)  # the kinds of an id
+CONVERT = {  # what no package of ours reads: the line of pandas that makes what we do
+    ".xlsx": 'pandas.read_excel("IN").to_csv("OUT.tsv", sep="\\t", index=False)',
+    ".parquet": 'json.dump(pandas.read_parquet("IN").to_dict("records"), open("OUT.json", "w"), default='
+                'lambda x: base64.b64encode(x).decode() if isinstance(x, bytes) else x.tolist())'}
+
+
+def find_files(folder, pattern: str) -> list:
+    """Sorted. FileNotFoundError if there are none, or if Parquet or Excel lies in their place in a subfolder;
+    it says how to convert these."""
+    files, unread = sorted(Path(folder).glob(pattern)), []
+    for suffix in CONVERT:
+        unread += Path(folder).glob(str(Path(pattern).with_suffix(suffix)) if files else f"**/*{suffix}")
+    done = {file.parent for file in files}
+    unread = sorted(file for file in unread if file.parent not in done)
+    if unread or not files:
+        how = f"; {unread[0]} is not read here, but {CONVERT[unread[0].suffix]} converts it" if unread else ""
+        raise FileNotFoundError(f"{unread[0].parent if files else folder}: no {pattern}{how}")
+    return files
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8: {error}") from None
+
+
+def find_entries(folder, pattern: str, **kinds):
+    """Yield (file, entry) of all files in `folder` that fit; see `read_entries`."""
+    for file in find_files(folder, pattern):
+        for entry in read_entries(file, **kinds):
+            yield file, entry
+
+
+def read_entries(file: Path, **kinds) -> list:
+    """The dicts in a file, each with all keys of `kinds` and values of these types: a JSON list (maybe below
+    "questions" or "data"), a JSON dict of dicts (whose names become "id"), JSON lines, or a table (.tsv)."""
+    text = read_text(file)
+    try:
+        if file.suffix == ".tsv":
+            csv.field_size_limit(2**31 - 1)  # a picture is one field
+            entries = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
+        else:
+            entries = parse_json(text)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{file}: {error}") from None
+    if isinstance(entries, dict):
+        named = []
+        for name, entry in entries.items():
+            named.append({"id": name, **entry} if isinstance(entry, dict) else entry)
+        is_named = any(isinstance(entry, dict) for entry in named)
+        entries = entries.get("questions") or entries.get("data") or (named if is_named else [entries])
+    if not isinstance(entries, list):
+        raise ValueError(f"{file}: not a list of entries")
+    for number, entry in enumerate(entries, start=1):
+        for key, kind in kinds.items():
+            if not isinstance(entry, dict) or key not in entry:
+                raise ValueError(f"{file}: entry {number} has no {key!r}")
+            if not isinstance(entry[key], kind):
+                raise ValueError(f"{file}: entry {number} has {entry[key]!r:.60} as its {key!r}")
+    return entries
+
+
+def parse_json(text: str):
+    """The content of JSON, or a list of what its lines hold: POPE calls such files .json, too."""
+    try:
+        return json.loads(text, object_pairs_hook=without_repeats)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":  # behind the first value
+            raise
+    return [json.loads(line, object_pairs_hook=without_repeats) for line in text.split("\n") if line.strip()]
+
+
+def without_repeats(pairs) -> dict:
+    """A JSON object. ValueError for a name that is there twice, of which Python would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{name!r} is there twice")
+    return found
+
+
+def to_question(file, name, text: str, image, answer=None, category=None, ending=data.SHORT_ANSWER,
+                **more) -> dict:
+    """A question about a picture (a Path, or a file's bytes in base64) in LLaVA's form. Closed ones have
+    "options", what may be chosen; those that only count together have one "group". An answer of None is known
+    to a server or judge alone."""
+    return {"id": name, "prompt": f"{data.IMAGE}\n{text}{ending}", "image": image, "answer": answer,
+            "category": category, "file": str(file), **more}
+
+
+def lettered(text: str, choices) -> str:
+    """The question and a line `A. choice` for each choice."""
+    return "\n".join([text, *(f"{x}. {choice}" for x, choice in zip(string.ascii_uppercase, choices))])
+
+
+def find_problem(question: dict, seen, is_scored: bool) -> str | None:
+    """What cannot be as its benchmark means it, in a few words. `seen`: the ids before it; `is_scored`: some
+    question has an answer."""
+    image, options, answer = question["image"], question.get("options"), question["answer"]
+    if question["id"] in seen:
+        return "is there twice"
+    if not image and question["prompt"].startswith(data.IMAGE):
+        return "has no picture"
+    if isinstance(image, Path) and not image.is_file():
+        return f"asks about a picture that is not there: {image}"
+    if options == []:
+        return "has no options"
+    if is_scored and answer in (None, "", [], [""]):
+        return "has no answer"
+    if options and answer is not None and answer not in options:
+        return f"has the answer {answer!r}, which is none of {', '.join(options)}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the benchmarks share: scores
 
 def percent(rows) -> float:
     """The mean of a list of booleans, or of parts of 1, in percent."""
@@ -251,103 +389,30 @@ def by_category(right, names) -> dict:
     return {name: {"accuracy": percent(values), "questions": len(values)} for name, values in rows.items()}
 
 
-def score_accuracy(questions, choices) -> dict:
-    """Micro average, and by category. No choice (None) is wrong."""
-    right = [choice == question["answer"] for question, choice in zip(questions, choices)]
+def grade(questions, choices) -> list:
+    """Which choices are right. No choice (None) is wrong."""
+    return [choice == question["answer"] for question, choice in zip(questions, choices)]
+
+
+def score_accuracy(questions, choices, right=None) -> dict:
+    """Micro average, and by category."""
+    right = grade(questions, choices) if right is None else right
     return accuracy(right, questions) | {
         "questions": len(questions), "unparsed": choices.count(None),
-        "categories": by_category(right, [question["category"] for question in questions])}
-
-
-CONVERT = {  # what no package of ours reads: the line of pandas that makes what we do
-    ".xlsx": 'pandas.read_excel("IN").to_csv("OUT.tsv", sep="\\t", index=False)',
-    ".parquet": 'json.dump(pandas.read_parquet("IN").to_dict("records"), open("OUT.json", "w"), default='
-                'lambda x: base64.b64encode(x).decode() if isinstance(x, bytes) else x.tolist())'}
-
-
-def find_files(folder, pattern: str) -> list:
-    """Sorted. FileNotFoundError if there are none; beside Parquet or Excel it says how to convert these."""
-    files = sorted(Path(folder).glob(pattern))
-    if not files:
-        other = [file for file in sorted(Path(folder).glob("**/*")) if file.suffix in CONVERT]
-        how = f"; {other[0]} is not read here, but {CONVERT[other[0].suffix]} converts it" if other else ""
-        raise FileNotFoundError(f"{folder}: no {pattern}{how}")
-    return files
-
-
-def read_entries(file: Path, *keys) -> list:
-    """The dicts in a file, each with all `keys`: a JSON list (maybe below "questions" or "data"), a JSON dict
-    of dicts (whose names become "id"), JSON lines, or a table (.tsv)."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    try:
-        if file.suffix == ".tsv":
-            csv.field_size_limit(2**31 - 1)  # a picture is one field
-            entries = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
-        else:
-            entries = parse_json(text)
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{file}: {error}") from None
-    if isinstance(entries, dict):
-        named = [{"id": name, **entry} for name, entry in entries.items() if isinstance(entry, dict)]
-        entries = entries.get("questions") or entries.get("data") or named or [entries]
-    if not isinstance(entries, list):
-        raise ValueError(f"{file}: not a list of entries")
-    for number, entry in enumerate(entries, start=1):
-        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-        if missing:
-            raise ValueError(f"{file}: entry {number} has no {missing[0]!r}")
-    return entries
-
-
-def parse_json(text: str):
-    """The content of JSON, or a list of what its lines hold: POPE calls such files .json, too."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":  # behind the first value
-            raise
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
-def to_question(file, name, text: str, image, answer=None, category=None, ending=data.SHORT_ANSWER,
-                **more) -> dict:
-    """A question about a picture (a Path, or a file's bytes in base64) in LLaVA's form. Closed ones have
-    "options", what may be chosen; those that only count together have one "group". An answer of None is known
-    to a server or judge alone."""
-    return {"id": name, "prompt": f"{data.IMAGE}\n{text}{ending}", "image": image, "answer": answer,
-            "category": category, "file": str(file), **more}
-
-
-def lettered(text: str, choices) -> str:
-    """The question and a line `A. choice` for each choice."""
-    return "\n".join([text, *(f"{x}. {choice}" for x, choice in zip(string.ascii_uppercase, choices))])
-
-
-def find_problem(question: dict, seen) -> str | None:
-    """What cannot be as its benchmark means it, in a few words. `seen`: the ids before it."""
-    image, options = question["image"], question.get("options")
-    if question["id"] in seen:
-        return "is there twice"
-    if not image and question["prompt"].startswith(data.IMAGE):
-        return "has no picture"
-    if isinstance(image, Path) and not image.exists():
-        return f"asks about a picture that is not there: {image}"
-    if options and question["answer"] is not None and question["answer"] not in options:
-        return f"has the answer {question['answer']!r}, which is none of {', '.join(options)}"
-    return None
+        "categories": by_category(right, [question.get("category") for question in questions])}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Benchmarks: load (files -> questions), parse (answer -> choice), score (choices -> numbers)
 
-def load_scienceqa(folder, split: str = "test") -> list:
+def load_scienceqa(folder, split: str):
     """data.load_scienceqa's questions, with what the official split goes by: subject, grade, hint."""
-    file, questions = Path(folder) / "problems.json", data.load_scienceqa(folder, split)
-    problems = read_json(file)
+    file, questions = folder / "problems.json", data.load_scienceqa(folder, split)
+    problems = {row["id"]: row for row in read_entries(file, question=str)}
     for question in questions:
         question |= {key: problems[question["id"]].get(key) or "" for key in ("subject", "grade", "hint")}
-        question |= {"file": str(file), "options": list(data.LETTERS[: question["num_choices"]])}
-    return questions
+        options = list(data.LETTERS[: question["num_choices"]])
+        yield question | {"file": str(file), "options": options}
 
 
 def parse_choice(text: str, question: dict):
@@ -379,36 +444,31 @@ def official_split(question: dict) -> list:
 
 def score_scienceqa(questions, choices) -> dict:
     """Accuracy in percent: of all questions, of those with an image (`img`), of those without (`txt`: not the
-    official TXT), and of the official split's parts. No choice (None) is wrong."""
-    right = [choice == question["answer"] for question, choice in zip(questions, choices)]
-    scores, in_part, parts = accuracy(right, questions), [], []
-    for name, wanted in (("img", True), ("txt", False)):
-        rows = [i for i, question in enumerate(questions) if (question["image"] is not None) == wanted]
-        asked = [questions[i] for i in rows]
-        scores |= accuracy([right[i] for i in rows], asked, f"accuracy_{name}")
+    official TXT), and of the official split's parts."""
+    scores, in_part, parts = {}, [], []
+    right = grade(questions, choices)
+    for name, has_image in (("img", True), ("txt", False)):
+        rows = [i for i, question in enumerate(questions) if (question["image"] is not None) == has_image]
+        scores |= accuracy([right[i] for i in rows], [questions[i] for i in rows], f"accuracy_{name}")
         scores[f"questions_{name}"] = len(rows)
     for question, value in zip(questions, right):
         parts += official_split(question)
         in_part += [value] * len(official_split(question))
-    return scores | {"questions": len(questions), "unparsed": choices.count(None),
-                     "categories": by_category(in_part, parts)}
+    return score_accuracy(questions, choices, right) | scores | {"categories": by_category(in_part, parts)}
 
 
-def load_pope(folder, split: str = "") -> list:
-    """POPE's files `*pope_{category}.json` (question_id, image, text, label; JSON lines, or the lists of its
-    aokvqa and gqa), all of them or `split` alone, in the folder or, as LLaVA has them, in coco/. Question and
-    label are one row; LLaVA's scorer pairs them by position, and a new revision breaks the pairs."""
-    folder, questions, pattern = Path(folder), [], f"*pope_*{split}.json"
+def load_pope(folder, split: str):
+    """POPE's files `*pope_{category}.json` (JSON lines, or the lists of its aokvqa and gqa), all of them or
+    `split` alone, in the folder or, as LLaVA has them, in coco/. Question and label are one row; LLaVA's
+    scorer pairs them by position, and a new revision breaks the pairs."""
+    pattern, kinds = f"*pope_*{split}.json", {"question_id": ID, "image": str, "text": str, "label": str}
     places = [folder / "images", folder / "val2014", folder.parent / "images", folder.parent / "val2014"]
     images = next((place for place in places if place.is_dir()), folder)
     is_llavas = not any(folder.glob(pattern)) and (folder / "coco").is_dir()
-    for file in find_files(folder / "coco" if is_llavas else folder, pattern):
+    for file, row in find_entries(folder / "coco" if is_llavas else folder, pattern, **kinds):
         category = file.stem.rsplit("pope_", 1)[1]
-        for row in read_entries(file, "question_id", "image", "text", "label"):
-            name, image = f"{category}-{row['question_id']}", images / row["image"]
-            questions.append(to_question(file, name, row["text"], image, row["label"], category,
-                                         options=["yes", "no"]))
-    return questions
+        yield to_question(file, f"{category}-{row['question_id']}", row["text"], images / row["image"],
+                          row["label"], category, options=["yes", "no"])
 
 
 def parse_pope(text: str, question=None) -> str:
@@ -439,28 +499,28 @@ def score_pope(questions, choices) -> dict:
     return mean | errors | {"questions": len(questions), "categories": scores}
 
 
-def load_mme(folder, split: str = "") -> list:
-    """Of MME's folder, two consecutive questions for each image.
+def load_mme(folder, split: str):
+    """Two questions for each picture. A category (or `split` alone) is a folder of pictures and text files
+    `question<TAB>Yes|No`, side by side or in images/ and questions_answers_YN/. LLaVA asks for a short answer
+    instead of the questions' own "yes or no"."""
+    find_files(folder, f"{split or '*'}/**/*.txt")
+    for category in sorted(path for path in folder.glob(split or "*") if path.is_dir()):
+        texts, images = category / "questions_answers_YN", category / "images"
+        texts, images = texts if texts.is_dir() else category, images if images.is_dir() else category
+        pictures = {file.stem: file for file in images.glob("*.*") if file.suffix.lower() in PICTURES}
+        for name in sorted({file.stem for file in texts.glob("*.txt")} | pictures.keys()):
+            file, pair = texts / f"{name}.txt", f"{category.name}/{name}"
+            lines = [line for line in read_text(file).split("\n") if line.strip()]
+            if len(lines) != 2 or not all(re.fullmatch("[^\t]+\t(Yes|No)\\s*", line) for line in lines):
+                raise ValueError(f"{file}: not two lines of question, tab, Yes or No")
+            for number, line in enumerate(lines):
+                text, answer = line.replace("Please answer yes or no.", "").split("\t")
+                yield to_question(file, f"{pair}/{number}", text.strip(),
+                                  pictures.get(name, images / f"{name}.png"), answer.strip().lower(),
+                                  category.name, options=["yes", "no"], group=pair)
 
-    A category (or `split` alone) is a folder of pictures and text files `question<TAB>Yes|No`, side by side
-    or in images/ and questions_answers_YN/. LLaVA asks for a short answer instead of the questions' own "yes
-    or no".
-    """
-    folder, questions, name = Path(folder), [], split or "*"
-    for file in sorted(folder.glob(f"{name}/*.txt")) + sorted(folder.glob(f"{name}/questions_*_YN/*.txt")):
-        category = file.parent.parent if file.parent.name == "questions_answers_YN" else file.parent
-        images = category / "images" if (category / "images").is_dir() else category
-        pictures = [f for f in sorted(images.glob(f"{file.stem}.*")) if f.suffix != ".txt"]
-        lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
-        if len(lines) != 2 or not all(re.fullmatch("[^\t]+\t(Yes|No)\\s*", line) for line in lines):
-            raise ValueError(f"{file}: not two lines of question, tab, Yes or No")
-        for number, line in enumerate(lines):
-            text, answer = line.replace("Please answer yes or no.", "").split("\t")
-            pair = f"{category.name}/{file.stem}"
-            questions.append(to_question(
-                file, f"{pair}/{number}", text.strip(), [*pictures, images / f"{file.stem}.png"][0],
-                answer.strip().lower(), category.name, options=["yes", "no"], group=pair))
-    return questions or find_files(folder, f"{name}/*.txt")  # this raises
+
+PICTURES = (".jpg", ".jpeg", ".png")
 
 
 def parse_mme(text: str, question=None):
@@ -476,7 +536,7 @@ def score_mme(questions, choices) -> dict:
     """Per category 100 x (accuracy + accuracy+), the latter the part of pictures with both questions right;
     their sums over MME's ten categories of perception and over all others (of the toy world's four, "color"
     is one of the ten); both accuracies over everything in percent."""
-    right = [choice == question["answer"] for question, choice in zip(questions, choices)]
+    right = grade(questions, choices)
     pairs, by_name, categories, scores = list(zip(right[::2], right[1::2])), {}, {}, {}  # of each picture
     for question, (first, second) in zip(questions[::2], pairs):
         value = (first + second) / 2 + (first and second)
@@ -492,23 +552,22 @@ def score_mme(questions, choices) -> dict:
                 total += 100 * score
         scores |= {part: round(total, 2), f"{part}_se": standard_error(influence, asked)}
     plus = accuracy([all(pair) for pair in pairs], questions[::2], "accuracy_plus")
-    return accuracy(right, questions) | plus | scores | {
-        "questions": len(questions), "pictures": len(pairs), "unparsed": choices.count(None),
-        "categories": categories}
+    return score_accuracy(questions, choices) | plus | scores | {"pictures": len(pairs),
+                                                                 "categories": categories}
 
 
-def load_seed(folder, split: str = "image") -> list:
-    """The image part of SEED-Bench.json, in nine dimensions; pictures in SEED-Bench-image/."""
-    file, questions = find_files(folder, "SEED-Bench.json")[0], []
+def load_seed(folder, split: str):
+    """SEED-Bench.json's image part, in nine dimensions; pictures in SEED-Bench-image/."""
+    file = find_files(folder, "SEED-Bench.json")[0]
+    kinds = {"question_id": ID, "data_id": str, "data_type": str, "question": str, "answer": str}
+    choices = ("choice_a", "choice_b", "choice_c", "choice_d")
+    rows = read_entries(file, **kinds, **dict.fromkeys(choices, (str, int, float)))
     names = {number: name for name, number in read_json(file).get("question_type", {}).items()}
-    keys = ("choice_a", "choice_b", "choice_c", "choice_d")
-    for row in read_entries(file, "question_id", "data_id", "data_type", "question", "answer", *keys):
+    for row in rows:
         if row["data_type"] == split:
-            kind, text = row.get("question_type_id"), lettered(row["question"], [row[key] for key in keys])
-            questions.append(to_question(
-                file, row["question_id"], text, file.parent / "SEED-Bench-image" / row["data_id"],
-                row["answer"], names.get(kind, kind), data.LETTER_ANSWER, options=list("ABCD")))
-    return questions
+            kind, text = row.get("question_type_id"), lettered(row["question"], [row[key] for key in choices])
+            yield to_question(file, row["question_id"], text, folder / "SEED-Bench-image" / row["data_id"],
+                              row["answer"], names.get(kind, kind), data.LETTER_ANSWER, options=list("ABCD"))
 
 
 def parse_seed(text: str, question):
@@ -519,30 +578,29 @@ def parse_seed(text: str, question):
 NOT_GIVEN = {"", "nan", "none", "null", "na", "n/a"}  # what pandas, which LLaVA reads with, takes for nothing
 
 
-def load_mmbench(folder, split: str = "dev", chinese: bool = False) -> list:
+def load_mmbench(folder, split: str, chinese: bool = False):
     """A table mmbench_dev_*.tsv (Chinese: with cn in its name) of index, question, hint, A to D, answer,
     category, image; `split` is a part of its name. Row index + k x 10^6 asks question `index` again, its
     options rotated. An image is base64, or the index of the row that has it. A test split has no answers."""
-    files, questions = find_files(folder, "*.tsv"), []
-    files = [f for f in files if split in f.stem.lower() and ("cn" in f.stem.lower()) == chinese]
+    files = [file for file in find_files(folder, "*.tsv") if split in file.stem.lower()]
+    files = [file for file in files if ("cn" in file.stem.lower()) == chinese]
     if len(files) != 1:
         raise ValueError(f"{folder}: --split has to name one table; {split!r} fits {[f.name for f in files]}")
-    rows = read_entries(files[0], "index", "question", *"ABCD", "image")
+    rows = read_entries(files[0], **dict.fromkeys(("index", "question", *"ABCD", "image"), str))
     images = {row["index"]: row["image"] for row in rows}
     for row in rows:
-        if not row["index"].isdigit():
+        if not row["index"].isdecimal():
             raise ValueError(f"{files[0]}: the index {row['index']!r} is not a number")
         texts = [row.get(key) or "" for key in ("hint", "answer", *"ABCD")]
         hint, answer, *choices = ["" if text.lower() in NOT_GIVEN else text for text in texts]
         choices = list(itertools.takewhile(bool, choices))
-        text = f"{hint}\n{row['question']}" if hint else row["question"]
-        ending = "\n请直接回答选项字母。" if chinese else data.LETTER_ANSWER
+        text = lettered(f"{hint}\n{row['question']}" if hint else row["question"], choices)
         kept = [key for key in ("index", "question", *"ABCD", "answer", "split") if key in row]
-        questions.append(to_question(
-            files[0], row["index"], lettered(text, choices), images.get(row["image"], row["image"]).encode(),
-            answer or None, row.get("category"), ending, options=list("ABCD"[: len(choices)]),
-            choices=choices, group=int(row["index"]) % 10**6, row={key: row[key] for key in kept}))
-    return questions
+        yield to_question(
+            files[0], row["index"], text, images.get(row["image"], row["image"]).encode(), answer or None,
+            row.get("category"), "\n请直接回答选项字母。" if chinese else data.LETTER_ANSWER,
+            options=list("ABCD"[: len(choices)]), choices=choices, group=int(row["index"]) % 10**6,
+            row={key: row[key] for key in kept})
 
 
 AROUND = "{} {}. {}, {}: {}) {}). ({}) ({}). :{} :{}, :{}. :{}) :{}).".split()  # a letter as one of the words
@@ -562,15 +620,12 @@ def parse_mmbench(text: str, question):
 
 def score_mmbench(questions, choices) -> dict:
     """Circular: a question is right if it is in all its rotations; `accuracy_single`: each by itself."""
-    right = [choice == question["answer"] for question, choice in zip(questions, choices)]
-    first, circular = {}, {}
+    right, first, circular = grade(questions, choices), {}, {}
     for question, value in zip(questions, right):
         first.setdefault(question["group"], question)
         circular[question["group"]] = circular.get(question["group"], True) and value
-    values, base = list(circular.values()), list(first.values())
-    return accuracy(values, base) | {
-        "accuracy_single": percent(right), "questions": len(base), "rotations": len(questions),
-        "unparsed": choices.count(None), "categories": by_category(values, [q["category"] for q in base])}
+    return score_accuracy(list(first.values()), choices, list(circular.values())) | {
+        "accuracy_single": percent(right), "rotations": len(questions)}
 
 
 def submit_mmbench(questions, answers, file):
@@ -583,14 +638,12 @@ def submit_mmbench(questions, answers, file):
         table.writerows(question["row"] | {"prediction": text} for question, text in zip(questions, answers))
 
 
-def load_gqa(folder, split: str = "testdev_balanced") -> list:
+def load_gqa(folder, split: str):
     """{split}_questions.json of GQA: question id -> question, answer, imageId; pictures in images/."""
-    file, questions = find_files(folder, f"**/{split}_questions.json")[0], []
-    for row in read_entries(file, "question", "answer", "imageId"):
-        kind, image = (row.get("types") or {}).get("structural"), f"{row['imageId']}.jpg"
-        questions.append(to_question(file, row["id"], row["question"], Path(folder) / "images" / image,
-                                     row["answer"], kind))
-    return questions
+    kinds = {"id": str, "question": str, "answer": str, "imageId": str}
+    for file, row in find_entries(folder, f"**/{split}_questions.json", **kinds):
+        yield to_question(file, row["id"], row["question"], folder / "images" / f"{row['imageId']}.jpg",
+                          row["answer"], (row.get("types") or {}).get("structural"))
 
 
 def parse_gqa(text: str, question=None) -> str:
@@ -598,20 +651,21 @@ def parse_gqa(text: str, question=None) -> str:
     return text.rstrip(".").lower()
 
 
-def load_textvqa(folder, split: str = "val") -> list:
+def load_textvqa(folder, split: str):
     """TextVQA_0.5.1_{split}.json, with ten answers each, and the OCR tokens, which the prompt tells, of
     TextVQA_Rosetta_OCR_v0.2_{split}.json; pictures in train_images/."""
-    file, questions = find_files(folder, f"TextVQA_0.5.1_{split}.json")[0], []
-    ocr = find_files(folder, f"TextVQA_Rosetta_OCR_*_{split}.json")[0]
-    tokens = {row["image_id"]: row["ocr_tokens"] for row in read_entries(ocr, "image_id", "ocr_tokens")}
-    for row in read_entries(file, "question_id", "image_id", "question", "answers"):
-        if row["image_id"] not in tokens:
-            raise ValueError(f"{ocr}: nothing for question {row['question_id']!r}; is it of another split?")
-        told = tokens[row["image_id"]]
-        text = row["question"] + (f"\nReference OCR token: {', '.join(told)}" if told else "")
-        image = file.parent / "train_images" / f"{row['image_id']}.jpg"
-        questions.append(to_question(file, row["question_id"], text, image, row["answers"]))
-    return questions
+    tokens, kinds = {}, {"question_id": ID, "image_id": str, "question": str, "answers": list}
+    told = {"image_id": str, "ocr_tokens": list}
+    for ocr, row in find_entries(folder, f"TextVQA_Rosetta_OCR_*_{split}.json", **told):
+        tokens[row["image_id"]] = row["ocr_tokens"]
+    for file, row in find_entries(folder, f"TextVQA_0.5.1_{split}.json", **kinds):
+        name, image, text = row["question_id"], row["image_id"], row["question"]
+        if image not in tokens:
+            raise ValueError(f"{ocr}: nothing for question {name!r}; is it of another split?")
+        if tokens[image]:
+            text += f"\nReference OCR token: {', '.join(tokens[image])}"
+        answers = [parse_vqa(answer) for answer in row["answers"]]
+        yield to_question(file, name, text, folder / "train_images" / f"{image}.jpg", answers)
 
 
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
@@ -645,58 +699,59 @@ def score_textvqa(questions, choices) -> dict:
     """VQA accuracy: the mean of min(1, matches / 3) over the ten subsets that leave out one answer of ten."""
     right = []
     for question, choice in zip(questions, choices):
-        answers = [parse_vqa(answer) for answer in question["answer"]]
-        n, same = len(answers), answers.count(choice)  # `same` of the subsets have one match less
+        n, same = len(question["answer"]), question["answer"].count(choice)
+        # `same` of the subsets have one match less
         right.append((same * min(1, (same - 1) / 3) + (n - same) * min(1, same / 3)) / n)
     return accuracy(right, questions) | {"questions": len(questions)}
 
 
-def load_vqav2(folder, split: str = "test-dev2015") -> list:
+def load_vqav2(folder, split: str):
     """v2_OpenEnded_mscoco_{split}_questions.json; pictures in test2015/. The answers are the server's."""
-    file, questions = find_files(folder, f"v2_OpenEnded_mscoco_{split}_questions.json")[0], []
-    images = split.replace("-dev", "")
-    for row in read_entries(file, "question_id", "image_id", "question"):
-        image = file.parent / images / f"COCO_{images}_{row['image_id']:012d}.jpg"
-        questions.append(to_question(file, row["question_id"], row["question"], image))
-    return questions
+    pattern, images = f"v2_OpenEnded_mscoco_{split}_questions.json", split.replace("-dev", "")
+    for file, row in find_entries(folder, pattern, question_id=ID, image_id=int, question=str):
+        image = folder / images / f"COCO_{images}_{row['image_id']:012d}.jpg"
+        yield to_question(file, row["question_id"], row["question"], image)
 
 
 def submit_vqav2(questions, answers, file):
     """The server's JSON: normalised answers, and "" for the rest of the test split if its file is there."""
     texts = {question["id"]: parse_vqa(text) for question, text in zip(questions, answers)}
     test = Path(questions[0]["file"]).with_name("v2_OpenEnded_mscoco_test2015_questions.json")
-    ids = [row["question_id"] for row in read_entries(test, "question_id")] if test.exists() else list(texts)
+    ids = [row["question_id"] for row in read_entries(test, question_id=ID)] if test.exists() else list(texts)
     rows = [{"question_id": number, "answer": texts.get(number, "")} for number in ids]
     Path(file).write_text(json.dumps(rows))
 
 
-def load_mmmu(folder, split: str = "validation") -> list:
+def load_mmmu(folder, split: str):
     """MMMU's {split}*.json(l), a file for each subject or one for all: id, question, options (a list, or its
     text), answer, question_type, image_1 to image_7, each a path beside the file or {"bytes": base64}.
     Asked as in LLaVA's own run: about the first picture, `<image 2>` staying text."""
-    questions = []
-    for file in find_files(folder, f"**/{split}*.json*"):
-        for row in read_entries(file, "id", "question", "options", "answer", "question_type", "image_1"):
-            pictures = [row[f"image_{i}"] for i in range(1, 8) if row.get(f"image_{i}")]
-            image = pictures[0] if pictures else None
-            if isinstance(image, dict):
-                image = image["bytes"].encode() if image.get("bytes") else image.get("path")
-            image = file.parent / image if isinstance(image, str) else image
-            asked, ending, answer, more = row["question"], data.SHORT_ANSWER, as_list(row["answer"]), {}
-            if row["question_type"] == "multiple-choice":
-                choices, answer, ending = as_list(row["options"]), row["answer"], data.LETTER_ANSWER
-                more = {"choices": choices, "options": list(string.ascii_uppercase[: len(choices)])}
-                asked += "\n" + "".join(f"({x}) {text}\n" for x, text in zip(more["options"], choices))
-            subject = row["id"].partition("_")[2].rpartition("_")[0]  # of validation_Art_Theory_3
-            questions.append(to_question(file, row["id"], asked, image, answer, subject, ending,
-                                         pictures=len(pictures), **more))
-    return questions
+    kinds = {"id": str, "question": str, "options": (str, list), "answer": (str, list), "question_type": str,
+             "image_1": (str, dict, type(None))}
+    for file, row in find_entries(folder, f"**/{split}*.json*", **kinds):
+        pictures = [row[f"image_{i}"] for i in range(1, 8) if row.get(f"image_{i}")]
+        image = pictures[0] if pictures else None
+        if isinstance(image, dict):
+            image = image["bytes"].encode() if image.get("bytes") else image.get("path")
+        image = file.parent / image if isinstance(image, str) else image
+        asked, ending, answer, more = row["question"], data.SHORT_ANSWER, as_list(row["answer"]), {}
+        if row["question_type"] != "open":  # multiple-choice
+            choices, answer, ending = as_list(row["options"]), row["answer"], data.LETTER_ANSWER
+            more = {"choices": choices, "options": list(string.ascii_uppercase[: len(choices)])}
+            asked += "\n" + "".join(f"({x}) {text}\n" for x, text in zip(more["options"], choices))
+        subject = row["id"].partition("_")[2].rpartition("_")[0]  # of validation_Art_Theory_3
+        yield to_question(file, row["id"], asked, image, answer, subject, ending,
+                          pictures=len(pictures), **more)
 
 
 def as_list(value) -> list:
-    """MMMU's lists are written as Python texts; a text that is none is a list of itself."""
+    """MMMU's lists are written as Python texts; a text that is none is a list of itself, a broken one is
+    empty."""
     if isinstance(value, str):
-        value = ast.literal_eval(value) if re.fullmatch(r"\[.*\]", value, re.DOTALL) else [value]
+        try:
+            value = ast.literal_eval(value) if re.fullmatch(r"\[.*\]", value, re.DOTALL) else [value]
+        except (SyntaxError, ValueError):
+            return []
     return [str(item) for item in value]
 
 
@@ -726,9 +781,9 @@ def open_candidates(text: str) -> list:
     found, lines = [], text.split("\n")
     words = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
     for number, line in enumerate(lines):
-        shortest, last = "", ["="] if number == len(lines) - 1 else []
-        for end in [line.split(word)[-1].strip() for word in words + last if word in line]:
-            shortest = end if not shortest or len(end) < len(shortest) else shortest
+        last = ["="] if number == len(lines) - 1 else []
+        ends = [line.split(word)[-1].strip() for word in words + last if word in line]
+        shortest = min(filter(None, ends), key=len, default="")
         found += [shortest] if shortest and shortest not in list(":,.!?;'") else []
     found = found or [text]
     for end in list(found):
@@ -767,19 +822,13 @@ def score_mmmu(questions, choices) -> dict:
         else:
             right.append(is_expected(choice, question["answer"]))
     further = sum(question["pictures"] > 1 for question in questions)
-    return accuracy(right, questions) | {
-        "questions": len(questions), "unparsed": choices.count(None),
-        "questions_with_further_pictures": further,
-        "categories": by_category(right, [question["category"] for question in questions])}
+    return score_accuracy(questions, choices, right) | {"questions_with_further_pictures": further}
 
 
-def load_mmvet(folder, split: str = "") -> list:
+def load_mmvet(folder, split: str):
     """mm-vet.json: id -> imagename, question; pictures in images/. A language model judges."""
-    file, questions = find_files(folder, "mm-vet.json")[0], []
-    for row in read_entries(file, "imagename", "question"):
-        image = file.parent / "images" / row["imagename"]
-        questions.append(to_question(file, row["id"], row["question"], image, ending=""))
-    return questions
+    for file, row in find_entries(folder, "mm-vet.json", id=str, imagename=str, question=str):
+        yield to_question(file, row["id"], row["question"], folder / "images" / row["imagename"], ending="")
 
 
 def submit_mmvet(questions, answers, file):
@@ -819,22 +868,29 @@ BENCHES = {
 
 def load_questions(name: str, folder, split=None, limit=None) -> list:
     """A benchmark's questions, checked; of `limit` the first so many, with what counts together with them."""
-    bench = BENCHES[name]
-    split = bench.split if split is None else split
+    split = BENCHES[name].split if split is None else split
     try:
-        questions = bench.load(folder, split)
-    except (KeyError, TypeError, AttributeError, SyntaxError) as error:  # something is of another kind
+        questions = list(BENCHES[name].load(Path(folder), split))
+    except (KeyError, TypeError, AttributeError) as error:  # something is of another kind
         raise ValueError(f"{folder}: not in the layout of {name}: {error!r}") from None
     if not questions:
         raise ValueError(f"{folder}: no questions of {name} in split {split!r}")
-    seen = set()
+    seen, is_scored = set(), any(question["answer"] is not None for question in questions)
     for question in questions:
-        if problem := find_problem(question, seen):
+        if problem := find_problem(question, seen, is_scored):
             raise ValueError(f"{question['file']}: question {question['id']!r} {problem}")
         seen.add(question["id"])
     groups = [question.get("group", question["id"]) for question in questions]
     kept = set(list(dict.fromkeys(groups))[:limit])
     return [question for question, group in zip(questions, groups) if group in kept]
+
+
+def ask_bench(vlm, tokenizer, template, bench: Bench, questions, file) -> tuple:
+    """(answers, what the benchmark's rule reads from them)."""
+    tokens = min(bench.tokens, vlm.llm.config.max_position_embeddings // 2)  # a question needs positions, too
+    batch = min(64, 4096 // tokens)  # the key-value cache is as long as the longest answer
+    answers = ask(vlm, tokenizer, questions, template, tokens, batch, file)
+    return answers, [bench.parse(text, question) for text, question in zip(answers, questions)]
 
 
 def score_choices(bench: Bench, questions, choices) -> dict:
@@ -848,19 +904,6 @@ def answer_bench(vlm, tokenizer, template, name, folder, split=None, limit=None,
     bench, questions = BENCHES[name], load_questions(name, folder, split, limit)
     answers, choices = ask_bench(vlm, tokenizer, template, bench, questions, file)
     return score_choices(bench, questions, choices), questions, answers, choices
-
-
-def ask_bench(vlm, tokenizer, template, bench: Bench, questions, file) -> tuple:
-    """(answers, what the benchmark's rule reads from them)."""
-    tokens = min(bench.tokens, vlm.llm.config.max_position_embeddings // 2)  # a question needs positions, too
-    batch = min(64, 4096 // tokens)  # the key-value cache is as long as the longest answer
-    answers = ask(vlm, tokenizer, questions, template, tokens, batch, file)
-    return answers, [bench.parse(text, question) for text, question in zip(answers, questions)]
-
-
-def percentages(scores: dict) -> dict:
-    """The scores without counts, categories and standard errors."""
-    return {key: x for key, x in scores.items() if isinstance(x, float) and not key.endswith("_se")}
 
 
 def likeliest(vlm, tokenizer, template, questions, choices, file) -> list:
@@ -883,17 +926,16 @@ def score_floors(bench: Bench, questions, blind) -> dict:
     def sheet(choose):
         return [choose(question) if question.get("options") else None for question in questions]
 
-    sheets, rng = {"without_picture": [blind]}, random.Random(0)
-    common = Counter(question["answer"] for question in questions if question.get("options"))
-    if common:
+    sheets, floors, rng = {"without_picture": [blind]}, {}, random.Random(0)
+    if common := Counter(question["answer"] for question in questions if question.get("options")):
         letter = common.most_common(1)[0][0]
         sheets["chance"] = [sheet(lambda question: rng.choice(question["options"])) for _ in range(100)]
         sheets[f"always {letter}"] = [sheet(lambda question: letter)]
-    floors = {}
     for name, answers in sheets.items():
         total = Counter()
         for choices in answers:
-            total.update(percentages(bench.score(questions, choices)))
+            scores = bench.score(questions, choices)  # its floats are percentages and their errors
+            total.update({key: x for key, x in scores.items() if isinstance(x, float) and key[-3:] != "_se"})
         floors[name] = {key: round(value / len(answers), 2) for key, value in total.items()}
     return floors
 
@@ -905,9 +947,9 @@ def run_bench(name, ckpt, run: tuple, folder, args) -> dict:
     scores, questions, answers, choices = answer_bench(vlm, tokenizer, template, name, folder, split,
                                                        args.limit, partial_file)
     is_scored = any(question["answer"] is not None for question in questions)
-    if args.score == "likelihood" and any(question.get("options") for question in questions):
+    if args.score and is_scored and any(question.get("options") for question in questions):
         found = likeliest(vlm, tokenizer, template, questions, choices, f"{partial_file}-likelihood")
-        found = score_choices(bench, questions, found)
+        found = bench.score(questions, found)
         scores["likelihood"] = {key: value for key, value in found.items() if isinstance(value, float)}
     if args.floors and is_scored:
         _, blind = ask_bench(vlm, tokenizer, template, bench, without_picture(questions),
@@ -916,8 +958,6 @@ def run_bench(name, ckpt, run: tuple, folder, args) -> dict:
     result = {"ckpt": str(ckpt), "bench": name, "split": split, **scores}
     if rank() == 0:
         write_predictions(Path(ckpt) / f"{name}.json", result, questions, answers, choices)
-        for file in Path(ckpt).glob(f"{partial_file.name}*.jsonl"):
-            file.unlink()
         print(f"{name} of {ckpt}: {summary(scores)}")
         if bench.submit:
             file = args.submit or Path(ckpt) / f"{name}-submit{'.tsv' if 'mmbench' in name else '.json'}"
@@ -1048,6 +1088,9 @@ def run_benches(ckpt, args, device):
                 raise
             failed.append(name)
             say(f"{name} failed: {error}")
+    for name in set(there) - set(failed):  # no sooner: a killed `all` goes on without asking these again
+        for file in Path(ckpt).glob(f"{name}.partial*.jsonl"):
+            file.unlink(missing_ok=True)  # another rank may have been faster
     if failed or not there:
         raise ValueError(f"failed: {', '.join(failed)}" if there else f"{root}: no benchmark is there")
 
@@ -1056,8 +1099,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="+", help="run directories (default: the last run)")
-    group = parser.add_argument_group("benchmarks and measures")
-    group.add_argument("--bench", choices=[*BENCHES, "all", "retrieval"])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--bench", choices=[*BENCHES, "all", "retrieval"])
+    what.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")
+    group = parser.add_argument_group("benchmarks and retrieval")
     group.add_argument("--data", help="the benchmark's folder; all: the folder of these; retrieval: a LLaVA "
                                       "JSON of captions (default: the `benchmarks` of the run's config)")
     group.add_argument("--split", help="the benchmark's split, category or part of its file's name")
@@ -1069,24 +1114,21 @@ def parse_args(argv=None):
                                                    "(default: BENCH-submit in the run directory)")
     group.add_argument("--images", help="retrieval: the folder of the pictures (default: likewise)")
     group = parser.add_argument_group("one question")
-    group.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")
     group.add_argument("--max_new_tokens", type=int, default=64, help="most tokens of the answer")
     group.add_argument("--temperature", type=float, default=0.0, help="of the answer; 0: greedy")
     group.add_argument("--top_p", type=float, default=1.0, help="the likeliest that hold this much")
     args = parser.parse_args(argv)
-    if (args.bench is None) == (args.ask is None):
-        parser.error("name one of --bench and --ask")
+    writers = [name for name, bench in BENCHES.items() if bench.submit]
     if (args.split and args.bench not in BENCHES) or (args.images and args.bench != "retrieval"):
         parser.error("--split is for one benchmark, --images for retrieval")
-    if (args.limit or args.score or args.floors) and args.bench not in (*BENCHES, "all"):
+    if (args.limit is not None or args.score or args.floors) and args.bench not in (*BENCHES, "all"):
         parser.error("--limit, --score and --floors are for benchmarks")
-    if args.limit is not None and args.limit < 1:
-        parser.error("--limit must be at least 1")
-    if args.submit and (args.bench not in BENCHES or not BENCHES[args.bench].submit):
-        named = ", ".join(name for name, bench in BENCHES.items() if bench.submit)
-        parser.error(f"--submit is for {named}")
+    if args.submit and (args.bench not in writers or len(args.ckpt or ".") > 1):
+        parser.error(f"--submit is for one run of {', '.join(writers)}")
     if args.submit and not args.submit.parent.is_dir():
         parser.error(f"--submit: no folder {args.submit.parent}")
+    if args.limit is not None and args.limit < 1:
+        parser.error("--limit must be at least 1")
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         parser.error("--temperature must not be below 0, --top_p in (0, 1], --max_new_tokens at least 1")
     return args
