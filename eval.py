@@ -8,13 +8,13 @@
 
 A score is only as good as its prompt, its parser and its denominator: published ScienceQA numbers of one and
 the same checkpoint differ by ten points. So the prompt is built here from the raw files, the answer is
-greedy, the official rule reads it, and what is missing or unreadable is wrong and stays in the denominator,
-which is printed. (MMMU's rule guesses instead.) The table BENCHES has a line for each benchmark: its folder,
-its split, load (files -> questions), parse (answer -> choice), score (choices -> numbers).
+greedy, the official rule reads it, and what is unreadable is wrong and stays in the denominator, which is
+printed. BENCHES, the table, has a line for each benchmark: its folder, its split, load (files -> questions),
+parse (answer -> choice), score (choices -> numbers).
 
 Answers are appended to BENCH.partial.RANK.jsonl in the run directory as they come; after a kill, the same
 command goes on from there. In the end all are in BENCH.json (of a Hub id: in its folder in the Hub's cache),
-beside the scores; the last line printed is one JSON object with these (one line a run and benchmark).
+beside the scores, which are also printed: one JSON object a line, one line a run and benchmark.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import ast
 import base64
 import csv
 import io
-import itertools
 import json
 import math
 import os
@@ -275,13 +274,18 @@ def find_entries(folder, pattern: str, **kinds):
 def read_entries(file: Path, **kinds) -> list:
     """The dicts in a file, each with all keys of `kinds` and values of these types: a JSON list (maybe below
     "questions" or "data"), a JSON dict of dicts (whose names become "id"), JSON lines, or a table (.tsv)."""
-    text = read_text(file)
+    text, parse = read_text(file), partial(json.loads, object_pairs_hook=without_repeats)
     try:
         if file.suffix == ".tsv":
             csv.field_size_limit(2**31 - 1)  # a picture is one field
             entries = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
         else:
-            entries = parse_json(text)
+            try:
+                entries = parse(text)
+            except json.JSONDecodeError as error:
+                if error.msg != "Extra data":  # behind the first line: POPE calls such files .json, too
+                    raise
+                entries = [parse(line) for line in text.split("\n") if line.strip()]
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{file}: {error}") from None
     if isinstance(entries, dict):
@@ -299,16 +303,6 @@ def read_entries(file: Path, **kinds) -> list:
             if not isinstance(entry[key], kind):
                 raise ValueError(f"{file}: entry {number} has {entry[key]!r:.60} as its {key!r}")
     return entries
-
-
-def parse_json(text: str):
-    """The content of JSON, or a list of what its lines hold: POPE calls such files .json, too."""
-    try:
-        return json.loads(text, object_pairs_hook=without_repeats)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":  # behind the first value
-            raise
-    return [json.loads(line, object_pairs_hook=without_repeats) for line in text.split("\n") if line.strip()]
 
 
 def without_repeats(pairs) -> dict:
@@ -381,12 +375,18 @@ def accuracy(right, questions, name: str = "accuracy") -> dict:
             f"{name}_se": standard_error([(value - total / n) / n for value in right], questions)}
 
 
+def grouped(keys, values) -> dict:
+    """{key: [its values]}, sorted by key."""
+    groups = {}
+    for key, value in zip(keys, values):
+        groups.setdefault(str(key), []).append(value)
+    return dict(sorted(groups.items()))
+
+
 def by_category(right, names) -> dict:
-    """{name: {"accuracy", "questions"}}, sorted by name."""
-    rows = {}
-    for name, value in sorted(zip(map(str, names), right)):
-        rows.setdefault(name, []).append(value)
-    return {name: {"accuracy": percent(values), "questions": len(values)} for name, values in rows.items()}
+    """{name: {"accuracy", "questions"}}."""
+    return {name: {"accuracy": percent(values), "questions": len(values)}
+            for name, values in grouped(names, right).items()}
 
 
 def grade(questions, choices) -> list:
@@ -479,11 +479,11 @@ def parse_pope(text: str, question=None) -> str:
 
 def score_pope(questions, choices) -> dict:
     """Per category and on average, in percent: F1 of "yes" (the headline), accuracy, share of yes."""
-    groups, scores, mean, asked, influence = {}, {}, {}, [], {"f1": [], "accuracy": []}
-    for question, choice in zip(questions, choices):
-        row = question, question["answer"] == "yes", choice == "yes"
-        groups.setdefault(question["category"], []).append(row)
-    for category, rows in sorted(groups.items()):
+    scores, mean, asked, influence = {}, {}, [], {"f1": [], "accuracy": []}
+    rows = [(question, question["answer"] == "yes", choice == "yes")
+            for question, choice in zip(questions, choices)]
+    groups = grouped([question["category"] for question in questions], rows)
+    for category, rows in groups.items():
         each = max(1, sum(gold + said for _, gold, said in rows))
         f1 = 2 * sum(gold and said for _, gold, said in rows) / each  # 2 TP / (2 TP + FP + FN)
         right = sum(gold == said for _, gold, said in rows) / len(rows)
@@ -503,11 +503,11 @@ def load_mme(folder, split: str):
     """Two questions for each picture. A category (or `split` alone) is a folder of pictures and text files
     `question<TAB>Yes|No`, side by side or in images/ and questions_answers_YN/. LLaVA asks for a short answer
     instead of the questions' own "yes or no"."""
-    find_files(folder, f"{split or '*'}/**/*.txt")
+    find_files(folder, f"{split or '*'}/**/*.txt")  # there must be some
     for category in sorted(path for path in folder.glob(split or "*") if path.is_dir()):
         texts, images = category / "questions_answers_YN", category / "images"
         texts, images = texts if texts.is_dir() else category, images if images.is_dir() else category
-        pictures = {file.stem: file for file in images.glob("*.*") if file.suffix.lower() in PICTURES}
+        pictures = {file.stem: file for file in images.glob("*.*") if file.suffix in (".jpg", ".png")}
         for name in sorted({file.stem for file in texts.glob("*.txt")} | pictures.keys()):
             file, pair = texts / f"{name}.txt", f"{category.name}/{name}"
             lines = [line for line in read_text(file).split("\n") if line.strip()]
@@ -518,9 +518,6 @@ def load_mme(folder, split: str):
                 yield to_question(file, f"{pair}/{number}", text.strip(),
                                   pictures.get(name, images / f"{name}.png"), answer.strip().lower(),
                                   category.name, options=["yes", "no"], group=pair)
-
-
-PICTURES = (".jpg", ".jpeg", ".png")
 
 
 def parse_mme(text: str, question=None):
@@ -536,23 +533,22 @@ def score_mme(questions, choices) -> dict:
     """Per category 100 x (accuracy + accuracy+), the latter the part of pictures with both questions right;
     their sums over MME's ten categories of perception and over all others (of the toy world's four, "color"
     is one of the ten); both accuracies over everything in percent."""
-    right = grade(questions, choices)
-    pairs, by_name, categories, scores = list(zip(right[::2], right[1::2])), {}, {}, {}  # of each picture
-    for question, (first, second) in zip(questions[::2], pairs):
-        value = (first + second) / 2 + (first and second)
-        by_name.setdefault(question["category"], []).append((question, value))
+    right, asked = grade(questions, choices), questions[::2]  # one question of each picture
+    pairs, scores, categories = list(zip(right[::2], right[1::2])), {}, {}
+    points = [(first + second) / 2 + (first and second) for first, second in pairs]  # 0 to 2
+    groups = grouped([question["category"] for question in asked], zip(asked, points))
     for part in ("perception", "others"):
-        total, asked, influence = 0, [], []
-        for name, rows in sorted(by_name.items()):
+        total, influences, of = 0, [], []
+        for name, rows in groups.items():
             if (name in PERCEPTION) == (part == "perception"):
-                score = sum(value for _, value in rows) / len(rows)  # 0 to 2
-                categories[name] = {"score": round(100 * score, 2), "questions": 2 * len(rows)}
-                asked += [question for question, _ in rows]
-                influence += [(value - score) / len(rows) for _, value in rows]
-                total += 100 * score
-        scores |= {part: round(total, 2), f"{part}_se": standard_error(influence, asked)}
-    plus = accuracy([all(pair) for pair in pairs], questions[::2], "accuracy_plus")
-    return score_accuracy(questions, choices) | plus | scores | {"pictures": len(pairs),
+                mean = sum(value for _, value in rows) / len(rows)
+                total += mean
+                influences += [(value - mean) / len(rows) for _, value in rows]
+                of += [question for question, _ in rows]
+                categories[name] = {"score": round(100 * mean, 2), "questions": 2 * len(rows)}
+        scores |= {part: round(100 * total, 2), f"{part}_se": standard_error(influences, of)}
+    scores |= accuracy([all(pair) for pair in pairs], asked, "accuracy_plus")
+    return score_accuracy(questions, choices, right) | scores | {"pictures": len(pairs),
                                                                  "categories": categories}
 
 
@@ -593,7 +589,7 @@ def load_mmbench(folder, split: str, chinese: bool = False):
             raise ValueError(f"{files[0]}: the index {row['index']!r} is not a number")
         texts = [row.get(key) or "" for key in ("hint", "answer", *"ABCD")]
         hint, answer, *choices = ["" if text.lower() in NOT_GIVEN else text for text in texts]
-        choices = list(itertools.takewhile(bool, choices))
+        choices = choices[: [*choices, ""].index("")]  # up to the first that is not given
         text = lettered(f"{hint}\n{row['question']}" if hint else row["question"], choices)
         kept = [key for key in ("index", "question", *"ABCD", "answer", "split") if key in row]
         yield to_question(
@@ -620,11 +616,10 @@ def parse_mmbench(text: str, question):
 
 def score_mmbench(questions, choices) -> dict:
     """Circular: a question is right if it is in all its rotations; `accuracy_single`: each by itself."""
-    right, first, circular = grade(questions, choices), {}, {}
-    for question, value in zip(questions, right):
-        first.setdefault(question["group"], question)
-        circular[question["group"]] = circular.get(question["group"], True) and value
-    return score_accuracy(list(first.values()), choices, list(circular.values())) | {
+    right = grade(questions, choices)
+    groups = grouped([question["group"] for question in questions], zip(questions, right)).values()
+    circular = [all(value for _, value in rows) for rows in groups]
+    return score_accuracy([rows[0][0] for rows in groups], choices, circular) | {
         "accuracy_single": percent(right), "rotations": len(questions)}
 
 
@@ -893,17 +888,13 @@ def ask_bench(vlm, tokenizer, template, bench: Bench, questions, file) -> tuple:
     return answers, [bench.parse(text, question) for text, question in zip(answers, questions)]
 
 
-def score_choices(bench: Bench, questions, choices) -> dict:
-    if all(question["answer"] is None for question in questions):  # a server or a judge scores
-        return {"questions": len(questions)}
-    return bench.score(questions, choices)
-
-
 def answer_bench(vlm, tokenizer, template, name, folder, split=None, limit=None, file=None) -> tuple:
     """(scores, questions, answers, what the benchmark's rule reads from them) of one benchmark."""
     bench, questions = BENCHES[name], load_questions(name, folder, split, limit)
     answers, choices = ask_bench(vlm, tokenizer, template, bench, questions, file)
-    return score_choices(bench, questions, choices), questions, answers, choices
+    is_scored = any(question["answer"] is not None for question in questions)  # here, not by a server
+    scores = bench.score(questions, choices) if is_scored else {"questions": len(questions)}
+    return scores, questions, answers, choices
 
 
 def likeliest(vlm, tokenizer, template, questions, choices, file) -> list:
@@ -946,7 +937,7 @@ def run_bench(name, ckpt, run: tuple, folder, args) -> dict:
     template, split = config["template"], bench.split if args.split is None else args.split
     scores, questions, answers, choices = answer_bench(vlm, tokenizer, template, name, folder, split,
                                                        args.limit, partial_file)
-    is_scored = any(question["answer"] is not None for question in questions)
+    is_scored = "accuracy" in scores
     if args.score and is_scored and any(question.get("options") for question in questions):
         found = likeliest(vlm, tokenizer, template, questions, choices, f"{partial_file}-likelihood")
         found = bench.score(questions, found)
@@ -958,24 +949,17 @@ def run_bench(name, ckpt, run: tuple, folder, args) -> dict:
     result = {"ckpt": str(ckpt), "bench": name, "split": split, **scores}
     if rank() == 0:
         write_predictions(Path(ckpt) / f"{name}.json", result, questions, answers, choices)
-        print(f"{name} of {ckpt}: {summary(scores)}")
+        told = [f"{key} {scores[key]} ± {scores[f'{key}_se']}" for key in scores if f"{key}_se" in scores]
+        if likely := scores.get("likelihood"):
+            told.append(f"by likelihood {likely['accuracy']} ± {likely['accuracy_se']}")
+        if "unparsed" in scores:
+            told.append(f"{scores['unparsed']} answers that the rule cannot read")
+        print(f"{name} of {ckpt}: {scores['questions']} questions", *told, sep=", ")
         if bench.submit:
             file = args.submit or Path(ckpt) / f"{name}-submit{'.tsv' if 'mmbench' in name else '.json'}"
             bench.submit(questions, answers, file)
             print(f"wrote {file}")
     return result
-
-
-def summary(scores: dict) -> str:
-    """What is read first, in words: the scores with their errors, and how many answers are unreadable."""
-    parts = [f"{scores['questions']} questions"]
-    for key in [key.removesuffix("_se") for key in scores if key.endswith("_se")]:
-        parts.append(f"{key} {scores[key]} ± {scores[key + '_se']}")
-    if likely := scores.get("likelihood"):
-        parts.append(f"by likelihood {likely['accuracy']} ± {likely['accuracy_se']}")
-    if "unparsed" in scores:
-        parts.append(f"{scores['unparsed']} answers that the rule cannot read")
-    return ", ".join(parts)
 
 
 def write_predictions(file: Path, result: dict, questions, answers, choices):
@@ -1057,16 +1041,6 @@ def last_run() -> Path:
     return Path(pointer.read_text().strip())
 
 
-def ask_one(ckpt, args, device) -> dict:
-    """--ask: one question about one picture."""
-    vlm, tokenizer, config = load_run(ckpt, device)
-    image, text = args.ask
-    question = {"id": image, "prompt": f"{data.IMAGE}\n{text}", "image": image}
-    answer, = ask(vlm, tokenizer, [question], config["template"], args.max_new_tokens,
-                  temperature=args.temperature, top_p=args.top_p)
-    return {"ckpt": str(ckpt), "image": image, "question": text, "answer": answer}
-
-
 def run_benches(ckpt, args, device):
     """Yield the results of --bench: of one, or of all whose folders are there. One that fails does not stop
     the others; a ValueError names it in the end."""
@@ -1102,21 +1076,19 @@ def parse_args(argv=None):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--bench", choices=[*BENCHES, "all", "retrieval"])
     what.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")
-    group = parser.add_argument_group("benchmarks and retrieval")
-    group.add_argument("--data", help="the benchmark's folder; all: the folder of these; retrieval: a LLaVA "
-                                      "JSON of captions (default: the `benchmarks` of the run's config)")
-    group.add_argument("--split", help="the benchmark's split, category or part of its file's name")
-    group.add_argument("--limit", type=int, help="only the first so many questions")
-    group.add_argument("--score", choices=["likelihood"], help="also by the likeliest option")
-    group.add_argument("--floors", action="store_true", help="also the scores of chance, of the commonest "
-                                                             "answer, of the model without the picture")
-    group.add_argument("--submit", type=Path, help="where to write the file for a server or judge "
-                                                   "(default: BENCH-submit in the run directory)")
-    group.add_argument("--images", help="retrieval: the folder of the pictures (default: likewise)")
-    group = parser.add_argument_group("one question")
-    group.add_argument("--max_new_tokens", type=int, default=64, help="most tokens of the answer")
-    group.add_argument("--temperature", type=float, default=0.0, help="of the answer; 0: greedy")
-    group.add_argument("--top_p", type=float, default=1.0, help="the likeliest that hold this much")
+    add = parser.add_argument_group("benchmarks and retrieval").add_argument
+    add("--data", help="the benchmark's folder; all: the folder of these; retrieval: a LLaVA JSON of captions "
+                       "(default: the `benchmarks` of the run's config)")
+    add("--split", help="the benchmark's split, category or part of its file's name")
+    add("--limit", type=int, help="only the first so many questions")
+    add("--score", choices=["likelihood"], help="also by the likeliest option")
+    add("--floors", action="store_true", help="also chance, the commonest answer, the model without picture")
+    add("--submit", type=Path, help="file for a server or judge (default: BENCH-submit in the run directory)")
+    add("--images", help="retrieval: the folder of the pictures (default: likewise)")
+    add = parser.add_argument_group("one question").add_argument
+    add("--max_new_tokens", type=int, default=64, help="most tokens of the answer")
+    add("--temperature", type=float, default=0.0, help="of the answer; 0: greedy")
+    add("--top_p", type=float, default=1.0, help="the likeliest that hold this much")
     args = parser.parse_args(argv)
     writers = [name for name, bench in BENCHES.items() if bench.submit]
     if (args.split and args.bench not in BENCHES) or (args.images and args.bench != "retrieval"):
@@ -1127,10 +1099,10 @@ def parse_args(argv=None):
         parser.error(f"--submit is for one run of {', '.join(writers)}")
     if args.submit and not args.submit.parent.is_dir():
         parser.error(f"--submit: no folder {args.submit.parent}")
-    if args.limit is not None and args.limit < 1:
-        parser.error("--limit must be at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
-        parser.error("--temperature must not be below 0, --top_p in (0, 1], --max_new_tokens at least 1")
+    if args.limit is not None and args.limit < 1 or args.max_new_tokens < 1:
+        parser.error("--limit and --max_new_tokens must be at least 1")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error("--temperature must not be below 0, --top_p in (0, 1]")
     return args
 
 
@@ -1143,7 +1115,12 @@ def main(argv=None):
         device = start_ranks()
         for ckpt in [resolve_model(run) for run in args.ckpt] if args.ckpt else [last_run()]:
             if args.ask:
-                results = [ask_one(ckpt, args, device)]
+                vlm, tokenizer, config = load_run(ckpt, device)
+                image, text = args.ask
+                question = {"id": image, "prompt": f"{data.IMAGE}\n{text}", "image": image}
+                answer, = ask(vlm, tokenizer, [question], config["template"], args.max_new_tokens,
+                              temperature=args.temperature, top_p=args.top_p)
+                results = [{"ckpt": str(ckpt), "image": image, "question": text, "answer": answer}]
             elif args.bench == "retrieval":
                 results = [run_retrieval(ckpt, args.data, args.images, device)]
             else:
