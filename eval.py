@@ -22,6 +22,7 @@ import ast
 import base64
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -35,13 +36,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
 import data
 import losses
-from losses import leave_ranks, rank, say, start_ranks, world_size
+from losses import leave_ranks, on_every_rank, rank, say, start_ranks, world_size
 from projector import VLM, choose_dtype
 from vit import read_json, resolve_model
 
@@ -187,23 +187,6 @@ def in_batches(questions, answer, batch: int, file=None) -> list:
     return [answers[i] for i in range(len(questions))]
 
 
-def on_every_rank(function) -> list:
-    """What `function()` returns on each rank. Where it fails on one, all get that one's ValueError: nobody
-    waits for a rank that is gone."""
-    value = error = None
-    try:
-        value = function()
-    except (OSError, ValueError) as problem:
-        error = str(problem) or repr(problem)
-    results = [(value, error)] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(results, (value, error))
-    for _, error in results:
-        if error:
-            raise ValueError(error)
-    return [value for value, _ in results]
-
-
 def append_answers(file, questions, answers):
     """One JSON line a question; all lines of a batch in one write."""
     lines = []
@@ -224,7 +207,7 @@ def read_answers(file, questions) -> dict:
             part.write_text(whole)
         if not whole:
             continue
-        for row in read_entries(part, id=ID, prompt=str, answer=object):
+        for row in data.read_entries(part, id=data.ID, prompt=str, answer=object):
             i = index.get(row["id"])
             if i is None or questions[i]["prompt"] != row["prompt"]:
                 raise ValueError(f"{part}: question {row['id']!r} is not asked now, or reads otherwise; "
@@ -234,85 +217,7 @@ def read_answers(file, questions) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What the benchmarks share: reading files
-
-ID = (int, str)  # the kinds of an id
-CONVERT = {  # what no package of ours reads: the line of pandas that makes what we do
-    ".xlsx": 'pandas.read_excel("IN").to_csv("OUT.tsv", sep="\\t", index=False)',
-    ".parquet": 'json.dump(pandas.read_parquet("IN").to_dict("records"), open("OUT.json", "w"), default='
-                'lambda x: base64.b64encode(x).decode() if isinstance(x, bytes) else x.tolist())'}
-
-
-def find_files(folder, pattern: str) -> list:
-    """Sorted. FileNotFoundError if there are none, or if Parquet or Excel lies in their place in a subfolder;
-    it says how to convert these."""
-    files, unread = sorted(Path(folder).glob(pattern)), []
-    for suffix in CONVERT:
-        unread += Path(folder).glob(str(Path(pattern).with_suffix(suffix)) if files else f"**/*{suffix}")
-    done = {file.parent for file in files}
-    unread = sorted(file for file in unread if file.parent not in done)
-    if unread or not files:
-        how = f"; {unread[0]} is not read here, but {CONVERT[unread[0].suffix]} converts it" if unread else ""
-        raise FileNotFoundError(f"{unread[0].parent if files else folder}: no {pattern}{how}")
-    return files
-
-
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8: {error}") from None
-
-
-def find_entries(folder, pattern: str, **kinds):
-    """Yield (file, entry) of all files in `folder` that fit; see `read_entries`."""
-    for file in find_files(folder, pattern):
-        for entry in read_entries(file, **kinds):
-            yield file, entry
-
-
-def read_entries(file: Path, **kinds) -> list:
-    """The dicts in a file, each with all keys of `kinds` and values of these types: a JSON list (maybe below
-    "questions" or "data"), a JSON dict of dicts (whose names become "id"), JSON lines, or a table (.tsv)."""
-    text, parse = read_text(file), partial(json.loads, object_pairs_hook=without_repeats)
-    try:
-        if file.suffix == ".tsv":
-            csv.field_size_limit(2**31 - 1)  # a picture is one field
-            entries = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
-        else:
-            try:
-                entries = parse(text)
-            except json.JSONDecodeError as error:
-                if error.msg != "Extra data":  # behind the first line: POPE calls such files .json, too
-                    raise
-                entries = [parse(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{file}: {error}") from None
-    if isinstance(entries, dict):
-        named = []
-        for name, entry in entries.items():
-            named.append({"id": name, **entry} if isinstance(entry, dict) else entry)
-        is_named = any(isinstance(entry, dict) for entry in named)
-        entries = entries.get("questions") or entries.get("data") or (named if is_named else [entries])
-    if not isinstance(entries, list):
-        raise ValueError(f"{file}: not a list of entries")
-    for number, entry in enumerate(entries, start=1):
-        for key, kind in kinds.items():
-            if not isinstance(entry, dict) or key not in entry:
-                raise ValueError(f"{file}: entry {number} has no {key!r}")
-            if not isinstance(entry[key], kind):
-                raise ValueError(f"{file}: entry {number} has {entry[key]!r:.60} as its {key!r}")
-    return entries
-
-
-def without_repeats(pairs) -> dict:
-    """A JSON object. ValueError for a name that is there twice, of which Python would keep the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"{name!r} is there twice")
-    return found
-
+# What the benchmarks share
 
 def to_question(file, name, text: str, image, answer=None, category=None, ending=data.SHORT_ANSWER,
                 **more) -> dict:
@@ -346,9 +251,6 @@ def find_problem(question: dict, seen, is_scored: bool) -> str | None:
         return f"has the answer {answer!r}, which is none of {', '.join(options)}"
     return None
 
-
-# ------------------------------------------------------------------------------------------------------------
-# What the benchmarks share: scores
 
 def percent(rows) -> float:
     """The mean of a list of booleans, or of parts of 1, in percent."""
@@ -405,16 +307,6 @@ def score_accuracy(questions, choices, right=None) -> dict:
 # ------------------------------------------------------------------------------------------------------------
 # Benchmarks: load (files -> questions), parse (answer -> choice), score (choices -> numbers)
 
-def load_scienceqa(folder, split: str):
-    """data.load_scienceqa's questions, with what the official split goes by: subject, grade, hint."""
-    file, questions = folder / "problems.json", data.load_scienceqa(folder, split)
-    problems = {row["id"]: row for row in read_entries(file, question=str)}
-    for question in questions:
-        question |= {key: problems[question["id"]].get(key) or "" for key in ("subject", "grade", "hint")}
-        options = list(data.LETTERS[: question["num_choices"]])
-        yield question | {"file": str(file), "options": options}
-
-
 def parse_choice(text: str, question: dict):
     """The letter that LLaVA's rule reads from an answer, or None where it cannot or the letter is no choice.
 
@@ -461,11 +353,11 @@ def load_pope(folder, split: str):
     """POPE's files `*pope_{category}.json` (JSON lines, or the lists of its aokvqa and gqa), all of them or
     `split` alone, in the folder or, as LLaVA has them, in coco/. Question and label are one row; LLaVA's
     scorer pairs them by position, and a new revision breaks the pairs."""
-    pattern, kinds = f"*pope_*{split}.json", {"question_id": ID, "image": str, "text": str, "label": str}
+    pattern, kinds = f"*pope_*{split}.json", {"question_id": data.ID, "image": str, "text": str, "label": str}
     places = [folder / "images", folder / "val2014", folder.parent / "images", folder.parent / "val2014"]
     images = next((place for place in places if place.is_dir()), folder)
     is_llavas = not any(folder.glob(pattern)) and (folder / "coco").is_dir()
-    for file, row in find_entries(folder / "coco" if is_llavas else folder, pattern, **kinds):
+    for file, row in data.find_entries(folder / "coco" if is_llavas else folder, pattern, **kinds):
         category = file.stem.rsplit("pope_", 1)[1]
         yield to_question(file, f"{category}-{row['question_id']}", row["text"], images / row["image"],
                           row["label"], category, options=["yes", "no"])
@@ -499,18 +391,21 @@ def score_pope(questions, choices) -> dict:
     return mean | errors | {"questions": len(questions), "categories": scores}
 
 
+PICTURES = (".jpg", ".jpeg", ".png")
+
+
 def load_mme(folder, split: str):
     """Two questions for each picture. A category (or `split` alone) is a folder of pictures and text files
     `question<TAB>Yes|No`, side by side or in images/ and questions_answers_YN/. LLaVA asks for a short answer
     instead of the questions' own "yes or no"."""
-    find_files(folder, f"{split or '*'}/**/*.txt")  # there must be some
+    data.find_files(folder, f"{split or '*'}/**/*.txt")  # there must be some
     for category in sorted(path for path in folder.glob(split or "*") if path.is_dir()):
         texts, images = category / "questions_answers_YN", category / "images"
         texts, images = texts if texts.is_dir() else category, images if images.is_dir() else category
-        pictures = {file.stem: file for file in images.glob("*.*") if file.suffix in (".jpg", ".png")}
+        pictures = {file.stem: file for file in images.glob("*.*") if file.suffix in PICTURES}
         for name in sorted({file.stem for file in texts.glob("*.txt")} | pictures.keys()):
             file, pair = texts / f"{name}.txt", f"{category.name}/{name}"
-            lines = [line for line in read_text(file).split("\n") if line.strip()]
+            lines = [line for line in data.read_text(file).split("\n") if line.strip()]
             if len(lines) != 2 or not all(re.fullmatch("[^\t]+\t(Yes|No)\\s*", line) for line in lines):
                 raise ValueError(f"{file}: not two lines of question, tab, Yes or No")
             for number, line in enumerate(lines):
@@ -554,10 +449,10 @@ def score_mme(questions, choices) -> dict:
 
 def load_seed(folder, split: str):
     """SEED-Bench.json's image part, in nine dimensions; pictures in SEED-Bench-image/."""
-    file = find_files(folder, "SEED-Bench.json")[0]
-    kinds = {"question_id": ID, "data_id": str, "data_type": str, "question": str, "answer": str}
+    file = data.find_files(folder, "SEED-Bench.json")[0]
+    kinds = {"question_id": data.ID, "data_id": str, "data_type": str, "question": str, "answer": str}
     choices = ("choice_a", "choice_b", "choice_c", "choice_d")
-    rows = read_entries(file, **kinds, **dict.fromkeys(choices, (str, int, float)))
+    rows = data.read_entries(file, **kinds, **dict.fromkeys(choices, (str, int, float)))
     names = {number: name for name, number in read_json(file).get("question_type", {}).items()}
     for row in rows:
         if row["data_type"] == split:
@@ -578,11 +473,11 @@ def load_mmbench(folder, split: str, chinese: bool = False):
     """A table mmbench_dev_*.tsv (Chinese: with cn in its name) of index, question, hint, A to D, answer,
     category, image; `split` is a part of its name. Row index + k x 10^6 asks question `index` again, its
     options rotated. An image is base64, or the index of the row that has it. A test split has no answers."""
-    files = [file for file in find_files(folder, "*.tsv") if split in file.stem.lower()]
+    files = [file for file in data.find_files(folder, "*.tsv") if split in file.stem.lower()]
     files = [file for file in files if ("cn" in file.stem.lower()) == chinese]
     if len(files) != 1:
         raise ValueError(f"{folder}: --split has to name one table; {split!r} fits {[f.name for f in files]}")
-    rows = read_entries(files[0], **dict.fromkeys(("index", "question", *"ABCD", "image"), str))
+    rows = data.read_entries(files[0], **dict.fromkeys(("index", "question", *"ABCD", "image"), str))
     images = {row["index"]: row["image"] for row in rows}
     for row in rows:
         if not row["index"].isdecimal():
@@ -636,7 +531,7 @@ def submit_mmbench(questions, answers, file):
 def load_gqa(folder, split: str):
     """{split}_questions.json of GQA: question id -> question, answer, imageId; pictures in images/."""
     kinds = {"id": str, "question": str, "answer": str, "imageId": str}
-    for file, row in find_entries(folder, f"**/{split}_questions.json", **kinds):
+    for file, row in data.find_entries(folder, f"**/{split}_questions.json", **kinds):
         yield to_question(file, row["id"], row["question"], folder / "images" / f"{row['imageId']}.jpg",
                           row["answer"], (row.get("types") or {}).get("structural"))
 
@@ -649,11 +544,11 @@ def parse_gqa(text: str, question=None) -> str:
 def load_textvqa(folder, split: str):
     """TextVQA_0.5.1_{split}.json, with ten answers each, and the OCR tokens, which the prompt tells, of
     TextVQA_Rosetta_OCR_v0.2_{split}.json; pictures in train_images/."""
-    tokens, kinds = {}, {"question_id": ID, "image_id": str, "question": str, "answers": list}
+    tokens, kinds = {}, {"question_id": data.ID, "image_id": str, "question": str, "answers": list}
     told = {"image_id": str, "ocr_tokens": list}
-    for ocr, row in find_entries(folder, f"TextVQA_Rosetta_OCR_*_{split}.json", **told):
+    for ocr, row in data.find_entries(folder, f"TextVQA_Rosetta_OCR_*_{split}.json", **told):
         tokens[row["image_id"]] = row["ocr_tokens"]
-    for file, row in find_entries(folder, f"TextVQA_0.5.1_{split}.json", **kinds):
+    for file, row in data.find_entries(folder, f"TextVQA_0.5.1_{split}.json", **kinds):
         name, image, text = row["question_id"], row["image_id"], row["question"]
         if image not in tokens:
             raise ValueError(f"{ocr}: nothing for question {name!r}; is it of another split?")
@@ -703,7 +598,7 @@ def score_textvqa(questions, choices) -> dict:
 def load_vqav2(folder, split: str):
     """v2_OpenEnded_mscoco_{split}_questions.json; pictures in test2015/. The answers are the server's."""
     pattern, images = f"v2_OpenEnded_mscoco_{split}_questions.json", split.replace("-dev", "")
-    for file, row in find_entries(folder, pattern, question_id=ID, image_id=int, question=str):
+    for file, row in data.find_entries(folder, pattern, question_id=data.ID, image_id=int, question=str):
         image = folder / images / f"COCO_{images}_{row['image_id']:012d}.jpg"
         yield to_question(file, row["question_id"], row["question"], image)
 
@@ -712,8 +607,9 @@ def submit_vqav2(questions, answers, file):
     """The server's JSON: normalised answers, and "" for the rest of the test split if its file is there."""
     texts = {question["id"]: parse_vqa(text) for question, text in zip(questions, answers)}
     test = Path(questions[0]["file"]).with_name("v2_OpenEnded_mscoco_test2015_questions.json")
-    ids = [row["question_id"] for row in read_entries(test, question_id=ID)] if test.exists() else list(texts)
-    rows = [{"question_id": number, "answer": texts.get(number, "")} for number in ids]
+    rest = data.read_entries(test, question_id=data.ID) if test.exists() else []
+    texts = {row["question_id"]: "" for row in rest} | texts
+    rows = [{"question_id": number, "answer": text} for number, text in texts.items()]
     Path(file).write_text(json.dumps(rows))
 
 
@@ -723,7 +619,7 @@ def load_mmmu(folder, split: str):
     Asked as in LLaVA's own run: about the first picture, `<image 2>` staying text."""
     kinds = {"id": str, "question": str, "options": (str, list), "answer": (str, list), "question_type": str,
              "image_1": (str, dict, type(None))}
-    for file, row in find_entries(folder, f"**/{split}*.json*", **kinds):
+    for file, row in data.find_entries(folder, f"**/{split}*.json*", **kinds):
         pictures = [row[f"image_{i}"] for i in range(1, 8) if row.get(f"image_{i}")]
         image = pictures[0] if pictures else None
         if isinstance(image, dict):
@@ -797,32 +693,25 @@ def normalised(text: str) -> list:
         return [f" {text}", f"{text} "] if len(text) == 1 else [text]
 
 
-def is_expected(candidates, answers) -> bool:
-    """MMMU's rule for open questions: an expected number is a candidate, or an expected text in one."""
-    wanted = [value for answer in answers for value in normalised(answer)]
-    texts = [value for value in wanted if isinstance(value, str)]
-    for candidate in candidates or ():
-        if candidate in wanted or (isinstance(candidate, str) and any(text in candidate for text in texts)):
-            return True
-    return False
-
-
 def score_mmmu(questions, choices) -> dict:
-    """Mean over all questions. As in the official scorer, an unreadable choice is a guess (seed 42)."""
+    """Mean over all questions. As in the official scorer, an unreadable choice is a guess (seed 42); an open
+    answer is right where an expected number is among its candidates, or an expected text within one."""
     right, rng = [], random.Random(42)
     for question, choice in zip(questions, choices):
         if question.get("options"):
             choice = rng.choice(question["options"]) if choice is None else choice
             right.append(choice == question["answer"])
         else:
-            right.append(is_expected(choice, question["answer"]))
+            wanted = [value for answer in question["answer"] for value in normalised(answer)]
+            pairs = itertools.product(wanted, choice or ())
+            right.append(any(a == b or (type(a) is type(b) is str and a in b) for a, b in pairs))
     further = sum(question["pictures"] > 1 for question in questions)
     return score_accuracy(questions, choices, right) | {"questions_with_further_pictures": further}
 
 
 def load_mmvet(folder, split: str):
     """mm-vet.json: id -> imagename, question; pictures in images/. A language model judges."""
-    for file, row in find_entries(folder, "mm-vet.json", id=str, imagename=str, question=str):
+    for file, row in data.find_entries(folder, "mm-vet.json", id=str, imagename=str, question=str):
         yield to_question(file, row["id"], row["question"], folder / "images" / row["imagename"], ending="")
 
 
@@ -843,7 +732,7 @@ class Bench(NamedTuple):
 
 
 BENCHES = {
-    "scienceqa": Bench("ScienceQA", "test", load_scienceqa, parse_choice, score_scienceqa),
+    "scienceqa": Bench("ScienceQA", "test", data.load_scienceqa, parse_choice, score_scienceqa),
     "pope": Bench("POPE", "", load_pope, parse_pope, score_pope),
     "mme": Bench("MME_Benchmark_release_version", "", load_mme, parse_mme, score_mme),
     "seed": Bench("SEED-Bench", "image", load_seed, parse_seed, score_accuracy),
@@ -1077,8 +966,8 @@ def parse_args(argv=None):
     what.add_argument("--bench", choices=[*BENCHES, "all", "retrieval"])
     what.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")
     add = parser.add_argument_group("benchmarks and retrieval").add_argument
-    add("--data", help="the benchmark's folder; all: the folder of these; retrieval: a LLaVA JSON of captions "
-                       "(default: the `benchmarks` of the run's config)")
+    add("--data", help="the benchmark's folder; all: the folder of these; retrieval: a LLaVA JSON of "
+                       "captions (default: the `benchmarks` of the run's config)")
     add("--split", help="the benchmark's split, category or part of its file's name")
     add("--limit", type=int, help="only the first so many questions")
     add("--score", choices=["likelihood"], help="also by the likeliest option")
