@@ -16,6 +16,7 @@ Read next: train.py, where the batches go.
 """
 
 import argparse
+import base64
 import csv
 import hashlib
 import io
@@ -41,18 +42,23 @@ CONTEXT, ANSWER, END = "context", "answer", "end"  # roles of text: given; to be
 # ------------------------------------------------------------------------------------------------------------
 # Images
 
-def load_image(path) -> Image.Image:
-    """The picture as RGB. A missing or damaged file is an error that names it."""
-    path = Path(path)
-    if not path.exists():  # OCR-VQA's .gif files are often kept as .jpg, and the other way round
-        path = next(path.parent.glob(f"{path.stem}.*"), path)
+def load_image(source) -> Image.Image:
+    """The picture as RGB, of a path, or of `bytes`: a picture file in base64. A missing or damaged file is an
+    error that names it."""
+    if isinstance(source, bytes):
+        name = "in base64"
+    else:
+        name = source = Path(source)
+        if not source.exists():  # OCR-VQA's .gif files are often kept as .jpg, and the other way round
+            name = source = next(source.parent.glob(f"{source.stem}.*"), source)
     try:
-        with Image.open(path) as image:
+        file = io.BytesIO(base64.b64decode(source)) if isinstance(source, bytes) else source
+        with Image.open(file) as image:
             return image.convert("RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image") from None
+        raise FileNotFoundError(f"{name}: no such image") from None
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for files cut short or not images
-        raise ValueError(f"{path}: not a readable image: {error}") from None
+        raise ValueError(f"{name}: not a readable image: {error}") from None
 
 
 def preprocess(image: Image.Image, tower, fit: str) -> torch.Tensor:

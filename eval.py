@@ -19,9 +19,7 @@ beside the scores, which are also printed: one JSON object a line, one line a ru
 
 import argparse
 import ast
-import base64
 import csv
-import io
 import itertools
 import json
 import math
@@ -36,7 +34,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import data
@@ -63,16 +60,6 @@ def load_run(folder, device) -> tuple:
     return vlm, tokenizer, config
 
 
-def load_picture(image) -> Image.Image:
-    """RGB, of a path, or of `bytes`: a picture file in base64, as MMBench's table holds it."""
-    if not isinstance(image, bytes):
-        return data.load_image(image)
-    try:
-        return Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"not a readable image: {error}") from None
-
-
 def to_samples(vlm, tokenizer, question: dict, template: str, *answers) -> list:
     """As data.collate takes them: the question, open for an answer, with its picture; then, for each of
     `answers`, the question with that, without end token and picture."""
@@ -86,7 +73,7 @@ def to_samples(vlm, tokenizer, question: dict, template: str, *answers) -> list:
             samples.append({"ids": ids, "roles": roles, "pixels": None, "name": name})
         if has_image:
             # "pad", whatever the run was trained with: a question may be about the picture's edge
-            picture = load_picture(question["image"])
+            picture = data.load_image(question["image"])
             samples[0]["pixels"] = data.preprocess(picture, vlm.vit.config, "pad")
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None
@@ -233,25 +220,6 @@ def lettered(text: str, choices) -> str:
     return "\n".join([text, *(f"{x}. {choice}" for x, choice in zip(string.ascii_uppercase, choices))])
 
 
-def find_problem(question: dict, seen, is_scored: bool) -> str | None:
-    """What cannot be as its benchmark means it, in a few words. `seen`: the ids before it; `is_scored`: some
-    question has an answer."""
-    image, options, answer = question["image"], question.get("options"), question["answer"]
-    if question["id"] in seen:
-        return "is there twice"
-    if not image and question["prompt"].startswith(data.IMAGE):
-        return "has no picture"
-    if isinstance(image, Path) and not image.is_file():
-        return f"asks about a picture that is not there: {image}"
-    if options == []:
-        return "has no options"
-    if is_scored and answer in (None, "", [], [""]):
-        return "has no answer"
-    if options and answer is not None and answer not in options:
-        return f"has the answer {answer!r}, which is none of {', '.join(options)}"
-    return None
-
-
 def percent(rows) -> float:
     """The mean of a list of booleans, or of parts of 1, in percent."""
     return round(100 * sum(rows) / max(1, len(rows)), 2)  # max: a split may have no question with a picture
@@ -285,23 +253,21 @@ def grouped(keys, values) -> dict:
     return dict(sorted(groups.items()))
 
 
-def by_category(right, names) -> dict:
-    """{name: {"accuracy", "questions"}}."""
-    return {name: {"accuracy": percent(values), "questions": len(values)}
-            for name, values in grouped(names, right).items()}
-
-
 def grade(questions, choices) -> list:
     """Which choices are right. No choice (None) is wrong."""
     return [choice == question["answer"] for question, choice in zip(questions, choices)]
 
 
-def score_accuracy(questions, choices, right=None) -> dict:
-    """Micro average, and by category."""
-    right = grade(questions, choices) if right is None else right
-    return accuracy(right, questions) | {
-        "questions": len(questions), "unparsed": choices.count(None),
-        "categories": by_category(right, [question.get("category") for question in questions])}
+def score_accuracy(questions, choices, right=None, parts=None) -> dict:
+    """Micro average, and by category; or by `parts`: for each question the names of those that it is in."""
+    right, categories = grade(questions, choices) if right is None else right, {}
+    for value, question, names in zip(right, questions, parts or itertools.repeat(None)):
+        for name in names or [str(question.get("category"))]:
+            categories.setdefault(name, []).append(value)
+    for name, values in categories.items():
+        categories[name] = {"accuracy": percent(values), "questions": len(values)}
+    return accuracy(right, questions) | {"questions": len(questions), "unparsed": choices.count(None),
+                                         "categories": dict(sorted(categories.items()))}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -326,27 +292,23 @@ def parse_choice(text: str, question: dict):
 def official_split(question: dict) -> list:
     """The parts of ScienceQA's evaluate_acc that a question is in; TXT: with a hint, NO: without either."""
     has_image, has_hint = question["image"] is not None, bool(question.get("hint"))
-    subject, grade = question.get("subject", ""), question.get("grade", "").removeprefix("grade")
+    subject, year = question.get("subject", ""), question.get("grade", "").removeprefix("grade")
     parts = {"NAT": subject.startswith("natural"), "SOC": subject.startswith("social"),
              "LAN": subject.startswith("language"), "TXT": has_hint, "IMG": has_image,
-             "NO": not has_hint and not has_image, "G1-6": grade in list("123456"),
-             "G7-12": grade in "7 8 9 10 11 12".split()}
+             "NO": not has_hint and not has_image, "G1-6": year in list("123456"),
+             "G7-12": year in "7 8 9 10 11 12".split()}
     return [name for name, is_in in parts.items() if is_in]
 
 
 def score_scienceqa(questions, choices) -> dict:
     """Accuracy in percent: of all questions, of those with an image (`img`), of those without (`txt`: not the
     official TXT), and of the official split's parts."""
-    scores, in_part, parts = {}, [], []
-    right = grade(questions, choices)
+    right, scores = grade(questions, choices), {}
     for name, has_image in (("img", True), ("txt", False)):
         rows = [i for i, question in enumerate(questions) if (question["image"] is not None) == has_image]
         scores |= accuracy([right[i] for i in rows], [questions[i] for i in rows], f"accuracy_{name}")
         scores[f"questions_{name}"] = len(rows)
-    for question, value in zip(questions, right):
-        parts += official_split(question)
-        in_part += [value] * len(official_split(question))
-    return score_accuracy(questions, choices, right) | scores | {"categories": by_category(in_part, parts)}
+    return score_accuracy(questions, choices, right, [official_split(q) for q in questions]) | scores
 
 
 def load_pope(folder, split: str):
@@ -391,9 +353,6 @@ def score_pope(questions, choices) -> dict:
     return mean | errors | {"questions": len(questions), "categories": scores}
 
 
-PICTURES = (".jpg", ".jpeg", ".png")
-
-
 def load_mme(folder, split: str):
     """Two questions for each picture. A category (or `split` alone) is a folder of pictures and text files
     `question<TAB>Yes|No`, side by side or in images/ and questions_answers_YN/. LLaVA asks for a short answer
@@ -402,7 +361,8 @@ def load_mme(folder, split: str):
     for category in sorted(path for path in folder.glob(split or "*") if path.is_dir()):
         texts, images = category / "questions_answers_YN", category / "images"
         texts, images = texts if texts.is_dir() else category, images if images.is_dir() else category
-        pictures = {file.stem: file for file in images.glob("*.*") if file.suffix in PICTURES}
+        endings = (".jpg", ".jpeg", ".png")
+        pictures = {file.stem: file for file in images.glob("*.*") if file.suffix in endings}
         for name in sorted({file.stem for file in texts.glob("*.txt")} | pictures.keys()):
             file, pair = texts / f"{name}.txt", f"{category.name}/{name}"
             lines = [line for line in data.read_text(file).split("\n") if line.strip()]
@@ -421,13 +381,11 @@ def parse_mme(text: str, question=None):
     return text if text in ("yes", "no") else next((word for word in ("yes", "no") if word in text[:4]), None)
 
 
-PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
-
-
 def score_mme(questions, choices) -> dict:
     """Per category 100 x (accuracy + accuracy+), the latter the part of pictures with both questions right;
     their sums over MME's ten categories of perception and over all others (of the toy world's four, "color"
     is one of the ten); both accuracies over everything in percent."""
+    perception = "existence count position color posters celebrity scene landmark artwork OCR".split()
     right, asked = grade(questions, choices), questions[::2]  # one question of each picture
     pairs, scores, categories = list(zip(right[::2], right[1::2])), {}, {}
     points = [(first + second) / 2 + (first and second) for first, second in pairs]  # 0 to 2
@@ -435,7 +393,7 @@ def score_mme(questions, choices) -> dict:
     for part in ("perception", "others"):
         total, influences, of = 0, [], []
         for name, rows in groups.items():
-            if (name in PERCEPTION) == (part == "perception"):
+            if (name in perception) == (part == "perception"):
                 mean = sum(value for _, value in rows) / len(rows)
                 total += mean
                 influences += [(value - mean) / len(rows) for _, value in rows]
@@ -466,9 +424,6 @@ def parse_seed(text: str, question):
     return text if text in question["options"] else None
 
 
-NOT_GIVEN = {"", "nan", "none", "null", "na", "n/a"}  # what pandas, which LLaVA reads with, takes for nothing
-
-
 def load_mmbench(folder, split: str, chinese: bool = False):
     """A table mmbench_dev_*.tsv (Chinese: with cn in its name) of index, question, hint, A to D, answer,
     category, image; `split` is a part of its name. Row index + k x 10^6 asks question `index` again, its
@@ -477,13 +432,14 @@ def load_mmbench(folder, split: str, chinese: bool = False):
     files = [file for file in files if ("cn" in file.stem.lower()) == chinese]
     if len(files) != 1:
         raise ValueError(f"{folder}: --split has to name one table; {split!r} fits {[f.name for f in files]}")
+    not_given = {"", "nan", "none", "null", "na", "n/a"}  # by pandas, which LLaVA reads with
     rows = data.read_entries(files[0], **dict.fromkeys(("index", "question", *"ABCD", "image"), str))
     images = {row["index"]: row["image"] for row in rows}
     for row in rows:
         if not row["index"].isdecimal():
             raise ValueError(f"{files[0]}: the index {row['index']!r} is not a number")
         texts = [row.get(key) or "" for key in ("hint", "answer", *"ABCD")]
-        hint, answer, *choices = ["" if text.lower() in NOT_GIVEN else text for text in texts]
+        hint, answer, *choices = ["" if text.lower() in not_given else text for text in texts]
         choices = choices[: [*choices, ""].index("")]  # up to the first that is not given
         text = lettered(f"{hint}\n{row['question']}" if hint else row["question"], choices)
         kept = [key for key in ("index", "question", *"ABCD", "answer", "split") if key in row]
@@ -494,14 +450,11 @@ def load_mmbench(folder, split: str, chinese: bool = False):
             row={key: row[key] for key in kept})
 
 
-AROUND = "{} {}. {}, {}: {}) {}). ({}) ({}). :{} :{}, :{}. :{}) :{}).".split()  # a letter as one of the words
-
-
 def parse_mmbench(text: str, question):
-    """MMBench's rules without its language model: the one letter that stands alone or in one of the forms
-    AROUND (a lone A among more than three words may be an article), else the one choice whose text occurs."""
+    """MMBench's rules without its language model: the one letter that is a word, alone or with such signs (a
+    lone A among more than three words may be an article), else the one choice whose text occurs."""
     words, said = text.split(), text.lower()
-    for form in AROUND:
+    for form in "{} {}. {}, {}: {}) {}). ({}) ({}). :{} :{}, :{}. :{}) :{}).".split():
         found = [letter for letter in "ABCDE" if form.format(letter) in words]
         if len(found) == 1 and not (form == "{}" and found == ["A"] and len(words) > 3):
             return found[0] if found[0] in question["options"] else None
@@ -761,8 +714,19 @@ def load_questions(name: str, folder, split=None, limit=None) -> list:
         raise ValueError(f"{folder}: no questions of {name} in split {split!r}")
     seen, is_scored = set(), any(question["answer"] is not None for question in questions)
     for question in questions:
-        if problem := find_problem(question, seen, is_scored):
-            raise ValueError(f"{question['file']}: question {question['id']!r} {problem}")
+        image, options, answer = question["image"], question.get("options"), question["answer"]
+        problems = {
+            "is there twice": question["id"] in seen,
+            "has no picture": not image and question["prompt"].startswith(data.IMAGE),
+            f"asks about a picture that is not there: {image}":
+                isinstance(image, Path) and not image.is_file(),
+            "has no options": options == [],
+            "has no answer": is_scored and answer in (None, "", [], [""]),  # where others have one
+            f"has the answer {answer!r}, which is none of {', '.join(options or ())}":
+                options and answer is not None and answer not in options}
+        for problem, is_so in problems.items():
+            if is_so:
+                raise ValueError(f"{question['file']}: question {question['id']!r} {problem}")
         seen.add(question["id"])
     groups = [question.get("group", question["id"]) for question in questions]
     kept = set(list(dict.fromkeys(groups))[:limit])

@@ -269,7 +269,7 @@ def test_every_layout_is_read(root, name, count, ending):
     for question in questions:
         assert question["prompt"].endswith(ending)
         assert question["prompt"].startswith("<image>\n") == (question["image"] is not None)
-        assert question["image"] is None or evaluation.load_picture(question["image"]).size == (48, 48)
+        assert question["image"] is None or data.load_image(question["image"]).size == (48, 48)
 
 
 def test_prompts_are_llavas_to_the_letter(root):
@@ -597,7 +597,7 @@ def test_likelihoods_equal_a_plain_loop(model, root):
             said = tokenizer(option, add_special_tokens=False).input_ids
             pixels = torch.zeros(1, 3, 48, 48)
             if after:
-                picture = evaluation.load_picture(question["image"])
+                picture = data.load_image(question["image"])
                 pixels = data.preprocess(picture, vlm.vit.config, "pad")[None]
             with torch.no_grad():
                 log_p = vlm(torch.tensor([ids + said]), pixels)[0].log_softmax(-1)
@@ -699,7 +699,7 @@ def failing(rank, world, run, root):
 
 def test_an_error_of_one_rank_is_heard_on_all(run, root, ranks):
     first, second = ranks(2, failing, run, root)
-    assert first == second and "question '200005': not a readable image" in first
+    assert first == second and "question '200005': in base64: not a readable image" in first
 
 
 @pytest.fixture
