@@ -192,9 +192,7 @@ def read_answers(file, questions) -> dict:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             part.write_text(whole)
-        if not whole:
-            continue
-        for row in data.read_entries(part, id=data.ID, prompt=str, answer=object):
+        for row in data.read_entries(part, id=data.ID, prompt=str, answer=object) if whole else []:
             i = index.get(row["id"])
             if i is None or questions[i]["prompt"] != row["prompt"]:
                 raise ValueError(f"{part}: question {row['id']!r} is not asked now, or reads otherwise; "
@@ -259,7 +257,8 @@ def grade(questions, choices) -> list:
 
 
 def score_accuracy(questions, choices, right=None, parts=None) -> dict:
-    """Micro average, and by category; or by `parts`: for each question the names of those that it is in."""
+    """Micro average, and by category, or by `parts`: for each question the names of those that it is in.
+    `right`: where a choice may be right without being the answer."""
     right, categories = grade(questions, choices) if right is None else right, {}
     for value, question, names in zip(right, questions, parts or itertools.repeat(None)):
         for name in names or [str(question.get("category"))]:

@@ -605,6 +605,21 @@ def test_likelihoods_equal_a_plain_loop(model, root):
             assert likelihood == pytest.approx(expected, abs=1e-4)
 
 
+def test_likelihoods_encode_a_picture_and_read_a_prompt_once(model, root, monkeypatch):
+    """However many options there are: these have four or two, of a token each."""
+    vlm, tokenizer = model
+    questions, pictures, positions = load("mmbench", root / "MMBench"), [], []
+    encode, hidden = vlm.encode, vlm.llm.hidden
+    monkeypatch.setattr(vlm, "encode", lambda pixels: pictures.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(vlm.llm, "hidden", lambda embeds, *more: (
+        positions.append(embeds.shape[:2]) or hidden(embeds, *more)))
+    evaluation.likelihoods(vlm, tokenizer, questions, "v1", batch=len(questions))
+    assert pictures == [len(questions)]
+    prompts, *options = positions
+    assert prompts[0] == len(questions) and prompts[1] > vlm.num_image_tokens
+    assert options == [(len(questions), 2)] * 4  # the last token that all share, and the letter
+
+
 def scored(run, *argv):
     """The result of the command in `run`'s directory, and the content of BENCH.json."""
     evaluation.main(["--bench", *map(str, argv), "--ckpt", str(run)])
