@@ -695,18 +695,21 @@ def load_scienceqa(folder, split: str = "test") -> list:
     file, splits = folder / "problems.json", read_json(folder / "pid_splits.json")
     if split not in splits:
         raise ValueError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
-    problems = {problem["id"]: problem for problem in read_entries(file, id=str)}
+    maybe = (str, type(None))
+    kinds = {"question": str, "choices": list, "answer": int, "hint": maybe, "image": maybe}
+    problems = {problem["id"]: problem for problem in read_entries(file, id=str, **kinds)}
     for pid in splits[split]:
         problem = problems.get(pid)
-        if problem is None or not {"question", "choices", "answer", "hint", "image"} <= problem.keys():
-            raise ValueError(f"{file}: problem {pid!r} is missing or incomplete")
+        if problem is None:
+            raise ValueError(f"{file}: problem {pid!r} is missing; is it of another split?")
         if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
             raise ValueError(f"{file}: problem {pid!r} has no choice {problem['answer']}")
-        image = folder / "images" / split / pid / problem["image"] if problem["image"] else None
+        image = folder / "images" / split / pid / problem["image"] if problem["image"] is not None else None
         options = list(LETTERS[: len(problem["choices"])])
         question = {"id": pid, "prompt": scienceqa_prompt(problem), "image": image, "file": str(file),
                     "num_choices": len(options), "options": options, "answer": LETTERS[problem["answer"]]}
-        questions.append(question | {key: problem.get(key) or "" for key in ("subject", "grade", "hint")})
+        split_by = {key: str(problem.get(key) or "") for key in ("subject", "grade", "hint")}
+        questions.append(question | split_by)
     return questions
 
 
