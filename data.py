@@ -1,4 +1,4 @@
-"""From files to batches: images, LLaVA conversations, and ScienceQA's layout.
+"""From files to batches: images, LLaVA conversations, lists of entries, and ScienceQA's layout.
 
     python data.py check annotations.json images/             # list bad records, write a cleaned copy
 
@@ -16,10 +16,14 @@ Read next: train.py, where the batches go.
 """
 
 import argparse
+import base64
+import csv
 import hashlib
+import io
 import json
 import math
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -38,18 +42,23 @@ CONTEXT, ANSWER, END = "context", "answer", "end"  # roles of text: given; to be
 # ------------------------------------------------------------------------------------------------------------
 # Images
 
-def load_image(path) -> Image.Image:
-    """The picture as RGB. A missing or damaged file is an error that names it."""
-    path = Path(path)
-    if not path.exists():  # OCR-VQA's .gif files are often kept as .jpg, and the other way round
-        path = next(path.parent.glob(f"{path.stem}.*"), path)
+def load_image(source) -> Image.Image:
+    """The picture as RGB, of a path, or of `bytes`: a picture file in base64. A missing or damaged file is an
+    error that names it."""
+    if isinstance(source, bytes):
+        name = "in base64"
+    else:
+        name = source = Path(source)
+        if not source.exists():  # OCR-VQA's .gif files are often kept as .jpg, and the other way round
+            name = source = next(source.parent.glob(f"{source.stem}.*"), source)
     try:
-        with Image.open(path) as image:
+        file = io.BytesIO(base64.b64decode(source)) if isinstance(source, bytes) else source
+        with Image.open(file) as image:
             return image.convert("RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image") from None
+        raise FileNotFoundError(f"{name}: no such image") from None
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for files cut short or not images
-        raise ValueError(f"{path}: not a readable image: {error}") from None
+        raise ValueError(f"{name}: not a readable image: {error}") from None
 
 
 def preprocess(image: Image.Image, tower, fit: str) -> torch.Tensor:
@@ -582,6 +591,87 @@ def make_loader(config, samples, vlm, start: int, steps: int, rank: int, world: 
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Lists of entries: JSON, JSON lines, tables
+
+ID = (int, str)  # the kinds of an id
+CONVERT = {  # what no package of ours reads: the line of pandas that makes what we do
+    ".xlsx": 'pandas.read_excel("IN").to_csv("OUT.tsv", sep="\\t", index=False)',
+    ".parquet": 'json.dump(pandas.read_parquet("IN").to_dict("records"), open("OUT.json", "w"), default='
+                'lambda x: base64.b64encode(x).decode() if isinstance(x, bytes) else x.tolist())'}
+
+
+def find_files(folder, pattern: str) -> list:
+    """Sorted. FileNotFoundError if there are none, or if Parquet or Excel lies in their place in a subfolder;
+    it says how to convert these."""
+    files, unread = sorted(Path(folder).glob(pattern)), []
+    for suffix in CONVERT:
+        unread += Path(folder).glob(str(Path(pattern).with_suffix(suffix)) if files else f"**/*{suffix}")
+    done = {file.parent for file in files}
+    unread = sorted(file for file in unread if file.parent not in done)
+    if unread or not files:
+        how = f"; {unread[0]} is not read here, but {CONVERT[unread[0].suffix]} converts it" if unread else ""
+        raise FileNotFoundError(f"{unread[0].parent if files else folder}: no {pattern}{how}")
+    return files
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8: {error}") from None
+
+
+def find_entries(folder, pattern: str, **kinds):
+    """Yield (file, entry) of all files in `folder` that fit; see `read_entries`."""
+    for file in find_files(folder, pattern):
+        for entry in read_entries(file, **kinds):
+            yield file, entry
+
+
+def read_entries(file: Path, **kinds) -> list:
+    """The dicts in a file, each with all keys of `kinds` and values of these types: a JSON list (maybe below
+    "questions" or "data"), a JSON dict of dicts (whose names become "id"), JSON lines, or a table (.tsv)."""
+    text, parse = read_text(file), partial(json.loads, object_pairs_hook=without_repeats)
+    try:
+        if file.suffix == ".tsv":
+            csv.field_size_limit(2**31 - 1)  # a picture is one field
+            entries = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
+        else:
+            try:
+                entries = parse(text)
+            except json.JSONDecodeError as error:
+                if error.msg != "Extra data":  # behind the first line: POPE calls such files .json, too
+                    raise
+                entries = [parse(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{file}: {error}") from None
+    if isinstance(entries, dict):
+        named = []
+        for name, entry in entries.items():
+            named.append({"id": name, **entry} if isinstance(entry, dict) else entry)
+        is_named = any(isinstance(entry, dict) for entry in named)
+        entries = entries.get("questions") or entries.get("data") or (named if is_named else [entries])
+    if not isinstance(entries, list):
+        raise ValueError(f"{file}: not a list of entries")
+    for number, entry in enumerate(entries, start=1):
+        for key, kind in kinds.items():
+            if not isinstance(entry, dict) or key not in entry:
+                raise ValueError(f"{file}: entry {number} has no {key!r}")
+            if not isinstance(entry[key], kind):
+                raise ValueError(f"{file}: entry {number} has {entry[key]!r:.60} as its {key!r}")
+    return entries
+
+
+def without_repeats(pairs) -> dict:
+    """A JSON object. ValueError for a name that is there twice, of which Python would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{name!r} is there twice")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
 # ScienceQA: problems.json, pid_splits.json, images/{split}/{pid}/image.png
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -599,22 +689,27 @@ def scienceqa_prompt(problem: dict) -> str:
 
 
 def load_scienceqa(folder, split: str = "test") -> list:
-    """[{"id", "prompt", "image" path or None, "num_choices", "answer" letter}], as pid_splits.json has
-    them."""
-    folder = Path(folder)
-    problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
+    """[{"id", "prompt", "image" path or None, "num_choices", "options", "answer" letter, "subject", "grade",
+    "hint", "file"}], as pid_splits.json has them."""
+    folder, questions = Path(folder), []
+    file, splits = folder / "problems.json", read_json(folder / "pid_splits.json")
     if split not in splits:
         raise ValueError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
-    questions = []
+    maybe = (str, type(None))
+    kinds = {"question": str, "choices": list, "answer": int, "hint": maybe, "image": maybe}
+    problems = {problem["id"]: problem for problem in read_entries(file, id=str, **kinds)}
     for pid in splits[split]:
         problem = problems.get(pid)
-        if problem is None or not {"question", "choices", "answer", "hint", "image"} <= problem.keys():
-            raise ValueError(f"{folder / 'problems.json'}: problem {pid!r} is missing or incomplete")
+        if problem is None:
+            raise ValueError(f"{file}: problem {pid!r} is missing; is it of another split?")
         if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
-            raise ValueError(f"{folder / 'problems.json'}: problem {pid!r} has no choice {problem['answer']}")
-        image = folder / "images" / split / pid / problem["image"] if problem["image"] else None
-        questions.append({"id": pid, "prompt": scienceqa_prompt(problem), "image": image,
-                          "num_choices": len(problem["choices"]), "answer": LETTERS[problem["answer"]]})
+            raise ValueError(f"{file}: problem {pid!r} has no choice {problem['answer']}")
+        image = folder / "images" / split / pid / problem["image"] if problem["image"] is not None else None
+        options = list(LETTERS[: len(problem["choices"])])
+        question = {"id": pid, "prompt": scienceqa_prompt(problem), "image": image, "file": str(file),
+                    "num_choices": len(options), "options": options, "answer": LETTERS[problem["answer"]]}
+        split_by = {key: str(problem.get(key) or "") for key in ("subject", "grade", "hint")}
+        questions.append(question | split_by)
     return questions
 
 

@@ -8,22 +8,22 @@
 
 A score is only as good as its prompt, its parser and its denominator: published ScienceQA numbers of one and
 the same checkpoint differ by ten points. So the prompt is built here from the raw files, the answer is
-greedy, the official rule reads it, and what is missing or unreadable is wrong and stays in the denominator,
-which is printed. (MMMU's rule guesses instead.)
+greedy, the official rule reads it, and what is unreadable is wrong and stays in the denominator, which is
+printed. BENCHES, the table, has a line for each benchmark: its folder, its split, load (files -> questions),
+parse (answer -> choice), score (choices -> numbers).
 
 Answers are appended to BENCH.partial.RANK.jsonl in the run directory as they come; after a kill, the same
 command goes on from there. In the end all are in BENCH.json (of a Hub id: in its folder in the Hub's cache),
-beside the scores; the last line printed is one JSON object with these (one line a run and benchmark).
+beside the scores, which are also printed: one JSON object a line, one line a run and benchmark.
 """
 
 import argparse
 import ast
-import base64
 import csv
-import io
 import itertools
 import json
 import math
+import os
 import random
 import re
 import string
@@ -34,13 +34,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from PIL import Image
 from tqdm import tqdm
 
 import data
 import losses
-from losses import leave_ranks, rank, say, start_ranks, world_size
+from losses import leave_ranks, on_every_rank, rank, say, start_ranks, world_size
 from projector import VLM, choose_dtype
 from vit import read_json, resolve_model
 
@@ -62,37 +60,30 @@ def load_run(folder, device) -> tuple:
     return vlm, tokenizer, config
 
 
-def load_picture(image) -> Image.Image:
-    """RGB, of a path, or of `bytes`: a picture file in base64, as MMBench's table holds it."""
-    if not isinstance(image, bytes):
-        return data.load_image(image)
+def to_samples(vlm, tokenizer, question: dict, template: str, *answers) -> list:
+    """As data.collate takes them: the question, open for an answer, with its picture; then, for each of
+    `answers`, the question with that, without end token and picture."""
+    name, has_image, samples = f"question {question['id']!r}", question["image"] is not None, []
+    name = f"{question['file']}: {name}" if "file" in question else name
     try:
-        return Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"not a readable image: {error}") from None
-
-
-def to_sample(vlm, tokenizer, question: dict, template: str, answer: str | None = None) -> dict:
-    """A question as data.collate takes it, open for an answer, or with one (and no end token behind it)."""
-    turns = [("human", question["prompt"])] + ([] if answer is None else [("gpt", answer)])
-    name, pixels = f"question {question['id']!r}", None
-    if "file" in question:
-        name = f"{question['file']}: {name}"
-    try:
-        pieces = [piece for piece in data.TEMPLATES[template](turns, tokenizer) if piece[1] != data.END]
-        ids, roles = data.tokenise(pieces, tokenizer, question["image"] is not None)
-        if question["image"] is not None:
+        for answer in (None, *answers):
+            turns = [("human", question["prompt"])] + ([] if answer is None else [("gpt", answer)])
+            pieces = [piece for piece in data.TEMPLATES[template](turns, tokenizer) if piece[1] != data.END]
+            ids, roles = data.tokenise(pieces, tokenizer, has_image)
+            samples.append({"ids": ids, "roles": roles, "pixels": None, "name": name})
+        if has_image:
             # "pad", whatever the run was trained with: a question may be about the picture's edge
-            pixels = data.preprocess(load_picture(question["image"]), vlm.vit.config, "pad")
+            picture = data.load_image(question["image"])
+            samples[0]["pixels"] = data.preprocess(picture, vlm.vit.config, "pad")
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None
-    return {"ids": ids, "roles": roles, "pixels": pixels, "name": name}
+    return samples
 
 
-def to_batch(vlm, tokenizer, samples, room: int) -> dict:
-    """One batch on the model's device, padded on the left. ValueError where a row is longer than `room`."""
+def to_batch(vlm, tokenizer, samples, room: int, side: str = "left") -> dict:
+    """One batch on the model's device, padded on that side. ValueError for a prompt longer than `room`."""
     m = data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id,
-                     vlm.vit.config.image_size, room, side="left")
+                     vlm.vit.config.image_size, room, side)
     return data.to_device(m, vlm.llm.head_weight.device)
 
 
@@ -106,7 +97,7 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
     how["end_tokens"] = [tokenizer.eos_token_id]
 
     def answer(rows):
-        samples = [to_sample(vlm, tokenizer, row, template) for row in rows]
+        samples = [to_samples(vlm, tokenizer, row, template)[0] for row in rows]
         m = to_batch(vlm, tokenizer, samples, room)
         new = vlm.generate(m["ids"], m["pixels"], max_new_tokens, m["mask"], **how)  # (B, <= max_new_tokens)
         return [tokenizer.decode(ids[ids >= 0], skip_special_tokens=True).strip() for ids in new]
@@ -118,20 +109,34 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
 def likelihoods(vlm, tokenizer, questions, template: str, batch: int = 16, file=None) -> list:
     """For each question the log-probabilities, in nats, of its "options" (a list of texts) as the answer:
     summed over the tokens of each, the end token not among them. No parser is needed, and nothing is
-    unreadable. Options of several tokens are not made comparable here: a longer one has more to lose."""
+    unreadable. Options of several tokens are not made comparable here: a longer one has more to lose.
+
+    A question and its picture go through the model once, each option only from where it differs.
+    """
+    most = vlm.llm.config.max_position_embeddings
+
     def answer(rows):
-        samples = []
+        samples, ends = [], []  # of each question: what all its options share; what each has behind that
         for row in rows:
-            samples += [to_sample(vlm, tokenizer, row, template, option) for option in row["options"]]
-        m = to_batch(vlm, tokenizer, samples, vlm.llm.config.max_position_embeddings)
-        hidden = vlm.llm.hidden(vlm.splice(m["ids"], vlm.encode(m["pixels"])), m["mask"])  # (B, S, C)
-        next_ids = m["labels"][:, 1:]  # (B, S - 1): what each position says next, where that is the option's
+            sample, *texts = to_samples(vlm, tokenizer, row, template, *row["options"])
+            # less one: the last common token predicts an option's first, so it goes with the options
+            shared = len(os.path.commonprefix([text["ids"] for text in (sample, *texts)])) - 1
+            samples.append(sample | {key: sample[key][:shared] for key in ("ids", "roles")})
+            ends.append([text | {key: text[key][shared:] for key in ("ids", "roles")} for text in texts])
+        most_options, B = max(map(len, ends)), len(rows)
+        turns = []  # first options of all questions, second options ..; who has fewer repeats the last
+        for number in range(most_options):
+            turns += [options[min(number, len(options) - 1)] for options in ends]
+        said = to_batch(vlm, tokenizer, turns, most, "right")  # ids (options x B, T)
+        m = to_batch(vlm, tokenizer, samples, most - said["ids"].shape[1])
+        embeds = vlm.splice(m["ids"], vlm.encode(m["pixels"]))  # (B, S, C)
+        hidden = torch.cat(vlm.llm.hidden_behind(embeds, m["mask"], said["ids"].split(B)))  # (.. x B, T, C)
+        next_ids = said["labels"][:, 1:]  # what each position says next, where that is the option's
         row_of, place = (next_ids != data.IGNORE).nonzero(as_tuple=True)  # (tokens,) each
         log_p = vlm.llm.logits(hidden[row_of, place]).float().log_softmax(-1)  # (tokens, V)
         log_p = log_p.gather(1, next_ids[row_of, place][:, None])[:, 0]  # (tokens,)
-        sums = log_p.new_zeros(len(samples)).index_add(0, row_of, log_p)  # (B,)
-        counts = [len(row["options"]) for row in rows]
-        return [part.tolist() for part in sums.split(counts)]
+        sums = log_p.new_zeros(len(turns)).index_add(0, row_of, log_p).view(most_options, B)
+        return [row[: len(options)] for row, options in zip(sums.T.tolist(), ends)]
 
     return in_batches(questions, answer, batch, file)
 
@@ -169,31 +174,13 @@ def in_batches(questions, answer, batch: int, file=None) -> list:
     return [answers[i] for i in range(len(questions))]
 
 
-def on_every_rank(function) -> list:
-    """What `function()` returns on each rank. Where it fails on one, all get that one's ValueError: nobody
-    waits for a rank that is gone."""
-    value = error = None
-    try:
-        value = function()
-    except (OSError, ValueError) as problem:
-        error = str(problem) or repr(problem)
-    results = [(value, error)] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(results, (value, error))
-    for _, error in results:
-        if error:
-            raise ValueError(error)
-    return [value for value, _ in results]
-
-
 def append_answers(file, questions, answers):
     """One JSON line a question; all lines of a batch in one write."""
     lines = []
     for question, answer in zip(questions, answers):
-        line = {"id": question["id"], "prompt": question["prompt"], "answer": answer}
-        lines.append(json.dumps(line) + "\n")
+        lines.append(json.dumps({"id": question["id"], "prompt": question["prompt"], "answer": answer}))
     with open(file, "a") as f:
-        f.write("".join(lines))
+        f.write("\n".join(lines) + "\n")
 
 
 def read_answers(file, questions) -> dict:
@@ -205,8 +192,7 @@ def read_answers(file, questions) -> dict:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             part.write_text(whole)
-        for line in whole.splitlines():
-            row = json.loads(line)
+        for row in data.read_entries(part, id=data.ID, prompt=str, answer=object) if whole else []:
             i = index.get(row["id"])
             if i is None or questions[i]["prompt"] != row["prompt"]:
                 raise ValueError(f"{part}: question {row['id']!r} is not asked now, or reads otherwise; "
@@ -217,6 +203,20 @@ def read_answers(file, questions) -> dict:
 
 # ------------------------------------------------------------------------------------------------------------
 # What the benchmarks share
+
+def to_question(file, name, text: str, image, answer=None, category=None, ending=data.SHORT_ANSWER,
+                **more) -> dict:
+    """A question about a picture (a Path, or a file's bytes in base64) in LLaVA's form. Closed ones have
+    "options", what may be chosen; those that only count together have one "group". An answer of None is known
+    to a server or judge alone."""
+    return {"id": name, "prompt": f"{data.IMAGE}\n{text}{ending}", "image": image, "answer": answer,
+            "category": category, "file": str(file), **more}
+
+
+def lettered(text: str, choices) -> str:
+    """The question and a line `A. choice` for each choice."""
+    return "\n".join([text, *(f"{x}. {choice}" for x, choice in zip(string.ascii_uppercase, choices))])
+
 
 def percent(rows) -> float:
     """The mean of a list of booleans, or of parts of 1, in percent."""
@@ -243,112 +243,34 @@ def accuracy(right, questions, name: str = "accuracy") -> dict:
             f"{name}_se": standard_error([(value - total / n) / n for value in right], questions)}
 
 
-def by_category(right, names) -> dict:
-    """{name: {"accuracy", "questions"}}, sorted by name."""
-    rows = {}
-    for name, value in sorted(zip(map(str, names), right)):
-        rows.setdefault(name, []).append(value)
-    return {name: {"accuracy": percent(values), "questions": len(values)} for name, values in rows.items()}
+def grouped(keys, values) -> dict:
+    """{key: [its values]}, sorted by key."""
+    groups = {}
+    for key, value in zip(keys, values):
+        groups.setdefault(str(key), []).append(value)
+    return dict(sorted(groups.items()))
 
 
-def score_accuracy(questions, choices) -> dict:
-    """Micro average, and by category. No choice (None) is wrong."""
-    right = [choice == question["answer"] for question, choice in zip(questions, choices)]
-    return accuracy(right, questions) | {
-        "questions": len(questions), "unparsed": choices.count(None),
-        "categories": by_category(right, [question["category"] for question in questions])}
+def grade(questions, choices) -> list:
+    """Which choices are right. No choice (None) is wrong."""
+    return [choice == question["answer"] for question, choice in zip(questions, choices)]
 
 
-CONVERT = {  # what no package of ours reads: the line of pandas that makes what we do
-    ".xlsx": 'pandas.read_excel("IN").to_csv("OUT.tsv", sep="\\t", index=False)',
-    ".parquet": 'json.dump(pandas.read_parquet("IN").to_dict("records"), open("OUT.json", "w"), default='
-                'lambda x: base64.b64encode(x).decode() if isinstance(x, bytes) else x.tolist())'}
-
-
-def find_files(folder, pattern: str) -> list:
-    """Sorted. FileNotFoundError if there are none; beside Parquet or Excel it says how to convert these."""
-    files = sorted(Path(folder).glob(pattern))
-    if not files:
-        other = [file for file in sorted(Path(folder).glob("**/*")) if file.suffix in CONVERT]
-        how = f"; {other[0]} is not read here, but {CONVERT[other[0].suffix]} converts it" if other else ""
-        raise FileNotFoundError(f"{folder}: no {pattern}{how}")
-    return files
-
-
-def read_entries(file: Path, *keys) -> list:
-    """The dicts in a file, each with all `keys`: a JSON list (maybe below "questions" or "data"), a JSON dict
-    of dicts (whose names become "id"), JSON lines, or a table (.tsv)."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    try:
-        if file.suffix == ".tsv":
-            csv.field_size_limit(2**31 - 1)  # a picture is one field
-            entries = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
-        else:
-            entries = parse_json(text)
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{file}: {error}") from None
-    if isinstance(entries, dict):
-        named = [{"id": name, **entry} for name, entry in entries.items() if isinstance(entry, dict)]
-        entries = entries.get("questions") or entries.get("data") or named or [entries]
-    if not isinstance(entries, list):
-        raise ValueError(f"{file}: not a list of entries")
-    for number, entry in enumerate(entries, start=1):
-        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-        if missing:
-            raise ValueError(f"{file}: entry {number} has no {missing[0]!r}")
-    return entries
-
-
-def parse_json(text: str):
-    """The content of JSON, or a list of what its lines hold: POPE calls such files .json, too."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":  # behind the first value
-            raise
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
-def to_question(file, name, text: str, image, answer=None, category=None, ending=data.SHORT_ANSWER,
-                **more) -> dict:
-    """A question about a picture (a Path, or a file's bytes in base64) in LLaVA's form. Closed ones have
-    "options", what may be chosen; those that only count together have one "group". An answer of None is known
-    to a server or judge alone."""
-    return {"id": name, "prompt": f"{data.IMAGE}\n{text}{ending}", "image": image, "answer": answer,
-            "category": category, "file": str(file), **more}
-
-
-def lettered(text: str, choices) -> str:
-    """The question and a line `A. choice` for each choice."""
-    return "\n".join([text, *(f"{x}. {choice}" for x, choice in zip(string.ascii_uppercase, choices))])
-
-
-def find_problem(question: dict, seen) -> str | None:
-    """What cannot be as its benchmark means it, in a few words. `seen`: the ids before it."""
-    image, options = question["image"], question.get("options")
-    if question["id"] in seen:
-        return "is there twice"
-    if not image and question["prompt"].startswith(data.IMAGE):
-        return "has no picture"
-    if isinstance(image, Path) and not image.exists():
-        return f"asks about a picture that is not there: {image}"
-    if options and question["answer"] is not None and question["answer"] not in options:
-        return f"has the answer {question['answer']!r}, which is none of {', '.join(options)}"
-    return None
+def score_accuracy(questions, choices, right=None, parts=None) -> dict:
+    """Micro average, and by category, or by `parts`: for each question the names of those that it is in.
+    `right`: where a choice may be right without being the answer."""
+    right, categories = grade(questions, choices) if right is None else right, {}
+    for value, question, names in zip(right, questions, parts or itertools.repeat(None)):
+        for name in names or [str(question.get("category"))]:
+            categories.setdefault(name, []).append(value)
+    for name, values in categories.items():
+        categories[name] = {"accuracy": percent(values), "questions": len(values)}
+    return accuracy(right, questions) | {"questions": len(questions), "unparsed": choices.count(None),
+                                         "categories": dict(sorted(categories.items()))}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Benchmarks: load (files -> questions), parse (answer -> choice), score (choices -> numbers)
-
-def load_scienceqa(folder, split: str = "test") -> list:
-    """data.load_scienceqa's questions, with what the official split goes by: subject, grade, hint."""
-    file, questions = Path(folder) / "problems.json", data.load_scienceqa(folder, split)
-    problems = read_json(file)
-    for question in questions:
-        question |= {key: problems[question["id"]].get(key) or "" for key in ("subject", "grade", "hint")}
-        question |= {"file": str(file), "options": list(data.LETTERS[: question["num_choices"]])}
-    return questions
-
 
 def parse_choice(text: str, question: dict):
     """The letter that LLaVA's rule reads from an answer, or None where it cannot or the letter is no choice.
@@ -369,46 +291,37 @@ def parse_choice(text: str, question: dict):
 def official_split(question: dict) -> list:
     """The parts of ScienceQA's evaluate_acc that a question is in; TXT: with a hint, NO: without either."""
     has_image, has_hint = question["image"] is not None, bool(question.get("hint"))
-    subject, grade = question.get("subject", ""), question.get("grade", "").removeprefix("grade")
+    subject, year = question.get("subject", ""), question.get("grade", "").removeprefix("grade")
     parts = {"NAT": subject.startswith("natural"), "SOC": subject.startswith("social"),
              "LAN": subject.startswith("language"), "TXT": has_hint, "IMG": has_image,
-             "NO": not has_hint and not has_image, "G1-6": grade in list("123456"),
-             "G7-12": grade in "7 8 9 10 11 12".split()}
+             "NO": not has_hint and not has_image, "G1-6": year in list("123456"),
+             "G7-12": year in "7 8 9 10 11 12".split()}
     return [name for name, is_in in parts.items() if is_in]
 
 
 def score_scienceqa(questions, choices) -> dict:
     """Accuracy in percent: of all questions, of those with an image (`img`), of those without (`txt`: not the
-    official TXT), and of the official split's parts. No choice (None) is wrong."""
-    right = [choice == question["answer"] for question, choice in zip(questions, choices)]
-    scores, in_part, parts = accuracy(right, questions), [], []
-    for name, wanted in (("img", True), ("txt", False)):
-        rows = [i for i, question in enumerate(questions) if (question["image"] is not None) == wanted]
-        asked = [questions[i] for i in rows]
-        scores |= accuracy([right[i] for i in rows], asked, f"accuracy_{name}")
+    official TXT), and of the official split's parts."""
+    right, scores = grade(questions, choices), {}
+    for name, has_image in (("img", True), ("txt", False)):
+        rows = [i for i, question in enumerate(questions) if (question["image"] is not None) == has_image]
+        scores |= accuracy([right[i] for i in rows], [questions[i] for i in rows], f"accuracy_{name}")
         scores[f"questions_{name}"] = len(rows)
-    for question, value in zip(questions, right):
-        parts += official_split(question)
-        in_part += [value] * len(official_split(question))
-    return scores | {"questions": len(questions), "unparsed": choices.count(None),
-                     "categories": by_category(in_part, parts)}
+    return score_accuracy(questions, choices, right, [official_split(q) for q in questions]) | scores
 
 
-def load_pope(folder, split: str = "") -> list:
-    """POPE's files `*pope_{category}.json` (question_id, image, text, label; JSON lines, or the lists of its
-    aokvqa and gqa), all of them or `split` alone, in the folder or, as LLaVA has them, in coco/. Question and
-    label are one row; LLaVA's scorer pairs them by position, and a new revision breaks the pairs."""
-    folder, questions, pattern = Path(folder), [], f"*pope_*{split}.json"
+def load_pope(folder, split: str):
+    """POPE's files `*pope_{category}.json` (JSON lines, or the lists of its aokvqa and gqa), all of them or
+    `split` alone, in the folder or, as LLaVA has them, in coco/. Question and label are one row; LLaVA's
+    scorer pairs them by position, and a new revision breaks the pairs."""
+    pattern, kinds = f"*pope_*{split}.json", {"question_id": data.ID, "image": str, "text": str, "label": str}
     places = [folder / "images", folder / "val2014", folder.parent / "images", folder.parent / "val2014"]
     images = next((place for place in places if place.is_dir()), folder)
     is_llavas = not any(folder.glob(pattern)) and (folder / "coco").is_dir()
-    for file in find_files(folder / "coco" if is_llavas else folder, pattern):
+    for file, row in data.find_entries(folder / "coco" if is_llavas else folder, pattern, **kinds):
         category = file.stem.rsplit("pope_", 1)[1]
-        for row in read_entries(file, "question_id", "image", "text", "label"):
-            name, image = f"{category}-{row['question_id']}", images / row["image"]
-            questions.append(to_question(file, name, row["text"], image, row["label"], category,
-                                         options=["yes", "no"]))
-    return questions
+        yield to_question(file, f"{category}-{row['question_id']}", row["text"], images / row["image"],
+                          row["label"], category, options=["yes", "no"])
 
 
 def parse_pope(text: str, question=None) -> str:
@@ -419,11 +332,11 @@ def parse_pope(text: str, question=None) -> str:
 
 def score_pope(questions, choices) -> dict:
     """Per category and on average, in percent: F1 of "yes" (the headline), accuracy, share of yes."""
-    groups, scores, mean, asked, influence = {}, {}, {}, [], {"f1": [], "accuracy": []}
-    for question, choice in zip(questions, choices):
-        row = question, question["answer"] == "yes", choice == "yes"
-        groups.setdefault(question["category"], []).append(row)
-    for category, rows in sorted(groups.items()):
+    scores, mean, asked, influence = {}, {}, [], {"f1": [], "accuracy": []}
+    rows = [(question, question["answer"] == "yes", choice == "yes")
+            for question, choice in zip(questions, choices)]
+    groups = grouped([question["category"] for question in questions], rows)
+    for category, rows in groups.items():
         each = max(1, sum(gold + said for _, gold, said in rows))
         f1 = 2 * sum(gold and said for _, gold, said in rows) / each  # 2 TP / (2 TP + FP + FN)
         right = sum(gold == said for _, gold, said in rows) / len(rows)
@@ -439,28 +352,26 @@ def score_pope(questions, choices) -> dict:
     return mean | errors | {"questions": len(questions), "categories": scores}
 
 
-def load_mme(folder, split: str = "") -> list:
-    """Of MME's folder, two consecutive questions for each image.
-
-    A category (or `split` alone) is a folder of pictures and text files `question<TAB>Yes|No`, side by side
-    or in images/ and questions_answers_YN/. LLaVA asks for a short answer instead of the questions' own "yes
-    or no".
-    """
-    folder, questions, name = Path(folder), [], split or "*"
-    for file in sorted(folder.glob(f"{name}/*.txt")) + sorted(folder.glob(f"{name}/questions_*_YN/*.txt")):
-        category = file.parent.parent if file.parent.name == "questions_answers_YN" else file.parent
-        images = category / "images" if (category / "images").is_dir() else category
-        pictures = [f for f in sorted(images.glob(f"{file.stem}.*")) if f.suffix != ".txt"]
-        lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
-        if len(lines) != 2 or not all(re.fullmatch("[^\t]+\t(Yes|No)\\s*", line) for line in lines):
-            raise ValueError(f"{file}: not two lines of question, tab, Yes or No")
-        for number, line in enumerate(lines):
-            text, answer = line.replace("Please answer yes or no.", "").split("\t")
-            pair = f"{category.name}/{file.stem}"
-            questions.append(to_question(
-                file, f"{pair}/{number}", text.strip(), [*pictures, images / f"{file.stem}.png"][0],
-                answer.strip().lower(), category.name, options=["yes", "no"], group=pair))
-    return questions or find_files(folder, f"{name}/*.txt")  # this raises
+def load_mme(folder, split: str):
+    """Two questions for each picture. A category (or `split` alone) is a folder of pictures and text files
+    `question<TAB>Yes|No`, side by side or in images/ and questions_answers_YN/. LLaVA asks for a short answer
+    instead of the questions' own "yes or no"."""
+    data.find_files(folder, f"{split or '*'}/**/*.txt")  # there must be some
+    for category in sorted(path for path in folder.glob(split or "*") if path.is_dir()):
+        texts, images = category / "questions_answers_YN", category / "images"
+        texts, images = texts if texts.is_dir() else category, images if images.is_dir() else category
+        endings = (".jpg", ".jpeg", ".png")
+        pictures = {file.stem: file for file in images.glob("*.*") if file.suffix in endings}
+        for name in sorted({file.stem for file in texts.glob("*.txt")} | pictures.keys()):
+            file, pair = texts / f"{name}.txt", f"{category.name}/{name}"
+            lines = [line for line in data.read_text(file).split("\n") if line.strip()]
+            if len(lines) != 2 or not all(re.fullmatch("[^\t]+\t(Yes|No)\\s*", line) for line in lines):
+                raise ValueError(f"{file}: not two lines of question, tab, Yes or No")
+            for number, line in enumerate(lines):
+                text, answer = line.replace("Please answer yes or no.", "").split("\t")
+                yield to_question(file, f"{pair}/{number}", text.strip(),
+                                  pictures.get(name, images / f"{name}.png"), answer.strip().lower(),
+                                  category.name, options=["yes", "no"], group=pair)
 
 
 def parse_mme(text: str, question=None):
@@ -469,46 +380,42 @@ def parse_mme(text: str, question=None):
     return text if text in ("yes", "no") else next((word for word in ("yes", "no") if word in text[:4]), None)
 
 
-PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
-
-
 def score_mme(questions, choices) -> dict:
     """Per category 100 x (accuracy + accuracy+), the latter the part of pictures with both questions right;
     their sums over MME's ten categories of perception and over all others (of the toy world's four, "color"
     is one of the ten); both accuracies over everything in percent."""
-    right = [choice == question["answer"] for question, choice in zip(questions, choices)]
-    pairs, by_name, categories, scores = list(zip(right[::2], right[1::2])), {}, {}, {}  # of each picture
-    for question, (first, second) in zip(questions[::2], pairs):
-        value = (first + second) / 2 + (first and second)
-        by_name.setdefault(question["category"], []).append((question, value))
+    perception = "existence count position color posters celebrity scene landmark artwork OCR".split()
+    right, asked = grade(questions, choices), questions[::2]  # one question of each picture
+    pairs, scores, categories = list(zip(right[::2], right[1::2])), {}, {}
+    points = [(first + second) / 2 + (first and second) for first, second in pairs]  # 0 to 2
+    groups = grouped([question["category"] for question in asked], zip(asked, points))
     for part in ("perception", "others"):
-        total, asked, influence = 0, [], []
-        for name, rows in sorted(by_name.items()):
-            if (name in PERCEPTION) == (part == "perception"):
-                score = sum(value for _, value in rows) / len(rows)  # 0 to 2
-                categories[name] = {"score": round(100 * score, 2), "questions": 2 * len(rows)}
-                asked += [question for question, _ in rows]
-                influence += [(value - score) / len(rows) for _, value in rows]
-                total += 100 * score
-        scores |= {part: round(total, 2), f"{part}_se": standard_error(influence, asked)}
-    plus = accuracy([all(pair) for pair in pairs], questions[::2], "accuracy_plus")
-    return accuracy(right, questions) | plus | scores | {
-        "questions": len(questions), "pictures": len(pairs), "unparsed": choices.count(None),
-        "categories": categories}
+        total, influences, of = 0, [], []
+        for name, rows in groups.items():
+            if (name in perception) == (part == "perception"):
+                mean = sum(value for _, value in rows) / len(rows)
+                total += mean
+                influences += [(value - mean) / len(rows) for _, value in rows]
+                of += [question for question, _ in rows]
+                categories[name] = {"score": round(100 * mean, 2), "questions": 2 * len(rows)}
+        scores |= {part: round(100 * total, 2), f"{part}_se": standard_error(influences, of)}
+    scores |= accuracy([all(pair) for pair in pairs], asked, "accuracy_plus")
+    return score_accuracy(questions, choices, right) | scores | {"pictures": len(pairs),
+                                                                 "categories": categories}
 
 
-def load_seed(folder, split: str = "image") -> list:
-    """The image part of SEED-Bench.json, in nine dimensions; pictures in SEED-Bench-image/."""
-    file, questions = find_files(folder, "SEED-Bench.json")[0], []
+def load_seed(folder, split: str):
+    """SEED-Bench.json's image part, in nine dimensions; pictures in SEED-Bench-image/."""
+    file = data.find_files(folder, "SEED-Bench.json")[0]
+    kinds = {"question_id": data.ID, "data_id": str, "data_type": str, "question": str, "answer": str}
+    choices = ("choice_a", "choice_b", "choice_c", "choice_d")
+    rows = data.read_entries(file, **kinds, **dict.fromkeys(choices, (str, int, float)))
     names = {number: name for name, number in read_json(file).get("question_type", {}).items()}
-    keys = ("choice_a", "choice_b", "choice_c", "choice_d")
-    for row in read_entries(file, "question_id", "data_id", "data_type", "question", "answer", *keys):
+    for row in rows:
         if row["data_type"] == split:
-            kind, text = row.get("question_type_id"), lettered(row["question"], [row[key] for key in keys])
-            questions.append(to_question(
-                file, row["question_id"], text, file.parent / "SEED-Bench-image" / row["data_id"],
-                row["answer"], names.get(kind, kind), data.LETTER_ANSWER, options=list("ABCD")))
-    return questions
+            kind, text = row.get("question_type_id"), lettered(row["question"], [row[key] for key in choices])
+            yield to_question(file, row["question_id"], text, folder / "SEED-Bench-image" / row["data_id"],
+                              row["answer"], names.get(kind, kind), data.LETTER_ANSWER, options=list("ABCD"))
 
 
 def parse_seed(text: str, question):
@@ -516,43 +423,37 @@ def parse_seed(text: str, question):
     return text if text in question["options"] else None
 
 
-NOT_GIVEN = {"", "nan", "none", "null", "na", "n/a"}  # what pandas, which LLaVA reads with, takes for nothing
-
-
-def load_mmbench(folder, split: str = "dev", chinese: bool = False) -> list:
+def load_mmbench(folder, split: str, chinese: bool = False):
     """A table mmbench_dev_*.tsv (Chinese: with cn in its name) of index, question, hint, A to D, answer,
     category, image; `split` is a part of its name. Row index + k x 10^6 asks question `index` again, its
     options rotated. An image is base64, or the index of the row that has it. A test split has no answers."""
-    files, questions = find_files(folder, "*.tsv"), []
-    files = [f for f in files if split in f.stem.lower() and ("cn" in f.stem.lower()) == chinese]
+    files = [file for file in data.find_files(folder, "*.tsv") if split in file.stem.lower()]
+    files = [file for file in files if ("cn" in file.stem.lower()) == chinese]
     if len(files) != 1:
         raise ValueError(f"{folder}: --split has to name one table; {split!r} fits {[f.name for f in files]}")
-    rows = read_entries(files[0], "index", "question", *"ABCD", "image")
+    not_given = {"", "nan", "none", "null", "na", "n/a"}  # by pandas, which LLaVA reads with
+    rows = data.read_entries(files[0], **dict.fromkeys(("index", "question", *"ABCD", "image"), str))
     images = {row["index"]: row["image"] for row in rows}
     for row in rows:
-        if not row["index"].isdigit():
+        if not row["index"].isdecimal():
             raise ValueError(f"{files[0]}: the index {row['index']!r} is not a number")
         texts = [row.get(key) or "" for key in ("hint", "answer", *"ABCD")]
-        hint, answer, *choices = ["" if text.lower() in NOT_GIVEN else text for text in texts]
-        choices = list(itertools.takewhile(bool, choices))
-        text = f"{hint}\n{row['question']}" if hint else row["question"]
-        ending = "\n请直接回答选项字母。" if chinese else data.LETTER_ANSWER
+        hint, answer, *choices = ["" if text.lower() in not_given else text for text in texts]
+        choices = choices[: [*choices, ""].index("")]  # up to the first that is not given
+        text = lettered(f"{hint}\n{row['question']}" if hint else row["question"], choices)
         kept = [key for key in ("index", "question", *"ABCD", "answer", "split") if key in row]
-        questions.append(to_question(
-            files[0], row["index"], lettered(text, choices), images.get(row["image"], row["image"]).encode(),
-            answer or None, row.get("category"), ending, options=list("ABCD"[: len(choices)]),
-            choices=choices, group=int(row["index"]) % 10**6, row={key: row[key] for key in kept}))
-    return questions
-
-
-AROUND = "{} {}. {}, {}: {}) {}). ({}) ({}). :{} :{}, :{}. :{}) :{}).".split()  # a letter as one of the words
+        yield to_question(
+            files[0], row["index"], text, images.get(row["image"], row["image"]).encode(), answer or None,
+            row.get("category"), "\n请直接回答选项字母。" if chinese else data.LETTER_ANSWER,
+            options=list("ABCD"[: len(choices)]), choices=choices, group=int(row["index"]) % 10**6,
+            row={key: row[key] for key in kept})
 
 
 def parse_mmbench(text: str, question):
-    """MMBench's rules without its language model: the one letter that stands alone or in one of the forms
-    AROUND (a lone A among more than three words may be an article), else the one choice whose text occurs."""
+    """MMBench's rules without its language model: the one letter that is a word, alone or with such signs (a
+    lone A among more than three words may be an article), else the one choice whose text occurs."""
     words, said = text.split(), text.lower()
-    for form in AROUND:
+    for form in "{} {}. {}, {}: {}) {}). ({}) ({}). :{} :{}, :{}. :{}) :{}).".split():
         found = [letter for letter in "ABCDE" if form.format(letter) in words]
         if len(found) == 1 and not (form == "{}" and found == ["A"] and len(words) > 3):
             return found[0] if found[0] in question["options"] else None
@@ -562,15 +463,11 @@ def parse_mmbench(text: str, question):
 
 def score_mmbench(questions, choices) -> dict:
     """Circular: a question is right if it is in all its rotations; `accuracy_single`: each by itself."""
-    right = [choice == question["answer"] for question, choice in zip(questions, choices)]
-    first, circular = {}, {}
-    for question, value in zip(questions, right):
-        first.setdefault(question["group"], question)
-        circular[question["group"]] = circular.get(question["group"], True) and value
-    values, base = list(circular.values()), list(first.values())
-    return accuracy(values, base) | {
-        "accuracy_single": percent(right), "questions": len(base), "rotations": len(questions),
-        "unparsed": choices.count(None), "categories": by_category(values, [q["category"] for q in base])}
+    right = grade(questions, choices)
+    groups = grouped([question["group"] for question in questions], zip(questions, right)).values()
+    circular = [all(value for _, value in rows) for rows in groups]
+    return score_accuracy([rows[0][0] for rows in groups], choices, circular) | {
+        "accuracy_single": percent(right), "rotations": len(questions)}
 
 
 def submit_mmbench(questions, answers, file):
@@ -583,14 +480,12 @@ def submit_mmbench(questions, answers, file):
         table.writerows(question["row"] | {"prediction": text} for question, text in zip(questions, answers))
 
 
-def load_gqa(folder, split: str = "testdev_balanced") -> list:
+def load_gqa(folder, split: str):
     """{split}_questions.json of GQA: question id -> question, answer, imageId; pictures in images/."""
-    file, questions = find_files(folder, f"**/{split}_questions.json")[0], []
-    for row in read_entries(file, "question", "answer", "imageId"):
-        kind, image = (row.get("types") or {}).get("structural"), f"{row['imageId']}.jpg"
-        questions.append(to_question(file, row["id"], row["question"], Path(folder) / "images" / image,
-                                     row["answer"], kind))
-    return questions
+    kinds = {"id": str, "question": str, "answer": str, "imageId": str}
+    for file, row in data.find_entries(folder, f"**/{split}_questions.json", **kinds):
+        yield to_question(file, row["id"], row["question"], folder / "images" / f"{row['imageId']}.jpg",
+                          row["answer"], (row.get("types") or {}).get("structural"))
 
 
 def parse_gqa(text: str, question=None) -> str:
@@ -598,20 +493,21 @@ def parse_gqa(text: str, question=None) -> str:
     return text.rstrip(".").lower()
 
 
-def load_textvqa(folder, split: str = "val") -> list:
+def load_textvqa(folder, split: str):
     """TextVQA_0.5.1_{split}.json, with ten answers each, and the OCR tokens, which the prompt tells, of
     TextVQA_Rosetta_OCR_v0.2_{split}.json; pictures in train_images/."""
-    file, questions = find_files(folder, f"TextVQA_0.5.1_{split}.json")[0], []
-    ocr = find_files(folder, f"TextVQA_Rosetta_OCR_*_{split}.json")[0]
-    tokens = {row["image_id"]: row["ocr_tokens"] for row in read_entries(ocr, "image_id", "ocr_tokens")}
-    for row in read_entries(file, "question_id", "image_id", "question", "answers"):
-        if row["image_id"] not in tokens:
-            raise ValueError(f"{ocr}: nothing for question {row['question_id']!r}; is it of another split?")
-        told = tokens[row["image_id"]]
-        text = row["question"] + (f"\nReference OCR token: {', '.join(told)}" if told else "")
-        image = file.parent / "train_images" / f"{row['image_id']}.jpg"
-        questions.append(to_question(file, row["question_id"], text, image, row["answers"]))
-    return questions
+    tokens, kinds = {}, {"question_id": data.ID, "image_id": str, "question": str, "answers": list}
+    told = {"image_id": str, "ocr_tokens": list}
+    for ocr, row in data.find_entries(folder, f"TextVQA_Rosetta_OCR_*_{split}.json", **told):
+        tokens[row["image_id"]] = row["ocr_tokens"]
+    for file, row in data.find_entries(folder, f"TextVQA_0.5.1_{split}.json", **kinds):
+        name, image, text = row["question_id"], row["image_id"], row["question"]
+        if image not in tokens:
+            raise ValueError(f"{ocr}: nothing for question {name!r}; is it of another split?")
+        if tokens[image]:
+            text += f"\nReference OCR token: {', '.join(tokens[image])}"
+        answers = [parse_vqa(answer) for answer in row["answers"]]
+        yield to_question(file, name, text, folder / "train_images" / f"{image}.jpg", answers)
 
 
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
@@ -645,58 +541,60 @@ def score_textvqa(questions, choices) -> dict:
     """VQA accuracy: the mean of min(1, matches / 3) over the ten subsets that leave out one answer of ten."""
     right = []
     for question, choice in zip(questions, choices):
-        answers = [parse_vqa(answer) for answer in question["answer"]]
-        n, same = len(answers), answers.count(choice)  # `same` of the subsets have one match less
+        n, same = len(question["answer"]), question["answer"].count(choice)
+        # `same` of the subsets have one match less
         right.append((same * min(1, (same - 1) / 3) + (n - same) * min(1, same / 3)) / n)
     return accuracy(right, questions) | {"questions": len(questions)}
 
 
-def load_vqav2(folder, split: str = "test-dev2015") -> list:
+def load_vqav2(folder, split: str):
     """v2_OpenEnded_mscoco_{split}_questions.json; pictures in test2015/. The answers are the server's."""
-    file, questions = find_files(folder, f"v2_OpenEnded_mscoco_{split}_questions.json")[0], []
-    images = split.replace("-dev", "")
-    for row in read_entries(file, "question_id", "image_id", "question"):
-        image = file.parent / images / f"COCO_{images}_{row['image_id']:012d}.jpg"
-        questions.append(to_question(file, row["question_id"], row["question"], image))
-    return questions
+    pattern, images = f"v2_OpenEnded_mscoco_{split}_questions.json", split.replace("-dev", "")
+    for file, row in data.find_entries(folder, pattern, question_id=data.ID, image_id=int, question=str):
+        image = folder / images / f"COCO_{images}_{row['image_id']:012d}.jpg"
+        yield to_question(file, row["question_id"], row["question"], image)
 
 
 def submit_vqav2(questions, answers, file):
     """The server's JSON: normalised answers, and "" for the rest of the test split if its file is there."""
     texts = {question["id"]: parse_vqa(text) for question, text in zip(questions, answers)}
     test = Path(questions[0]["file"]).with_name("v2_OpenEnded_mscoco_test2015_questions.json")
-    ids = [row["question_id"] for row in read_entries(test, "question_id")] if test.exists() else list(texts)
-    rows = [{"question_id": number, "answer": texts.get(number, "")} for number in ids]
+    rest = data.read_entries(test, question_id=data.ID) if test.exists() else []
+    texts = {row["question_id"]: "" for row in rest} | texts
+    rows = [{"question_id": number, "answer": text} for number, text in texts.items()]
     Path(file).write_text(json.dumps(rows))
 
 
-def load_mmmu(folder, split: str = "validation") -> list:
+def load_mmmu(folder, split: str):
     """MMMU's {split}*.json(l), a file for each subject or one for all: id, question, options (a list, or its
     text), answer, question_type, image_1 to image_7, each a path beside the file or {"bytes": base64}.
     Asked as in LLaVA's own run: about the first picture, `<image 2>` staying text."""
-    questions = []
-    for file in find_files(folder, f"**/{split}*.json*"):
-        for row in read_entries(file, "id", "question", "options", "answer", "question_type", "image_1"):
-            pictures = [row[f"image_{i}"] for i in range(1, 8) if row.get(f"image_{i}")]
-            image = pictures[0] if pictures else None
-            if isinstance(image, dict):
-                image = image["bytes"].encode() if image.get("bytes") else image.get("path")
-            image = file.parent / image if isinstance(image, str) else image
-            asked, ending, answer, more = row["question"], data.SHORT_ANSWER, as_list(row["answer"]), {}
-            if row["question_type"] == "multiple-choice":
-                choices, answer, ending = as_list(row["options"]), row["answer"], data.LETTER_ANSWER
-                more = {"choices": choices, "options": list(string.ascii_uppercase[: len(choices)])}
-                asked += "\n" + "".join(f"({x}) {text}\n" for x, text in zip(more["options"], choices))
-            subject = row["id"].partition("_")[2].rpartition("_")[0]  # of validation_Art_Theory_3
-            questions.append(to_question(file, row["id"], asked, image, answer, subject, ending,
-                                         pictures=len(pictures), **more))
-    return questions
+    kinds = {"id": str, "question": str, "options": (str, list), "answer": (str, list), "question_type": str,
+             "image_1": (str, dict, type(None))}
+    for file, row in data.find_entries(folder, f"**/{split}*.json*", **kinds):
+        pictures = [row[f"image_{i}"] for i in range(1, 8) if row.get(f"image_{i}")]
+        image = pictures[0] if pictures else None
+        if isinstance(image, dict):
+            image = image["bytes"].encode() if image.get("bytes") else image.get("path")
+        image = file.parent / image if isinstance(image, str) else image
+        asked, ending, answer, more = row["question"], data.SHORT_ANSWER, as_list(row["answer"]), {}
+        if row["question_type"] != "open":  # multiple-choice
+            choices, answer, ending = as_list(row["options"]), row["answer"], data.LETTER_ANSWER
+            more = {"choices": choices, "options": list(string.ascii_uppercase[: len(choices)])}
+            asked += "\n" + "".join(f"({x}) {text}\n" for x, text in zip(more["options"], choices))
+        subject = row["id"].partition("_")[2].rpartition("_")[0]  # of validation_Art_Theory_3
+        yield to_question(file, row["id"], asked, image, answer, subject, ending,
+                          pictures=len(pictures), **more)
 
 
 def as_list(value) -> list:
-    """MMMU's lists are written as Python texts; a text that is none is a list of itself."""
+    """MMMU's lists are written as Python texts; a text that is none is a list of itself, a broken one is
+    empty."""
     if isinstance(value, str):
-        value = ast.literal_eval(value) if re.fullmatch(r"\[.*\]", value, re.DOTALL) else [value]
+        try:
+            value = ast.literal_eval(value) if re.fullmatch(r"\[.*\]", value, re.DOTALL) else [value]
+        except (SyntaxError, ValueError):
+            return []
     return [str(item) for item in value]
 
 
@@ -726,9 +624,9 @@ def open_candidates(text: str) -> list:
     found, lines = [], text.split("\n")
     words = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
     for number, line in enumerate(lines):
-        shortest, last = "", ["="] if number == len(lines) - 1 else []
-        for end in [line.split(word)[-1].strip() for word in words + last if word in line]:
-            shortest = end if not shortest or len(end) < len(shortest) else shortest
+        last = ["="] if number == len(lines) - 1 else []
+        ends = [line.split(word)[-1].strip() for word in words + last if word in line]
+        shortest = min(filter(None, ends), key=len, default="")
         found += [shortest] if shortest and shortest not in list(":,.!?;'") else []
     found = found or [text]
     for end in list(found):
@@ -747,39 +645,26 @@ def normalised(text: str) -> list:
         return [f" {text}", f"{text} "] if len(text) == 1 else [text]
 
 
-def is_expected(candidates, answers) -> bool:
-    """MMMU's rule for open questions: an expected number is a candidate, or an expected text in one."""
-    wanted = [value for answer in answers for value in normalised(answer)]
-    texts = [value for value in wanted if isinstance(value, str)]
-    for candidate in candidates or ():
-        if candidate in wanted or (isinstance(candidate, str) and any(text in candidate for text in texts)):
-            return True
-    return False
-
-
 def score_mmmu(questions, choices) -> dict:
-    """Mean over all questions. As in the official scorer, an unreadable choice is a guess (seed 42)."""
+    """Mean over all questions. As in the official scorer, an unreadable choice is a guess (seed 42); an open
+    answer is right where an expected number is among its candidates, or an expected text within one."""
     right, rng = [], random.Random(42)
     for question, choice in zip(questions, choices):
         if question.get("options"):
             choice = rng.choice(question["options"]) if choice is None else choice
             right.append(choice == question["answer"])
         else:
-            right.append(is_expected(choice, question["answer"]))
+            wanted = [value for answer in question["answer"] for value in normalised(answer)]
+            pairs = itertools.product(wanted, choice or ())
+            right.append(any(a == b or (type(a) is type(b) is str and a in b) for a, b in pairs))
     further = sum(question["pictures"] > 1 for question in questions)
-    return accuracy(right, questions) | {
-        "questions": len(questions), "unparsed": choices.count(None),
-        "questions_with_further_pictures": further,
-        "categories": by_category(right, [question["category"] for question in questions])}
+    return score_accuracy(questions, choices, right) | {"questions_with_further_pictures": further}
 
 
-def load_mmvet(folder, split: str = "") -> list:
+def load_mmvet(folder, split: str):
     """mm-vet.json: id -> imagename, question; pictures in images/. A language model judges."""
-    file, questions = find_files(folder, "mm-vet.json")[0], []
-    for row in read_entries(file, "imagename", "question"):
-        image = file.parent / "images" / row["imagename"]
-        questions.append(to_question(file, row["id"], row["question"], image, ending=""))
-    return questions
+    for file, row in data.find_entries(folder, "mm-vet.json", id=str, imagename=str, question=str):
+        yield to_question(file, row["id"], row["question"], folder / "images" / row["imagename"], ending="")
 
 
 def submit_mmvet(questions, answers, file):
@@ -799,7 +684,7 @@ class Bench(NamedTuple):
 
 
 BENCHES = {
-    "scienceqa": Bench("ScienceQA", "test", load_scienceqa, parse_choice, score_scienceqa),
+    "scienceqa": Bench("ScienceQA", "test", data.load_scienceqa, parse_choice, score_scienceqa),
     "pope": Bench("POPE", "", load_pope, parse_pope, score_pope),
     "mme": Bench("MME_Benchmark_release_version", "", load_mme, parse_mme, score_mme),
     "seed": Bench("SEED-Bench", "image", load_seed, parse_seed, score_accuracy),
@@ -819,35 +704,32 @@ BENCHES = {
 
 def load_questions(name: str, folder, split=None, limit=None) -> list:
     """A benchmark's questions, checked; of `limit` the first so many, with what counts together with them."""
-    bench = BENCHES[name]
-    split = bench.split if split is None else split
+    split = BENCHES[name].split if split is None else split
     try:
-        questions = bench.load(folder, split)
-    except (KeyError, TypeError, AttributeError, SyntaxError) as error:  # something is of another kind
+        questions = list(BENCHES[name].load(Path(folder), split))
+    except (KeyError, TypeError, AttributeError) as error:  # something is of another kind
         raise ValueError(f"{folder}: not in the layout of {name}: {error!r}") from None
     if not questions:
         raise ValueError(f"{folder}: no questions of {name} in split {split!r}")
-    seen = set()
+    seen, is_scored = set(), any(question["answer"] is not None for question in questions)
     for question in questions:
-        if problem := find_problem(question, seen):
-            raise ValueError(f"{question['file']}: question {question['id']!r} {problem}")
+        image, options, answer = question["image"], question.get("options"), question["answer"]
+        problems = {
+            "is there twice": question["id"] in seen,
+            "has no picture": not image and question["prompt"].startswith(data.IMAGE),
+            f"asks about a picture that is not there: {image}":
+                isinstance(image, Path) and not image.is_file(),
+            "has no options": options == [],
+            "has no answer": is_scored and answer in (None, "", [], [""]),  # where others have one
+            f"has the answer {answer!r}, which is none of {', '.join(options or ())}":
+                options and answer is not None and answer not in options}
+        for problem, is_so in problems.items():
+            if is_so:
+                raise ValueError(f"{question['file']}: question {question['id']!r} {problem}")
         seen.add(question["id"])
     groups = [question.get("group", question["id"]) for question in questions]
     kept = set(list(dict.fromkeys(groups))[:limit])
     return [question for question, group in zip(questions, groups) if group in kept]
-
-
-def score_choices(bench: Bench, questions, choices) -> dict:
-    if all(question["answer"] is None for question in questions):  # a server or a judge scores
-        return {"questions": len(questions)}
-    return bench.score(questions, choices)
-
-
-def answer_bench(vlm, tokenizer, template, name, folder, split=None, limit=None, file=None) -> tuple:
-    """(scores, questions, answers, what the benchmark's rule reads from them) of one benchmark."""
-    bench, questions = BENCHES[name], load_questions(name, folder, split, limit)
-    answers, choices = ask_bench(vlm, tokenizer, template, bench, questions, file)
-    return score_choices(bench, questions, choices), questions, answers, choices
 
 
 def ask_bench(vlm, tokenizer, template, bench: Bench, questions, file) -> tuple:
@@ -858,9 +740,13 @@ def ask_bench(vlm, tokenizer, template, bench: Bench, questions, file) -> tuple:
     return answers, [bench.parse(text, question) for text, question in zip(answers, questions)]
 
 
-def percentages(scores: dict) -> dict:
-    """The scores without counts, categories and standard errors."""
-    return {key: x for key, x in scores.items() if isinstance(x, float) and not key.endswith("_se")}
+def answer_bench(vlm, tokenizer, template, name, folder, split=None, limit=None, file=None) -> tuple:
+    """(scores, questions, answers, what the benchmark's rule reads from them) of one benchmark."""
+    bench, questions = BENCHES[name], load_questions(name, folder, split, limit)
+    answers, choices = ask_bench(vlm, tokenizer, template, bench, questions, file)
+    is_scored = any(question["answer"] is not None for question in questions)  # here, not by a server
+    scores = bench.score(questions, choices) if is_scored else {"questions": len(questions)}
+    return scores, questions, answers, choices
 
 
 def likeliest(vlm, tokenizer, template, questions, choices, file) -> list:
@@ -883,17 +769,16 @@ def score_floors(bench: Bench, questions, blind) -> dict:
     def sheet(choose):
         return [choose(question) if question.get("options") else None for question in questions]
 
-    sheets, rng = {"without_picture": [blind]}, random.Random(0)
-    common = Counter(question["answer"] for question in questions if question.get("options"))
-    if common:
+    sheets, floors, rng = {"without_picture": [blind]}, {}, random.Random(0)
+    if common := Counter(question["answer"] for question in questions if question.get("options")):
         letter = common.most_common(1)[0][0]
         sheets["chance"] = [sheet(lambda question: rng.choice(question["options"])) for _ in range(100)]
         sheets[f"always {letter}"] = [sheet(lambda question: letter)]
-    floors = {}
     for name, answers in sheets.items():
         total = Counter()
         for choices in answers:
-            total.update(percentages(bench.score(questions, choices)))
+            scores = bench.score(questions, choices)  # its floats are percentages and their errors
+            total.update({key: x for key, x in scores.items() if isinstance(x, float) and key[-3:] != "_se"})
         floors[name] = {key: round(value / len(answers), 2) for key, value in total.items()}
     return floors
 
@@ -904,10 +789,10 @@ def run_bench(name, ckpt, run: tuple, folder, args) -> dict:
     template, split = config["template"], bench.split if args.split is None else args.split
     scores, questions, answers, choices = answer_bench(vlm, tokenizer, template, name, folder, split,
                                                        args.limit, partial_file)
-    is_scored = any(question["answer"] is not None for question in questions)
-    if args.score == "likelihood" and any(question.get("options") for question in questions):
+    is_scored = "accuracy" in scores
+    if args.score and is_scored and any(question.get("options") for question in questions):
         found = likeliest(vlm, tokenizer, template, questions, choices, f"{partial_file}-likelihood")
-        found = score_choices(bench, questions, found)
+        found = bench.score(questions, found)
         scores["likelihood"] = {key: value for key, value in found.items() if isinstance(value, float)}
     if args.floors and is_scored:
         _, blind = ask_bench(vlm, tokenizer, template, bench, without_picture(questions),
@@ -916,26 +801,17 @@ def run_bench(name, ckpt, run: tuple, folder, args) -> dict:
     result = {"ckpt": str(ckpt), "bench": name, "split": split, **scores}
     if rank() == 0:
         write_predictions(Path(ckpt) / f"{name}.json", result, questions, answers, choices)
-        for file in Path(ckpt).glob(f"{partial_file.name}*.jsonl"):
-            file.unlink()
-        print(f"{name} of {ckpt}: {summary(scores)}")
+        told = [f"{key} {scores[key]} ± {scores[f'{key}_se']}" for key in scores if f"{key}_se" in scores]
+        if likely := scores.get("likelihood"):
+            told.append(f"by likelihood {likely['accuracy']} ± {likely['accuracy_se']}")
+        if "unparsed" in scores:
+            told.append(f"{scores['unparsed']} answers that the rule cannot read")
+        print(f"{name} of {ckpt}: {scores['questions']} questions", *told, sep=", ")
         if bench.submit:
             file = args.submit or Path(ckpt) / f"{name}-submit{'.tsv' if 'mmbench' in name else '.json'}"
             bench.submit(questions, answers, file)
             print(f"wrote {file}")
     return result
-
-
-def summary(scores: dict) -> str:
-    """What is read first, in words: the scores with their errors, and how many answers are unreadable."""
-    parts = [f"{scores['questions']} questions"]
-    for key in [key.removesuffix("_se") for key in scores if key.endswith("_se")]:
-        parts.append(f"{key} {scores[key]} ± {scores[key + '_se']}")
-    if likely := scores.get("likelihood"):
-        parts.append(f"by likelihood {likely['accuracy']} ± {likely['accuracy_se']}")
-    if "unparsed" in scores:
-        parts.append(f"{scores['unparsed']} answers that the rule cannot read")
-    return ", ".join(parts)
 
 
 def write_predictions(file: Path, result: dict, questions, answers, choices):
@@ -1017,16 +893,6 @@ def last_run() -> Path:
     return Path(pointer.read_text().strip())
 
 
-def ask_one(ckpt, args, device) -> dict:
-    """--ask: one question about one picture."""
-    vlm, tokenizer, config = load_run(ckpt, device)
-    image, text = args.ask
-    question = {"id": image, "prompt": f"{data.IMAGE}\n{text}", "image": image}
-    answer, = ask(vlm, tokenizer, [question], config["template"], args.max_new_tokens,
-                  temperature=args.temperature, top_p=args.top_p)
-    return {"ckpt": str(ckpt), "image": image, "question": text, "answer": answer}
-
-
 def run_benches(ckpt, args, device):
     """Yield the results of --bench: of one, or of all whose folders are there. One that fails does not stop
     the others; a ValueError names it in the end."""
@@ -1048,6 +914,9 @@ def run_benches(ckpt, args, device):
                 raise
             failed.append(name)
             say(f"{name} failed: {error}")
+    for name in set(there) - set(failed):  # no sooner: a killed `all` goes on without asking these again
+        for file in Path(ckpt).glob(f"{name}.partial*.jsonl"):
+            file.unlink(missing_ok=True)  # another rank may have been faster
     if failed or not there:
         raise ValueError(f"failed: {', '.join(failed)}" if there else f"{root}: no benchmark is there")
 
@@ -1056,39 +925,36 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="+", help="run directories (default: the last run)")
-    group = parser.add_argument_group("benchmarks and measures")
-    group.add_argument("--bench", choices=[*BENCHES, "all", "retrieval"])
-    group.add_argument("--data", help="the benchmark's folder; all: the folder of these; retrieval: a LLaVA "
-                                      "JSON of captions (default: the `benchmarks` of the run's config)")
-    group.add_argument("--split", help="the benchmark's split, category or part of its file's name")
-    group.add_argument("--limit", type=int, help="only the first so many questions")
-    group.add_argument("--score", choices=["likelihood"], help="also by the likeliest option")
-    group.add_argument("--floors", action="store_true", help="also the scores of chance, of the commonest "
-                                                             "answer, of the model without the picture")
-    group.add_argument("--submit", type=Path, help="where to write the file for a server or judge "
-                                                   "(default: BENCH-submit in the run directory)")
-    group.add_argument("--images", help="retrieval: the folder of the pictures (default: likewise)")
-    group = parser.add_argument_group("one question")
-    group.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")
-    group.add_argument("--max_new_tokens", type=int, default=64, help="most tokens of the answer")
-    group.add_argument("--temperature", type=float, default=0.0, help="of the answer; 0: greedy")
-    group.add_argument("--top_p", type=float, default=1.0, help="the likeliest that hold this much")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--bench", choices=[*BENCHES, "all", "retrieval"])
+    what.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")
+    add = parser.add_argument_group("benchmarks and retrieval").add_argument
+    add("--data", help="the benchmark's folder; all: the folder of these; retrieval: a LLaVA JSON of "
+                       "captions (default: the `benchmarks` of the run's config)")
+    add("--split", help="the benchmark's split, category or part of its file's name")
+    add("--limit", type=int, help="only the first so many questions")
+    add("--score", choices=["likelihood"], help="also by the likeliest option")
+    add("--floors", action="store_true", help="also chance, the commonest answer, the model without picture")
+    add("--submit", type=Path, help="file for a server or judge (default: BENCH-submit in the run directory)")
+    add("--images", help="retrieval: the folder of the pictures (default: likewise)")
+    add = parser.add_argument_group("one question").add_argument
+    add("--max_new_tokens", type=int, default=64, help="most tokens of the answer")
+    add("--temperature", type=float, default=0.0, help="of the answer; 0: greedy")
+    add("--top_p", type=float, default=1.0, help="the likeliest that hold this much")
     args = parser.parse_args(argv)
-    if (args.bench is None) == (args.ask is None):
-        parser.error("name one of --bench and --ask")
+    writers = [name for name, bench in BENCHES.items() if bench.submit]
     if (args.split and args.bench not in BENCHES) or (args.images and args.bench != "retrieval"):
         parser.error("--split is for one benchmark, --images for retrieval")
-    if (args.limit or args.score or args.floors) and args.bench not in (*BENCHES, "all"):
+    if (args.limit is not None or args.score or args.floors) and args.bench not in (*BENCHES, "all"):
         parser.error("--limit, --score and --floors are for benchmarks")
-    if args.limit is not None and args.limit < 1:
-        parser.error("--limit must be at least 1")
-    if args.submit and (args.bench not in BENCHES or not BENCHES[args.bench].submit):
-        named = ", ".join(name for name, bench in BENCHES.items() if bench.submit)
-        parser.error(f"--submit is for {named}")
+    if args.submit and (args.bench not in writers or len(args.ckpt or ".") > 1):
+        parser.error(f"--submit is for one run of {', '.join(writers)}")
     if args.submit and not args.submit.parent.is_dir():
         parser.error(f"--submit: no folder {args.submit.parent}")
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
-        parser.error("--temperature must not be below 0, --top_p in (0, 1], --max_new_tokens at least 1")
+    if args.limit is not None and args.limit < 1 or args.max_new_tokens < 1:
+        parser.error("--limit and --max_new_tokens must be at least 1")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error("--temperature must not be below 0, --top_p in (0, 1]")
     return args
 
 
@@ -1101,7 +967,12 @@ def main(argv=None):
         device = start_ranks()
         for ckpt in [resolve_model(run) for run in args.ckpt] if args.ckpt else [last_run()]:
             if args.ask:
-                results = [ask_one(ckpt, args, device)]
+                vlm, tokenizer, config = load_run(ckpt, device)
+                image, text = args.ask
+                question = {"id": image, "prompt": f"{data.IMAGE}\n{text}", "image": image}
+                answer, = ask(vlm, tokenizer, [question], config["template"], args.max_new_tokens,
+                              temperature=args.temperature, top_p=args.top_p)
+                results = [{"ckpt": str(ckpt), "image": image, "question": text, "answer": answer}]
             elif args.bench == "retrieval":
                 results = [run_retrieval(ckpt, args.data, args.images, device)]
             else:

@@ -285,6 +285,19 @@ class LLM(nn.Module):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)  # (B, positions so far)
         return torch.stack(new, dim=1)  # (B, <= max_new_tokens)
 
+    def hidden_behind(self, embeds, mask, ends) -> list:
+        """Last hidden states (B, T, C) for each of `ends`, ids (B, T), right behind the same left-padded
+        prompts: embeddings (B, S, C), mask (B, S). The prompts are computed once: the cache is wound back."""
+        B, S, _ = embeds.shape
+        longest = max(ids.shape[1] for ids in ends)
+        cache, found = KVCache(self.config, B, S + longest, embeds.dtype, embeds.device), []
+        self.hidden(embeds, mask, cache)
+        for ids in ends:
+            cache.length = S  # what the one before has stored there is overwritten
+            seen = torch.cat([mask, torch.ones_like(ids, dtype=torch.bool)], dim=1)  # (B, S + T)
+            found.append(self.hidden(self.embed(ids), seen, cache))
+        return found
+
     @classmethod
     def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
         """The frozen LLM of a folder of one of FAMILIES. Strict: see vit.load_strictly."""

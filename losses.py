@@ -363,6 +363,23 @@ def sum_over_ranks(values, device) -> list:
     return total.tolist()
 
 
+def on_every_rank(function) -> list:
+    """What `function()` returns on each rank. Where it fails on one, all get that one's ValueError: nobody
+    waits for a rank that is gone."""
+    value = error = None
+    try:
+        value = function()
+    except (OSError, ValueError) as problem:
+        error = str(problem) or repr(problem)
+    results = [(value, error)] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(results, (value, error))
+    for _, error in results:
+        if error:
+            raise ValueError(error)
+    return [value for value, _ in results]
+
+
 class GatherWithGradient(torch.autograd.Function):
     """(B, ...) on each of W ranks -> (WB, ...), in rank order, on all of them.
 

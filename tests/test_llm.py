@@ -126,6 +126,20 @@ def test_batched_generation_equals_each_prompt_alone(llama_folder):
         assert row.tolist() == llm.generate(llm.embed(prompt), max_new_tokens=12)[0].tolist()
 
 
+def test_what_stands_behind_a_prompt_is_as_if_it_were_run_with_it(llama_folder):
+    """Several ends of two prompts of different lengths, each alone and whole."""
+    llm, prompts = LLM.from_pretrained(llama_folder), [[3, 4, 5, 6], [7, 8]]
+    ends = [torch.tensor([[9, 10], [11, 12]]), torch.tensor([[13, 14, 15], [16, 17, 18]])]
+    padded = torch.tensor([prompts[0], [0, 0, *prompts[1]]])
+    mask = torch.tensor([[True] * 4, [False, False, True, True]])
+    with torch.no_grad():
+        found = llm.hidden_behind(llm.embed(padded), mask, ends)
+        for ids, hidden in zip(ends, found, strict=True):
+            for prompt, end, row in zip(prompts, ids.tolist(), hidden, strict=True):
+                whole = llm.hidden(llm.embed(torch.tensor([prompt + end])))[0, len(prompt) :]
+                torch.testing.assert_close(row, whole)
+
+
 def test_each_row_stops_at_its_own_end(llama_folder):
     llm = LLM.from_pretrained(llama_folder)
     llm.config.eos_token_id = -5
