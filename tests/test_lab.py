@@ -141,8 +141,7 @@ def test_vocabulary_size_is_known(tokenizer):
 
 
 def test_a_few_steps_of_each_tower(tmp_path):
-    lessons = ((2, pretrain.HARD, 0.0), (2, pretrain.EVERYTHING, 0.5))
-    pretrain.pretrain_llm(tmp_path / "tiny-llm-wide", 0, most=2, lessons=lessons, batch=4)
+    pretrain.pretrain_llm(tmp_path / "tiny-llm-wide", 0, most=2, steps=(2, 2, 2), batch=4)
     assert LLM.from_pretrained(tmp_path / "tiny-llm-wide").config.hidden_size == 192
     toy_world.write_tokenizer(tmp_path / "tiny-llm")
     for sees_text in (True, False):
