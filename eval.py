@@ -837,7 +837,7 @@ def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000, bat
     of. ValueError if all captions are one."""
     benchmarks, c = Path(config.get("benchmarks") or ""), vlm.vit.config
     file, images = file or benchmarks / "captions.json", images or benchmarks / "images"
-    samples = data.Conversations(data.load_records(file)[:limit], images, tokenizer, "plain", c, "crop")
+    samples = data.Conversations(data.load_records(file, "align")[:limit], images, tokenizer, "plain", c, "crop")
     image, text, keys, batches = [], [], [], []
     for start in tqdm(range(0, len(samples), batch), desc="captions", unit=" batches"):
         rows = [samples[i] for i in range(start, min(start + batch, len(samples)))]

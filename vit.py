@@ -22,6 +22,7 @@ Read next: llm.py (the language tower), then projector.py (the bridge between th
 
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -317,16 +318,29 @@ def resolve_model(folder_or_id) -> Path:
     return folder if has_weights else resolve(folder_or_id, ("*.json", "pytorch_model*.bin"))
 
 
+@contextmanager
+def named(what):
+    """Whatever a decoder, a tokenizer or a serialiser raises within becomes one ValueError of one line that
+    begins with `what`, a file or a record; an OSError or ValueError that says it already stays as it is."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the panic of a library in Rust is no Exception
+        is_plain, text = isinstance(error, (OSError, ValueError)), " ".join(str(error).split())
+        if is_plain and str(what) in text:
+            raise
+        kind = "" if is_plain and text else f"{type(error).__name__}: "
+        raise ValueError(f"{what}: {kind}{text[:400]}") from error
+
+
 def read_json(path: Path):
     """The file's content; an error that names the file if it is missing or is not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (IsADirectoryError, NotADirectoryError):
-        raise ValueError(f"{path}: not a file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+    path = Path(path)
+    if not path.is_file():  # a pipe, too: it would be waited for
+        raise ValueError(f"{path}: not a file") if path.exists() else FileNotFoundError(f"{path}: no such file")
+    with named(f"{path}: not JSON"):
+        return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def read_config(folder: Path, families) -> dict:
