@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from vit import TOKENIZER_FILES, named, read_json, resolve
+from vit import TOKENIZER_FILES, named, read_json, read_text, resolve, whole
 
 IMAGE = "<image>"  # the marker in conversations
 IMAGE_MARKER = -200  # the same, among ids: one for an image until collate knows how many tokens it takes
@@ -80,7 +80,7 @@ def load_image(source) -> Image.Image:
     name = "in base64" if isinstance(source, bytes) else existing(Path(source))
     if name != "in base64" and not name.is_file():
         raise FileNotFoundError(f"{name}: no such image")
-    with named(f"{name}: not a readable image"), warnings.catch_warnings():
+    with named(name, "not a readable image"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's do not name the file
         Image.MAX_IMAGE_PIXELS = None  # ours is checked here, and says what to do
         with Image.open(io.BytesIO(base64.b64decode(source)) if isinstance(source, bytes) else name) as image:
@@ -323,8 +323,8 @@ def load_tokenizer(folder_or_id):
     """The LLM's tokenizer. Padding gets the unknown token's id, as LLaVA has it, or the end's."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
     folder = resolve(folder_or_id, ("*.json", *TOKENIZER_FILES))
-    with named(f"{folder}: no tokenizer could be made. Without a tokenizer.json, as in Vicuna's folders, put "
-               "one there (for Vicuna 1.5 that of llava-hf/llava-1.5-7b-hf) or `pip install sentencepiece "
+    with named(folder, "no tokenizer could be made. Without a tokenizer.json, as in Vicuna's folders, put one "
+               "there (for Vicuna 1.5 that of llava-hf/llava-1.5-7b-hf) or `pip install sentencepiece "
                "protobuf`"):  # transformers raises many kinds, most of them about packages
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask, and wait
     if not tokenizer.is_fast:
@@ -520,17 +520,17 @@ def feature_file(config, samples, vit, device) -> dict:
             images = [load_image(find_image(samples.images, name)) for name in names[start : start + 32]]
             pixels = torch.stack([preprocess(image, samples.tower, samples.fit) for image in images])
             features.append(vit(pixels.to(device)).cpu())  # (32, P, D)
-        partial = file.with_suffix(".partial")
-        torch.save({"made_by": made_by, "names": names, "features": torch.cat(features)}, partial)
-        partial.rename(file)
-    kept = torch.load(file, mmap=True, weights_only=True)
-    for key in made_by:
-        if kept["made_by"].get(key) != made_by[key]:
-            raise ValueError(f"{file}: features made with {key} {kept['made_by'].get(key)!r}, not "
-                             f"{made_by[key]!r}; name another --features, or remove it")
-    if missing := set(names) - set(kept["names"]):
-        raise ValueError(f"{file}: lacks {len(missing)} images of these records, such as {min(missing)}")
-    return dict(zip(kept["names"], kept["features"]))
+        with whole(file) as building:
+            torch.save({"made_by": made_by, "names": names, "features": torch.cat(features)}, building)
+    with named(file, "not a file of features"):
+        kept = torch.load(file, mmap=True, weights_only=True)
+        for key in made_by:
+            if kept["made_by"].get(key) != made_by[key]:
+                raise ValueError(f"{file}: features made with {key} {kept['made_by'].get(key)!r}, not "
+                                 f"{made_by[key]!r}; name another --features, or remove it")
+        if missing := set(names) - set(kept["names"]):
+            raise ValueError(f"{file}: lacks {len(missing)} images of these records, such as {min(missing)}")
+        return dict(zip(kept["names"], kept["features"], strict=True))
 
 
 def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, image_size: int,
@@ -769,13 +769,6 @@ def find_files(folder, pattern: str) -> list:
     return files
 
 
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8: {error}") from None
-
-
 def find_entries(folder, pattern: str, **kinds):
     """Yield (file, entry) of all files in `folder` that fit; see `read_entries`."""
     for file in find_files(folder, pattern):
@@ -787,7 +780,7 @@ def read_entries(file: Path, **kinds) -> list:
     """The dicts in a file, each with all keys of `kinds` and values of these types: a JSON list (maybe below
     "questions" or "data"), a JSON dict of dicts (whose names become "id"), JSON lines, or a table (.tsv)."""
     text, parse = read_text(file), partial(json.loads, object_pairs_hook=without_repeats)
-    try:
+    with named(file):
         if file.suffix == ".tsv":
             csv.field_size_limit(2**31 - 1)  # a picture is one field
             entries = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
@@ -798,14 +791,12 @@ def read_entries(file: Path, **kinds) -> list:
                 if error.msg != "Extra data":  # behind the first line: POPE calls such files .json, too
                     raise
                 entries = [parse(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{file}: {error}") from None
     if isinstance(entries, dict):
-        named = []
+        inner = []
         for name, entry in entries.items():
-            named.append({"id": name, **entry} if isinstance(entry, dict) else entry)
-        is_named = any(isinstance(entry, dict) for entry in named)
-        entries = entries.get("questions") or entries.get("data") or (named if is_named else [entries])
+            inner.append({"id": name, **entry} if isinstance(entry, dict) else entry)
+        has_inner = any(isinstance(entry, dict) for entry in inner)
+        entries = entries.get("questions") or entries.get("data") or (inner if has_inner else [entries])
     if not isinstance(entries, list):
         raise ValueError(f"{file}: not a list of entries")
     for number, entry in enumerate(entries, start=1):
@@ -848,18 +839,19 @@ def load_scienceqa(folder, split: str = "test") -> list:
     "hint", "file"}], as pid_splits.json has them."""
     folder, questions = Path(folder), []
     file, splits = folder / "problems.json", read_json(folder / "pid_splits.json")
-    if split not in splits:
+    if not isinstance(splits, dict) or not isinstance(splits.get(split), list):
         raise ValueError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
     maybe = (str, type(None))
     kinds = {"question": str, "choices": list, "answer": int, "hint": maybe, "image": maybe}
     problems = {problem["id"]: problem for problem in read_entries(file, id=str, **kinds)}
-    for pid in splits[split]:
+    for pid in map(str, splits[split]):
         problem = problems.get(pid)
         if problem is None:
             raise ValueError(f"{file}: problem {pid!r} is missing; is it of another split?")
         if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
             raise ValueError(f"{file}: problem {pid!r} has no choice {problem['answer']}")
-        image = folder / "images" / split / pid / problem["image"] if problem["image"] is not None else None
+        own = problem.get("split") or split  # of minitest, trainval and others the pictures lie in these
+        image = find_image(folder / "images", f"{own}/{pid}/{problem['image']}") if problem["image"] else None
         options = list(LETTERS[: len(problem["choices"])])
         question = {"id": pid, "prompt": scienceqa_prompt(problem), "image": image, "file": str(file),
                     "num_choices": len(options), "options": options, "answer": LETTERS[problem["answer"]]}
@@ -906,7 +898,8 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
     print(f"{has_special} of them have the name of a special token in their text; it is read as text")
     if bad:
         clean = Path(file).with_suffix(".clean.json")
-        clean.write_text(json.dumps(good))
+        with whole(clean) as building:
+            building.write_text(json.dumps(good))
         print(f"wrote {clean}")
     return bad
 

@@ -319,28 +319,49 @@ def resolve_model(folder_or_id) -> Path:
 
 
 @contextmanager
-def named(what):
-    """Whatever a decoder, a tokenizer or a serialiser raises within becomes one ValueError of one line that
-    begins with `what`, a file or a record; an OSError or ValueError that says it already stays as it is."""
+def named(what, problem: str = ""):
+    """Whatever a decoder, a tokenizer or a serialiser raises within becomes a ValueError of one line: `what`,
+    a file or a record, the problem, and the error. One that begins with `what` already stays as it is."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # the panic of a library in Rust is no Exception
         is_plain, text = isinstance(error, (OSError, ValueError)), " ".join(str(error).split())
-        if is_plain and str(what) in text:
+        if is_plain and text.startswith(str(what)):
             raise
         kind = "" if is_plain and text else f"{type(error).__name__}: "
-        raise ValueError(f"{what}: {kind}{text[:400]}") from error
+        raise ValueError(f"{what}: {problem and problem + ': '}{kind}{text[:400]}") from error
 
 
-def read_json(path: Path):
+@contextmanager
+def whole(path):
+    """Yield a name beside `path` to write to: what is written there becomes `path` when all of it is, and is
+    gone when it cannot be, as on a full disk."""
+    building = Path(f"{path}.partial")
+    try:
+        with named(path, "not written"):
+            yield building
+            building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def read_text(path) -> str:
+    """A file in UTF-8, with or without the mark that some editors put first; an error names it."""
+    if not Path(path).is_file():
+        if Path(path).exists():
+            raise ValueError(f"{path}: not a file")  # a folder; or a pipe, which would be waited for
+        raise FileNotFoundError(f"{path}: no such file")
+    with named(path, "not UTF-8"):
+        return Path(path).read_text(encoding="utf-8-sig")
+
+
+def read_json(path):
     """The file's content; an error that names the file if it is missing or is not JSON."""
-    path = Path(path)
-    if not path.is_file():  # a pipe, too: it would be waited for
-        raise ValueError(f"{path}: not a file") if path.exists() else FileNotFoundError(f"{path}: no such file")
-    with named(f"{path}: not JSON"):
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+    text = read_text(path)
+    with named(path, "not JSON"):
+        return json.loads(text)
 
 
 def read_config(folder: Path, families) -> dict:
@@ -433,6 +454,8 @@ def write_weights(tensors: dict, folder, config: dict | None = None, file: str =
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(weights, folder / file, {"format": "pt"})
+    with whole(folder / file) as building:
+        save_file(weights, building, {"format": "pt"})
     if config is not None:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        with whole(folder / "config.json") as building:
+            building.write_text(json.dumps(config, indent=2) + "\n")
