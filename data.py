@@ -512,7 +512,7 @@ def feature_file(config, samples, vit, device) -> dict:
     """
     file, names = Path(config.features), sorted({r["image"] for r in samples.records if "image" in r})
     made_by = {key: getattr(config, key) for key in ("vit", "feature_layer", "fit")}
-    made_by["sum of weights"] = sum(p.double().sum().item() for p in vit.parameters())  # and so the dtype
+    made_by["weights"] = fingerprint(vit)  # and so the dtype
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         features = []
@@ -568,7 +568,23 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
 
 def key_of(value) -> int:
     """A number for the value, the same in every process (Python's own hash of text is not): ranks agree."""
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest())
+    value = value if isinstance(value, bytes) else repr(value).encode()
+    return int.from_bytes(hashlib.blake2b(value, digest_size=7).digest())
+
+
+def fingerprint(module) -> int:
+    """Of the bits of all weights, whatever device they are on: sums of whole numbers do not depend on the
+    order."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return key_of([(name, p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64).item())
+                   for name, p in module.named_parameters()])
+
+
+def fingerprints(config, vlm, tokenizer) -> dict:
+    """Of what a run is made of beside its options: a run that goes on with another is another run."""
+    records = key_of(Path(config.annotations).read_bytes())
+    spelling = key_of((tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template))
+    return {"records": records, "tokenizer": spelling, "vit": fingerprint(vlm.vit), "llm": fingerprint(vlm.llm)}
 
 
 def expand(sample, num_image_tokens: int, image_token_id: int, max_length: int, side: str) -> dict:

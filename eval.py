@@ -39,7 +39,7 @@ from tqdm import tqdm
 import data
 import losses
 from data import find_image
-from losses import leave_ranks, on_every_rank, rank, say, start_ranks, world_size
+from losses import command, on_every_rank, rank, say, start_ranks, world_size
 from projector import VLM, choose_dtype
 from vit import named, read_json, resolve_model, whole
 
@@ -963,7 +963,7 @@ def main(argv=None):
     if {("--bench", "gap"), ("--bench", "heatmap")} & set(zip(argv, argv[1:])):
         sys.exit("eval.py: gap and heatmap have moved; `python -m lab.spaces --help` shows how to call them")
     args = parse_args(argv)
-    try:
+    with command("eval.py"):
         device = start_ranks()
         for ckpt in [resolve_model(run) for run in args.ckpt] if args.ckpt else [last_run()]:
             if args.ask:
@@ -981,10 +981,6 @@ def main(argv=None):
                 results = run_benches(ckpt, args, device)
             for result in results:
                 say(json.dumps(result))
-    except (OSError, ValueError) as error:
-        sys.exit(f"eval.py: {error}" if rank() == 0 else 1)  # every rank has this error; one says it
-    finally:
-        leave_ranks()
 
 
 if __name__ == "__main__":
