@@ -254,40 +254,48 @@ def v1(turns, tokenizer) -> list:
 
 def chat(turns, tokenizer) -> list:
     """The LLM's own chat template, which comes with its tokenizer, without thinking where it knows such a
-    mode.
+    mode, unless an answer brings its thoughts.
 
     The conversation is rendered again after every turn, and a turn's text is what it added. The last answer
     is the exception: once the next question has come, it may be written differently (Qwen3 then drops its
-    empty thoughts), so its end is looked for again. An answer ends with the tokenizer's end token; what
-    follows is context.
+    thoughts), so its end is looked for again. An answer ends with the special token that the template puts
+    behind it (of a base model that is not the tokenizer's end token); what follows is context.
     """
     if tokenizer.chat_template is None:
         raise ValueError("this tokenizer has no chat template")
-    render = partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    render, bos = partial(tokenizer.apply_chat_template, tokenize=False), tokenizer.bos_token
     messages, pieces, asked, opening = [], [], "", ""  # asked: the chat up to the last question
-    for role, text in typed(turns, tokenizer):
+    turns = typed(turns, tokenizer)
+    for (role, text), (_, answer) in zip(turns, [*turns[1:], ("gpt", "")]):
         if role == "human":
             messages.append({"role": "user", "content": text})
-            now = render(messages)
+            now = render(messages, enable_thinking=False)
             question = added(asked, now)
             if len(messages) > 1:
-                question = split_answer(question, messages[-2]["content"], eos)[1]
+                question = split_answer(question, messages[-2]["content"], opening, tokenizer)[2]
             elif bos and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
                 question = question.removeprefix(bos)  # `tokenise` writes it
             if text.strip() not in question:
                 raise ValueError("the tokenizer's chat template drops the question")
-            asked, opening = now, added(now, render(messages, add_generation_prompt=True))
+            opened = render(messages, add_generation_prompt=True, enable_thinking=THOUGHTS_END in answer)
+            asked, opening = now, added(now, opened)
             pieces.append((question + opening, CONTEXT))
         else:
-            answer = text.strip()
-            messages.append({"role": "assistant", "content": answer})
-            lead = added(opening, split_answer(added(asked, render(messages)), answer, eos)[0])
-            if lead.strip():  # such as thoughts that the opening does not hold: given, not learned
+            thoughts, mark, last = text.strip().rpartition(THOUGHTS_END)
+            messages.append({"role": "assistant", "content": text.strip()})
+            now = added(asked, render(messages, enable_thinking=False))
+            before, end, _ = split_answer(now, text, opening, tokenizer)
+            lead, last = added(opening, before), last.strip()
+            if thoughts.removeprefix("<think>").strip() not in lead:
+                raise ValueError("the tokenizer's chat template drops the thoughts of an answer")
+            if lead.strip() and not mark:  # such as thoughts that the opening does not hold: given, not learned
                 pieces.append((lead, CONTEXT))
                 lead = ""
-            pieces += [(lead + answer, ANSWER), (eos, END)]
+            pieces += [(lead + last, ANSWER), (end, END)]
     return pieces
+
+
+THOUGHTS_END = "</think>"  # in an answer: what stands before it are thoughts
 
 
 def added(before: str, now: str) -> str:
@@ -297,12 +305,15 @@ def added(before: str, now: str) -> str:
     return now[len(before) :]
 
 
-def split_answer(text: str, answer: str, eos: str) -> tuple:
-    """(what stands before `answer` in text, what stands behind its end token)."""
-    said, found, behind = text.partition(eos)
-    if not found or not said.rstrip().endswith(answer):
-        raise ValueError("the tokenizer's chat template does not end an answer with its end token")
-    return said.rstrip().removesuffix(answer), behind
+def split_answer(text: str, answer: str, opening: str, tokenizer) -> tuple:
+    """(what stands before `answer`, without its thoughts, in text; its end token; what stands behind that):
+    of the special tokens in text the first that is not the opening's is its end."""
+    pattern, answer = specials_of(tokenizer)[0], answer.rpartition(THOUGHTS_END)[2].strip()
+    ends = list(pattern.finditer(text))[len(pattern.findall(opening)) :]
+    said = text[: ends[0].start()].rstrip() if ends else ""
+    if not ends or not said.endswith(answer):
+        raise ValueError("the tokenizer's chat template does not end an answer with a special token")
+    return said.removesuffix(answer), ends[0][0], text[ends[0].end() :]
 
 
 TEMPLATES = {"plain": plain, "v1": v1, "chat": chat}
@@ -735,14 +746,15 @@ def load_samples(config, vlm) -> Conversations:
 
 def check_rows(samples, num_image_tokens: int, max_length: int):
     """ValueError for the first record whose image does not fit into a row behind the turns before it; and
-    where the template cannot be used at all. In seconds: only what has many bytes before its image, the first
-    record and the first with an image are tokenised."""
-    head = None  # tokens before the image of the first that has one
+    where the template cannot be used at all. In seconds: only what has many bytes before its image, and the
+    first record of each kind, is tokenised."""
+    head, kinds = None, set()  # tokens before the image of the first that has one; the kinds of records so far
     for i, record in enumerate(samples.records):
         before = itertools.takewhile(lambda turn: IMAGE not in turn["value"], record["conversations"])
         most = sum(32 + len(turn["value"].encode(errors="replace")) for turn in before)  # 32: roles, ends
-        is_first = i == 0 or ("image" in record and head is None)
-        if is_first or ("image" in record and head + most + num_image_tokens > max_length):
+        kind = "image" in record, len(record["conversations"]) > 2
+        if kind not in kinds or ("image" in record and head + most + num_image_tokens > max_length):
+            kinds.add(kind)
             sample = samples.read(i, with_pixels=False)
             expand(sample, num_image_tokens, IMAGE_MARKER, max_length, "right")
             head = sample["ids"].index(IMAGE_MARKER) if "image" in record and head is None else head

@@ -92,8 +92,9 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
     """Answers, as stripped text, to [{"id", "prompt", "image" path, base64 bytes or None}]: greedy, or
     sampled with `temperature` and `top_p`. `file`: see `in_batches`."""
     room = vlm.llm.config.max_position_embeddings - max_new_tokens  # the answer needs positions too
-    # a run learns to end with its tokenizer's end token, whatever its LLM's config says
-    how["end_tokens"] = [tokenizer.eos_token_id]
+    # what a run learns to end with, whatever its LLM's config says
+    ids, roles = data.tokenise(data.TEMPLATES[template]([("human", "?"), ("gpt", "!")], tokenizer), tokenizer, False)
+    how["end_tokens"] = [tokenizer.eos_token_id, ids[-1]]
 
     def answer(rows):
         samples = [to_samples(vlm, tokenizer, row, template)[0] for row in rows]

@@ -23,7 +23,7 @@ Read next: llm.py (the language tower), then projector.py (the bridge between th
 import json
 import re
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -381,11 +381,16 @@ def read_config(folder: Path, families) -> dict:
 
 def config_from_dict(config_class, values: dict, folder):
     """The dataclass, from those of `values` that are set and that it has a field for."""
-    known = {key: values[key] for key in config_class.__dataclass_fields__ if values.get(key) is not None}
-    try:
-        return config_class(**known)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+    known = {field: values[field.name] for field in fields(config_class) if values.get(field.name) is not None}
+    for field, value in known.items():
+        kind = {tuple: list | tuple, float: int | float}.get(field.type, field.type)
+        is_count = field.name.startswith("num_") or field.name.endswith("_size")
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind | list if is_count else kind):
+            raise ValueError(f"{folder}: {field.name} is {value!r:.60}")
+        if is_count and isinstance(value, int) and not 0 < value < 2**31:
+            raise ValueError(f"{folder}: {field.name} is {value}")
+    with named(folder):
+        return config_class(**{field.name: value for field, value in known.items()})
 
 
 def read_weights(folder: Path):
