@@ -56,7 +56,7 @@ def load_run(folder, device) -> tuple:
     tokenizer = data.load_tokenizer(vlm.sources["llm"])
     data.check_vocabulary(tokenizer, vlm.llm.config.vocab_size)  # a wrong one would answer nonsense, quietly
     if config.get("template", "plain") == "plain":
-        has_own = tokenizer.chat_template and config.get("model_type") != "llava"
+        has_own = tokenizer.chat_template and not str(config.get("model_type")).startswith("llava")
         config["template"] = "chat" if has_own else "v1"
     return vlm, tokenizer, config
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit import (config_from_dict, load_strictly, read_config, read_json, read_weights, resolve,
+from vit import (config_from_dict, load_strictly, named, read_config, read_json, read_weights, resolve,
                  resolve_model, write_weights)
 
 
@@ -372,7 +372,10 @@ def llm_config_from_dict(config: dict, folder: Path) -> LLMConfig:
         values["eos_token_id"] = values.get("eos_token_id") if ends is None else ends
     if values.get("eos_token_id") is None:
         raise ValueError(f"{folder}: neither config.json nor generation_config.json has an eos_token_id")
-    return config_from_dict(LLMConfig, values, folder)
+    config = config_from_dict(LLMConfig, values, folder)
+    with named(folder, "rope_parameters"):
+        rope_frequencies(config, "cpu")
+    return config
 
 
 def llm_config_to_dict(config: LLMConfig) -> dict:

@@ -45,7 +45,7 @@ import data
 import losses
 from llm import LLM, load_llm_config
 from losses import barrier, command, leave_ranks, rank, say, start_ranks, sum_over_ranks, world_size
-from projector import VLM, choose_dtype
+from projector import VLM, choose_dtype, find_projector
 from vit import ViT, load_vit_config, named, read_json, whole
 
 ROOT = Path(__file__).parent
@@ -62,7 +62,8 @@ class Config:
     stage: str = option("all", "what to run", ("align", "instruct", "all"), heading="the run")
     preset: str = option("", "defaults (empty: 7b with CUDA, else tiny)", ("", "tiny", "small", "7b", "13b"))
     out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
-    init: str = option("", "instruct: the align run to start from; empty: runs/PRESET/align")
+    init: str = option("", "instruct: the align run, or LLaVA's mm_projector.bin, to start from; empty: "
+                       "runs/PRESET/align")
     seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
     dry_run: bool = option(False, "3 steps at full shape: random weights and data, nothing read or written")
     save_every: int = option(0, "steps between checkpoints that --resume continues from; 0: none")
@@ -480,7 +481,8 @@ def load_model(config, device, dtype) -> VLM:
     torch.manual_seed(config.seed)
     vlm = VLM.from_towers(config.vit, config.llm, config.projector, config.feature_layer, dtype, device)
     if config.stage == "instruct":
-        before = read_json(Path(config.init) / "config.json")
+        is_ours = find_projector(config.init).suffix == ".safetensors"  # of LLaVA's, the shapes must do
+        before = read_json(Path(config.init) / "config.json") if is_ours else asdict(config)
         for name in ("preset", "vit", "llm", "projector", "feature_layer"):
             if before.get(name) != getattr(config, name):
                 raise ValueError(f"{config.init}: made with {name} {before.get(name)!r}, "
@@ -581,7 +583,7 @@ def check_disk(config, vlm, dtype, steps: int):
 
 def ensure_data(config):
     """The toy world is made, by one rank, where it is missing; for other data, FileNotFoundError."""
-    if config.stage == "instruct" and not Path(config.init).is_dir():
+    if config.stage == "instruct" and not Path(config.init).exists():
         raise FileNotFoundError(f"{config.init}: no align run to start from; "
                                 f"`python train.py --stage align --preset {config.preset}` makes one")
     if rank() == 0 and config.annotations.startswith("data/toy/") and not Path("data/toy").exists():

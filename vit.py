@@ -374,7 +374,7 @@ def read_config(folder: Path, families) -> dict:
     if family not in families:
         raise ValueError(f"{folder}: model_type is {family!r}; known here: {', '.join(families)}")
     try:
-        return AutoConfig.from_pretrained(folder).to_dict()
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     except Exception as error:  # transformers raises several kinds for a field of the wrong type
         raise ValueError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
 
