@@ -52,7 +52,11 @@ def load_run(folder, device) -> tuple:
     folder gets Vicuna's: its own template takes pictures in another form than our marker.)"""
     folder = resolve_model(folder)
     config = read_json(folder / "config.json")
-    vlm = VLM.from_pretrained(folder, choose_dtype(device, config.get("dtype", "")), device)
+    with named(folder / "config.json"):
+        dtype = choose_dtype(device, config.get("dtype") or "")
+    if config.get("template", "plain") not in [*data.TEMPLATES]:
+        raise ValueError(f"{folder}/config.json: template is {config['template']!r}")
+    vlm = VLM.from_pretrained(folder, dtype, device)
     tokenizer = data.load_tokenizer(vlm.sources["llm"])
     data.check_vocabulary(tokenizer, vlm.llm.config.vocab_size)  # a wrong one would answer nonsense, quietly
     if config.get("template", "plain") == "plain":

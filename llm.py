@@ -349,7 +349,8 @@ def visible_positions(mask, start: int, S: int, device):
 def load_llm_config(folder_or_id) -> LLMConfig:
     """The sizes of the LLM in a folder or on the Hub, without its weights."""
     folder = resolve(folder_or_id, ["*.json"])
-    return llm_config_from_dict(read_config(folder, FAMILIES), folder)
+    with named(folder):
+        return llm_config_from_dict(read_config(folder, FAMILIES), folder)
 
 
 def llm_config_from_dict(config: dict, folder: Path) -> LLMConfig:
@@ -373,8 +374,7 @@ def llm_config_from_dict(config: dict, folder: Path) -> LLMConfig:
     if values.get("eos_token_id") is None:
         raise ValueError(f"{folder}: neither config.json nor generation_config.json has an eos_token_id")
     config = config_from_dict(LLMConfig, values, folder)
-    with named(folder, "rope_parameters"):
-        rope_frequencies(config, "cpu")
+    rope_frequencies(config, "cpu")  # an error now, not in the first step
     return config
 
 

@@ -470,7 +470,7 @@ def choose_learning(config, vlm) -> VLM:
 
 def outline(config, vit_config, llm_config) -> VLM:
     """The model of this run without weights (on the meta device): for the plan, before anything is loaded."""
-    with torch.device("meta"):
+    with named("the model"), torch.device("meta"):
         vlm = VLM(ViT(vit_config, config.feature_layer), LLM(llm_config), config.projector,
                   {"vit": config.vit, "llm": config.llm})
     return choose_learning(config, vlm)

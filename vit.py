@@ -235,8 +235,9 @@ class ViT(nn.Module):
 def load_vit_config(folder_or_id) -> ViTConfig:
     """The sizes of the tower in a folder or on the Hub, without its weights."""
     folder = resolve(folder_or_id, ["*.json"])
-    config = read_config(folder, ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2"))
-    return vit_config_from_dict(config.get("vision_config", config), folder)  # a whole CLIP wraps two towers
+    with named(folder):
+        config = read_config(folder, ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2"))
+        return vit_config_from_dict(config.get("vision_config", config), folder)  # a whole CLIP has two towers
 
 
 def vit_config_from_dict(config: dict, folder: Path) -> ViTConfig:
