@@ -24,6 +24,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import warnings
@@ -56,15 +57,15 @@ UPRIGHT = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpos
 def existing(path: Path) -> Path:
     """The path, or, where no file is there, one of the same stem: OCR-VQA's .gif files are often kept as
     .jpg, and the other way round."""
-    others = () if path.is_file() else sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
+    others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*")) if path.stem and not path.is_file() else ()
     return next((other for other in others if other.is_file()), path)
 
 
 def find_image(folder, name: str) -> Path:
     """Where the picture that a record names lies. ValueError for a name that leads out of the folder, by
     itself or by a link: whoever wrote the record could have any file of this machine read."""
-    path, root = existing(Path(folder, name)), Path(folder).resolve()
-    if not path.resolve().is_relative_to(root):
+    path = existing(Path(folder, name))
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{name!r} leads out of the folder of images, {folder}")
     return path
 
@@ -285,7 +286,8 @@ def chat(turns, tokenizer) -> list:
             messages.append({"role": "assistant", "content": text.strip()})
             now = added(asked, render(messages, enable_thinking=False))
             before, end, _ = split_answer(now, text, opening, tokenizer)
-            lead, last = added(opening, before), last.strip()
+            # an opening may have empty thoughts that the answer, once given, does not
+            lead, last = "" if opening.startswith(before) else added(opening, before), last.strip()
             if thoughts.removeprefix("<think>").strip() not in lead:
                 raise ValueError("the tokenizer's chat template drops the thoughts of an answer")
             if lead.strip() and not mark:  # such as thoughts that the opening does not hold: given, not learned
@@ -353,7 +355,7 @@ def check_vocabulary(tokenizer, size: int):
     """Refuse a tokenizer of more tokens than the LLM has embeddings: it is another LLM's. (Tokens added to it
     later do not count: LLaVA's tokenizer serves Vicuna, which has no row for its <image> and <pad>. From here
     on, `special_names` keeps them out of text.)"""
-    largest = max(tokenizer.vocab_size - 1, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    largest = max(tokenizer.vocab_size - 1, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0)
     if largest >= size:
         raise ValueError(f"{tokenizer.name_or_path}: ids up to {largest}, the LLM has {size} embeddings")
     tokenizer.rows = size
@@ -378,7 +380,9 @@ def special_names(tokenizer, rows) -> tuple:
     model, renamed = spec["model"], {}
     for token in spec["added_tokens"]:
         name = token["content"]
-        if token["special"] or name in (IMAGE, *tokenizer.all_special_tokens) or token["id"] >= rows:
+        is_special = token["special"] or name in tokenizer.all_special_tokens
+        is_mark = re.search(r"\w", name) and re.search(r"[^\w\s]", name)  # an ordinary word or sign stays one
+        if name == IMAGE or token["id"] >= rows or (is_special and is_mark):
             token["content"] = renamed[name] = chr(WRITTEN + len(names))
             names.append(name)
     if isinstance(model["vocab"], dict):
@@ -450,8 +454,8 @@ def tokenise_text(pieces, tokenizer) -> tuple:
             raise ValueError(f"the tokenizer joins {text[start:stop]!r}: no boundary for labels")
         roles.append(ANSWER if ANSWER in covered else covered.pop())
     if max(ids, default=0) >= getattr(tokenizer, "rows", math.inf):
-        raise ValueError(f"the template writes {tokenizer.convert_ids_to_tokens(max(ids))!r}, for which the "
-                         f"LLM has no embedding: it has {tokenizer.rows}")
+        name = tokenizer.convert_ids_to_tokens(max(ids))
+        raise ValueError(f"the LLM has no embedding for {name!r}: it has {tokenizer.rows}")
     return ids, roles
 
 
@@ -760,6 +764,12 @@ def check_rows(samples, num_image_tokens: int, max_length: int):
             head = sample["ids"].index(IMAGE_MARKER) if "image" in record and head is None else head
 
 
+def leave_group(_):
+    """In a loader's process: signals to the group of a run are for the one that trains, which needs this one."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
 def make_loader(config, samples, vlm, start: int, steps: int, rank: int, world: int, device):
     """A DataLoader over this rank's micro-batches, from step `start` on."""
     to_batch = partial(collate, num_image_tokens=vlm.num_image_tokens, image_token_id=vlm.image_token_id,
@@ -769,7 +779,7 @@ def make_loader(config, samples, vlm, start: int, steps: int, rank: int, world: 
     mine = mine[start * split_batch(config, world)[1] :]
     return torch.utils.data.DataLoader(
         samples, batch_sampler=mine, collate_fn=to_batch, num_workers=config.workers,
-        pin_memory=device.type == "cuda", persistent_workers=config.workers > 0,
+        pin_memory=device.type == "cuda", persistent_workers=config.workers > 0, worker_init_fn=leave_group,
         generator=torch.Generator().manual_seed(config.seed))  # its own: the run's random state is not for it
 
 
@@ -907,20 +917,22 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
         name, problem = record.get("id") if isinstance(record, dict) else None, find_problem(record, stage)
         try:
             tidied = record if problem else tidy(record)
-            if not problem and "image" in tidied:
-                load_image(find_image(images, tidied["image"]))
-            if not problem and llm:
-                sample = Conversations([tidied], images, tokenizer, template, None, "").read(0, False)
-                if (expand(sample, image_tokens, IMAGE_MARKER, max_length, "right")["labels"] == IGNORE).all():
-                    problem = f"has no word of an answer within {max_length} tokens"
-        except (OSError, ValueError) as error:
-            problem = str(error)
+            with named(f"record {name!r}"):  # the name that a sample has
+                if not problem and "image" in tidied:
+                    load_image(find_image(images, tidied["image"]))
+                if not problem and llm:
+                    sample = Conversations([tidied], images, tokenizer, template, None, "").read(0, False)
+                    row = expand(sample, image_tokens, IMAGE_MARKER, max_length, "right")
+                    if (row["labels"] == IGNORE).all():
+                        problem = f"has no word of an answer within {max_length} tokens"
+        except ValueError as error:
+            problem = str(error).removeprefix(f"record {name!r}: ")
         if problem:
             tqdm.write(f"record {number} (id {name!r}): {problem}".encode(errors="backslashreplace").decode())
         else:
             good.append(record)
             texts = [text.removeprefix(IMAGE if "image" in tidied else "") for _, text in clean_turns(tidied)]
-            has_special += any(map(pattern.search, texts))
+            has_special += any(IMAGE in text or pattern.search(text) for text in texts)
     bad = len(records) - len(good)
     print(f"{len(good)} of {len(records)} records are good")
     print(f"{has_special} of them have the name of a special token in their text; it is read as text")
