@@ -303,7 +303,7 @@ def test_check_lists_whatever_a_decoder_raises_and_goes_on(tmp_path, toy, monkey
     status, printed = check_command(capsys, monkeypatch, file, tmp_path, "--llm", ROOT / "lab/towers/tiny-llm")
     assert status == 1 and "1 of 6 records are good" in printed
     assert len(data.load_records(tmp_path / "d.clean.json")) == 1
-    for part in ("14000 x 14000 pixels; data.py's MAX_PIXELS", "runtime.png: not a readable image: RuntimeError: dec",
+    for part in ("14000 x 14000 pixels; raise data.py's MAX_PIXELS", "runtime.png: not a readable image: RuntimeError: dec",
                  "IndexError", "EOFError", "record 5 (id 'r'): TypeError"):
         assert part in printed
     samples = data.Conversations(data.load_records(file), tmp_path, llama2(False), "v1", TOWER, "pad")
