@@ -42,6 +42,7 @@ Read next: data.py; then train.py, which adds the losses up.
 import gc
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -376,6 +377,21 @@ def command(program: str):
         print(text, file=sys.stderr, flush=True)
         os._exit(1)
     leave_ranks()
+
+
+def catch_signals(is_wanted: bool) -> tuple:
+    """(a list, let_go): the first SIGINT or SIGTERM is added to the list, in place of what it does, so that a
+    step can end and be saved. From then on, or when `let_go` is called, they do what they did before."""
+    before, caught = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, []
+
+    def let_go(*found):
+        caught.extend(found)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before if is_wanted else ():
+        signal.signal(number, let_go)
+    return caught, let_go
 
 
 def say(*words):

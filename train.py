@@ -10,13 +10,12 @@ learn, with the next-token loss alone. The ViT is frozen throughout. A step is o
 all ranks; each rank takes its share of it in micro-batches, as many samples as fit through the LLM at once.
 
 What people usually take from a framework is written out here, and the models know nothing of it: data
-parallelism and mixed precision (`DataParallelAdamW`), gradient checkpointing (`checkpointed`).
+parallelism and mixed precision (`DataParallelAdamW`), gradient checkpointing (llm.py's `checkpointed`).
 
 Read next: eval.py, which asks the trained model.
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -28,6 +27,7 @@ import tempfile
 import time
 import weakref
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -37,15 +37,11 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-try:
-    import resource
-except ImportError:  # Windows has none
-    resource = None
-
 import data
 import losses
-from llm import LLM, load_llm_config
-from losses import barrier, command, leave_ranks, rank, say, start_ranks, sum_over_ranks, world_size
+from llm import LLM, checkpoint_blocks, checkpointed, load_llm_config, random_state, set_random_state
+from losses import (barrier, catch_signals, command, leave_ranks, rank, say, start_ranks, sum_over_ranks,
+                    world_size)
 from projector import VLM, choose_dtype, find_projector
 from vit import ViT, load_vit_config, named, read_json, whole
 
@@ -177,14 +173,11 @@ def configure(stage: str, given: dict) -> Config:
         raise ValueError("--contrastive_balance: nothing to balance with --contrastive none")
     if config.contrastive_first and "patch" not in losses.CONTRASTIVE[config.contrastive]:
         raise ValueError("--contrastive_first needs the patch loss: --contrastive patch or both")
-    config.resume |= is_restart()
     config.out = config.out or f"runs/{preset}/{stage}"
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # torchrun --max-restarts
+    config.resume |= restarts > 0 and (Path(config.out) / "log.jsonl").exists()
     config.init = config.init or (f"runs/{preset}/align" if stage == "instruct" else "")
     return config
-
-
-def is_restart() -> bool:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -401,66 +394,7 @@ def learning_rate(step: int, steps: int, config) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. Gradient checkpointing, by hand
-
-def checkpointed(function):
-    """`function`, keeping only its arguments for backward: the rest is computed again when backward first
-    asks.
-
-    While it runs, each tensor that autograd wants to save is replaced by its number. When backward asks for
-    the first of them, the function runs a second time, and what autograd saves then is given out under these
-    numbers. (The older way, an autograd.Function that calls backward inside its own, fires a shared module's
-    hooks twice.)
-    """
-    def run(*args):
-        if not torch.is_grad_enabled():
-            return function(*args)
-        state, numbers, saved = random_state(), itertools.count(), {}
-
-        def unpack(number):
-            if number not in saved:
-                saved.update(enumerate(saved_tensors(function, args, state)))
-            return saved.pop(number)
-
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: next(numbers), unpack):
-            return function(*args)
-
-    return run
-
-
-def saved_tensors(function, args, state: list) -> list:
-    """What autograd saves in a run of `function`, in order: a second run, with the first's random state."""
-    tensors, detached = [], []
-    for arg in args:
-        is_tensor = isinstance(arg, torch.Tensor)
-        detached.append(arg.detach().requires_grad_(arg.requires_grad) if is_tensor else arg)
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: tensors.append(x.detach()), lambda _: None)
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(gpus), torch.enable_grad(), hooks:
-        set_random_state(state)
-        function(*detached)
-    return tensors
-
-
-def random_state() -> list:
-    """Of the CPU and, where there is one, of this rank's GPU."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-
-
-def set_random_state(state: list):
-    for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), state):
-        set_state(value)
-
-
-def checkpoint_blocks(blocks, which: str):
-    """"every" block, "every-other" (half the recomputation for half the saving), or "none"."""
-    for i, block in enumerate(blocks):
-        if which == "every" or (which == "every-other" and i % 2 == 0):
-            block.forward = checkpointed(block.forward)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 4. The model of a stage: what is loaded, what learns, and what it will take
+# 3. The model of a stage: what is loaded, what learns, and what it will take
 
 def choose_learning(config, vlm) -> VLM:
     """The stages in one place: align trains the projector, instruct it and the LLM, nobody the ViT."""
@@ -566,21 +500,20 @@ def print_plan(config, vlm, device, dtype, steps):
 
 
 def check_disk(config, vlm, dtype, steps: int):
-    """ValueError where the disk cannot hold the run: what learned, and at most three checkpoints of fp32
-    masters and moments, two that are kept and one that is being written. (Those of a resumed run are there.)"""
-    learning, saved = count_weights(vlm, only_learning=True), (steps - 1) // max(1, config.save_every)
-    checkpoints = min(3, saved) * (1 if config.shard else world_size()) if config.save_every else 0
-    out = Path(config.out).absolute()
-    needs = learning * (dtype.itemsize + 12 * (0 if config.resume else checkpoints)) / 2**30
+    """ValueError where the disk cannot hold the run: what learned, and up to three checkpoints of masters and
+    moments, the two kept and one that is being written. (Those of a resumed run are there.)"""
+    out, saved = Path(config.out).absolute(), (steps - 1) // config.save_every if config.save_every else 0
+    copies = 0 if config.resume else min(3, saved) * (1 if config.shard else world_size())
+    needs = count_weights(vlm, only_learning=True) * (dtype.itemsize + 12 * copies) / 2**30
     has = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free / 2**30
     say(f"on disk, GiB: {needs:.3g} of {has:.3g} that are free")
     if needs > has:
-        raise ValueError(f"{config.out}: the run and its checkpoints take {needs:.3g} GiB, on its disk "
-                         f"{has:.3g} are free: another --out, or a larger --save_every (0: no checkpoints)")
+        raise ValueError(f"{config.out}: the run and its checkpoints take {needs:.3g} GiB, and its disk has "
+                         f"{has:.3g}: another --out, or a larger --save_every (0: no checkpoints)")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. The data of a stage is there, or it is said how to get it
+# 4. The data of a stage is there, or it is said how to get it
 
 def ensure_data(config):
     """The toy world is made, by one rank, where it is missing; for other data, FileNotFoundError."""
@@ -600,7 +533,7 @@ def ensure_data(config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. One step
+# 5. One step
 
 def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict:
     """One update from the micro-batches of this rank; returns what the log shows.
@@ -675,28 +608,25 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. On disk: a run that was stopped goes on as if it had not been
+# 6. On disk: a run that was stopped goes on as if it had not been
+
+MADE_OF = "made_of.json"  # of a checkpoint: fingerprints of what the run is made of, beside its options
 
 def save_checkpoint(config, step: int, optimizer, terms, made_of: dict):
     """Write OUT/checkpoint-STEP, complete or not at all; keep the last two. Each rank has its own file."""
     final = Path(config.out) / f"checkpoint-{step:07d}"
     partial = final.with_suffix(".partial")
     barrier()  # no rank writes into OUT before rank 0 has made it ready (open_run)
-    try:
-        with named(final, "not saved"):
-            partial.mkdir(parents=True, exist_ok=True)  # of a run stopped while saving: written over
-            (partial / MADE_OF).write_text(json.dumps(made_of))
-            with open(partial / f"rank-{rank()}.pt", "wb") as file:
-                torch.save({"step": step, "ranks": world_size(), "config": asdict(config),
-                            "optimizer": optimizer.state_dict(), "random": random_state(),
-                            "squares": {name: term.squares for name, term in terms.items()}}, file)
-                file.flush()
-                os.fsync(file.fileno())
-    except ValueError:
-        shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint on a full disk is in everybody's way
-        raise
+    partial.mkdir(parents=True, exist_ok=True)  # of a run that was stopped while saving: written over
+    with whole(partial / f"rank-{rank()}.pt") as building, open(building, "wb") as file:
+        torch.save({"step": step, "ranks": world_size(), "config": asdict(config),
+                    "optimizer": optimizer.state_dict(), "random": random_state(),
+                    "squares": {name: term.squares for name, term in terms.items()}}, file)
+        file.flush()
+        os.fsync(file.fileno())
     barrier()
     if rank() == 0:
+        (partial / MADE_OF).write_text(json.dumps(made_of))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         if hasattr(os, "O_DIRECTORY"):  # not on Windows
@@ -708,9 +638,6 @@ def save_checkpoint(config, step: int, optimizer, terms, made_of: dict):
     barrier()
 
 
-MADE_OF = "made_of.json"  # of a checkpoint: fingerprints of what the run is made of, beside its options
-
-
 def refuse_changes(saved: dict, now: dict, where):
     """ValueError naming the first option that differs from those a run was saved with."""
     for name in sorted(now.keys() - {"resume", "save_every", "workers", "cache", "out"}):
@@ -720,7 +647,7 @@ def refuse_changes(saved: dict, now: dict, where):
 
 def is_finished(config) -> bool:
     """Of a run that is to be resumed. ValueError where there is none, or one of other options."""
-    if not (Path(config.out) / "log.jsonl").exists() and not is_restart():
+    if not (Path(config.out) / "log.jsonl").exists():
         raise ValueError(f"{config.out}: no run to resume; without --resume one begins there")
     finished = Path(config.out) / "config.json"
     if finished.exists():
@@ -745,14 +672,11 @@ def load_checkpoint(config, optimizer, terms, made_of: dict) -> int:
                              f"now, which is no longer the same run, remove {last / MADE_OF}")
         is_same = first["ranks"] == world_size()
         files = [last / f"rank-{i}.pt" for i in ([rank()] if is_same else range(first["ranks"]))]
-        if any(zipfile.ZipFile(file).testzip() for file in files):  # by its sums; torch does not look at them
+        if any(zipfile.ZipFile(file).testzip() for file in files):  # sums that torch does not look at
             raise ValueError("some of its bits are not those that were written")
         states = [read(file, mmap=not is_same) for file in files]
-        state = states[rank() % len(states)]
-        if not is_same:
-            is_sharded = config.shard and len(states) > 1
-            state = state | {"optimizer": cut_anew(optimizer, states, is_sharded)}
-        optimizer.load_state_dict(state["optimizer"])
+        state, is_sharded = states[rank() % len(states)], config.shard and len(states) > 1
+        optimizer.load_state_dict(state["optimizer"] if is_same else cut_anew(optimizer, states, is_sharded))
         set_random_state(state["random"])
         for name, term in terms.items():
             term.squares = state["squares"][name]
@@ -773,7 +697,8 @@ def cut_anew(optimizer, states: list, is_sharded: bool) -> dict:
         padded[:n] = flat[:n]
         return bucket.own(padded).clone()
 
-    masters = [cut(parts, bucket) for parts, bucket in zip(zip(*(o["masters"] for o in old)), optimizer.buckets)]
+    masters = [cut(parts, bucket)
+               for *parts, bucket in zip(*(state["masters"] for state in old), optimizer.buckets)]
     in_order, moments = sorted(optimizer.buckets, key=lambda bucket: bucket.parameters[0].ndim <= 1), {}
     for i, kept in old[0]["adamw"]["state"].items():  # AdamW has the matrices first
         moments[i] = {key: cut([o["adamw"]["state"][i][key] for o in old], in_order[i]) for key in kept}
@@ -791,7 +716,8 @@ def open_run(config, start: int):
     out.mkdir(parents=True, exist_ok=True)
     lines = log.read_text().splitlines(True)[:start] if start else []  # line k is step k
     log.write_text("".join(lines))
-    for old in (*out.glob("checkpoint-*"), out / "llm", out / "unaligned") if start == 0 else ():
+    of_before = (*out.glob("checkpoint-*"), out / "llm", out / "unaligned")
+    for old in of_before if start == 0 else out.glob("checkpoint-*.partial"):
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -812,7 +738,7 @@ def set_last_run(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. A stage: everything above, in order; and the command line
+# 7. A stage: everything above, in order; and the command line
 
 def train_stage(config: Config, device):
     """Run align or instruct, from the files on disk to the run directory `config.out`."""
@@ -830,16 +756,15 @@ def train_stage(config: Config, device):
         if is_turn:
             samples.features = data.feature_file(config, samples, vlm.vit, device)
         barrier()
-    needs_prints = config.resume or config.save_every
-    made_of = data.fingerprints(config, vlm, samples.tokenizer) if needs_prints else {}
+    is_kept = config.resume or config.save_every
+    made_of = data.fingerprints(config, vlm, samples.tokenizer) if is_kept else {}
     optimizer, terms = build_optimizer(config, vlm, device)
     start = load_checkpoint(config, optimizer, terms, made_of) if config.resume else 0
     loader = iter(data.make_loader(config, samples, vlm, start, steps, rank(), world_size(), device))
     say("first sample:", repr(data.marked_text(samples[0], samples.tokenizer)))
 
     knows_nothing, line = 0, None  # steps on end; the last of the log
-    signals = []
-    let_go = catch_signals(signals) if config.save_every else lambda: None
+    signals, let_go = catch_signals(config.save_every > 0)
     bar = tqdm(range(start, steps), desc=config.stage, initial=start, total=steps, disable=rank() > 0)
     for step in bar:
         step_began = time.time()
@@ -865,13 +790,13 @@ def train_stage(config: Config, device):
                 vlm.save(Path(config.out) / "unaligned", asdict(config), with_llm=False)
             with open(Path(config.out) / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
-        is_due = config.save_every and (step + 1) % config.save_every == 0
-        is_stopped = config.save_every and sum_over_ranks([len(signals)], device) != [0]  # on any rank
-        if (is_due or is_stopped) and step + 1 < steps:
-            save_checkpoint(config, step + 1, optimizer, terms, made_of)
-        if is_stopped and step + 1 < steps:
-            stopped = f"train.py: stopped, and saved at step {step + 1}: the same command and --resume go on"
-            sys.exit(stopped if rank() == 0 else 1)
+        if config.save_every and step + 1 < steps:
+            is_stopped = sum_over_ranks([len(signals)], device) != [0]  # any rank
+            if is_stopped or (step + 1) % config.save_every == 0:
+                save_checkpoint(config, step + 1, optimizer, terms, made_of)
+            if is_stopped:
+                stopped = f"train.py: stopped, and saved at step {step + 1}: the same command and --resume go on"
+                sys.exit(stopped if rank() == 0 else 1)
     let_go()
 
     if rank() == 0:
@@ -884,21 +809,6 @@ def train_stage(config: Config, device):
             save_run(replace(config, out=elsewhere), vlm, results)
             raise OSError(f"{error}; the finished run is in {elsewhere}") from None
     barrier()
-
-
-def catch_signals(caught: list):
-    """From now on the first SIGINT or SIGTERM is added to the list, so that the step can end and be saved;
-    the next one ends the process as ever."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def catch(*signal_and_frame):
-        caught.append(signal_and_frame)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    for number in before:
-        signal.signal(number, catch)
-    return lambda: [signal.signal(number, handler) for number, handler in before.items()]
 
 
 def shown(line: dict, terms) -> dict:
@@ -914,8 +824,9 @@ def peak_memory(device) -> int | None:
     """The most memory in use so far, in MiB: of the GPU, or of the process, where the system tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
-    unit = 20 if sys.platform == "darwin" else 10  # macOS counts bytes, Linux KiB
-    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> unit
+    with suppress(ImportError):  # Windows has no such module; macOS counts bytes, Linux KiB
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 def run_all(given: dict, device):
