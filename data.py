@@ -54,7 +54,9 @@ MAX_PIXELS = 178_956_970  # of a picture; Pillow's own limit. A larger one may b
 def existing(path: Path) -> Path:
     """The path, or, where no file is there, one of the same stem: OCR-VQA's .gif files are often kept as
     .jpg, and the other way round."""
-    others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*")) if path.stem and not path.is_file() else ()
+    if path.is_file() or not path.stem:
+        return path
+    others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
     return next((other for other in others if other.is_file()), path)
 
 
@@ -276,7 +278,7 @@ def chat(turns, tokenizer) -> list:
             lead, last = "" if opening.startswith(before) else added(opening, before), last.strip()
             if thoughts.removeprefix("<think>").strip() not in lead:
                 raise ValueError("the tokenizer's chat template drops the thoughts of an answer")
-            if lead.strip() and not mark:  # such as thoughts that the opening does not hold: given, not learned
+            if lead.strip() and not mark:  # such as thoughts that the opening lacks: given, not learned
                 pieces.append((lead, CONTEXT))
                 lead = ""
             pieces += [(lead + last, ANSWER), (end, END)]
@@ -322,8 +324,8 @@ def load_tokenizer(folder_or_id):
     """The LLM's tokenizer. Padding gets the unknown token's id, as LLaVA has it, or the end's."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
     folder = resolve(folder_or_id, ("*.json", *TOKENIZER_FILES))
-    with named(folder, "no tokenizer could be made. Without a tokenizer.json, as in Vicuna's folders, put one "
-               "there (for Vicuna 1.5 that of llava-hf/llava-1.5-7b-hf) or `pip install sentencepiece "
+    with named(folder, "no tokenizer could be made. Without a tokenizer.json, as in Vicuna's folders, put "
+               "one there (for Vicuna 1.5 that of llava-hf/llava-1.5-7b-hf) or `pip install sentencepiece "
                "protobuf`"):  # transformers raises many kinds, most of them about packages
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask, and wait
     if not tokenizer.is_fast:
@@ -347,9 +349,9 @@ def check_vocabulary(tokenizer, size: int):
     tokenizer.rows = size
 
 
-# A special token is one only where a template writes it. Who types its name, in a question or an answer, means
-# the text: else data could end a turn, forge one, or name an embedding that is not there. From the template
-# to the tokenizer, private characters of Unicode stand for both kinds of names: these and the ones behind.
+# A special token is one only where a template writes it. Who types its name means the text: else data could
+# end a turn, forge one, or name an embedding that is not there. From the template to the tokenizer, private
+# characters of Unicode stand for both kinds of names: these and the ones behind.
 TYPED, WRITTEN = 0xF0000, 0x100000
 
 @lru_cache(8)
@@ -580,7 +582,8 @@ def fingerprints(config, vlm, tokenizer) -> dict:
     """Of what a run is made of beside its options: a run that goes on with another is another run."""
     records = key_of(Path(config.annotations).read_bytes())
     spelling = key_of((tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template))
-    return {"records": records, "tokenizer": spelling, "vit": fingerprint(vlm.vit), "llm": fingerprint(vlm.llm)}
+    towers = {"vit": fingerprint(vlm.vit), "llm": fingerprint(vlm.llm)}
+    return {"records": records, "tokenizer": spelling, **towers}
 
 
 def expand(sample, num_image_tokens: int, image_token_id: int, max_length: int, side: str) -> dict:
@@ -733,7 +736,7 @@ def check_rows(samples, num_image_tokens: int, max_length: int):
     """ValueError for the first record whose image does not fit into a row behind the turns before it; and
     where the template cannot be used at all. In seconds: only what has many bytes before its image, and the
     first record of each kind, is tokenised."""
-    head, kinds = None, set()  # tokens before the image of the first that has one; the kinds of records so far
+    head, kinds = None, set()  # tokens before the first image; the kinds of records so far
     for i, record in enumerate(samples.records):
         before = itertools.takewhile(lambda turn: IMAGE not in turn["value"], record["conversations"])
         most = sum(32 + len(turn["value"].encode(errors="replace")) for turn in before)  # 32: roles, ends
@@ -746,7 +749,7 @@ def check_rows(samples, num_image_tokens: int, max_length: int):
 
 
 def leave_group(_):
-    """In a loader's process: signals to the group of a run are for the one that trains, which needs this one."""
+    """In a loader's process: signals to a run's group are for the one that trains, which needs this one."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
@@ -895,7 +898,7 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
     template, tokenizer = template or ("plain" if stage == "align" else "v1"), llm and load_tokenizer(llm)
     pattern = specials_of(tokenizer)[1] if llm else LOOKS_SPECIAL
     for number, record in enumerate(tqdm(records, desc="check", unit=" records")):
-        name = f"record {record.get('id', 0)!r}" if isinstance(record, dict) else "record"  # as a sample has it
+        name = f"record {record.get('id', 0)!r}" if isinstance(record, dict) else "record"  # of a sample
         try:
             with named(name):
                 if problem := find_problem(record, stage):

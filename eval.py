@@ -97,8 +97,8 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
     sampled with `temperature` and `top_p`. `file`: see `in_batches`."""
     room = vlm.llm.config.max_position_embeddings - max_new_tokens  # the answer needs positions too
     # what a run learns to end with, whatever its LLM's config says
-    ids, roles = data.tokenise(data.TEMPLATES[template]([("human", "?"), ("gpt", "!")], tokenizer), tokenizer, False)
-    how["end_tokens"] = [tokenizer.eos_token_id, ids[-1]]
+    *_, (end, _) = data.TEMPLATES[template]([("human", "?"), ("gpt", "!")], tokenizer)
+    how["end_tokens"] = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)]
 
     def answer(rows):
         samples = [to_samples(vlm, tokenizer, row, template)[0] for row in rows]
@@ -324,8 +324,8 @@ def load_pope(folder, split: str):
     is_llavas = not any(folder.glob(pattern)) and (folder / "coco").is_dir()
     for file, row in data.find_entries(folder / "coco" if is_llavas else folder, pattern, **kinds):
         category = file.stem.rsplit("pope_", 1)[1]
-        yield to_question(file, f"{category}-{row['question_id']}", row["text"], find_image(images, row["image"]),
-                          row["label"], category, options=["yes", "no"])
+        yield to_question(file, f"{category}-{row['question_id']}", row["text"],
+                          find_image(images, row["image"]), row["label"], category, options=["yes", "no"])
 
 
 def parse_pope(text: str, question=None) -> str:
@@ -418,8 +418,9 @@ def load_seed(folder, split: str):
     for row in rows:
         if row["data_type"] == split:
             kind, text = row.get("question_type_id"), lettered(row["question"], [row[key] for key in choices])
-            yield to_question(file, row["question_id"], text, find_image(folder / "SEED-Bench-image", row["data_id"]),
-                              row["answer"], names.get(kind, kind), data.LETTER_ANSWER, options=list("ABCD"))
+            image = find_image(folder / "SEED-Bench-image", row["data_id"])
+            yield to_question(file, row["question_id"], text, image, row["answer"], names.get(kind, kind),
+                              data.LETTER_ANSWER, options=list("ABCD"))
 
 
 def parse_seed(text: str, question):
@@ -488,8 +489,9 @@ def load_gqa(folder, split: str):
     """{split}_questions.json of GQA: question id -> question, answer, imageId; pictures in images/."""
     kinds = {"id": str, "question": str, "answer": str, "imageId": str}
     for file, row in data.find_entries(folder, f"**/{split}_questions.json", **kinds):
-        yield to_question(file, row["id"], row["question"], find_image(folder / "images", f"{row['imageId']}.jpg"),
-                          row["answer"], (row.get("types") or {}).get("structural"))
+        image = find_image(folder / "images", f"{row['imageId']}.jpg")
+        yield to_question(file, row["id"], row["question"], image, row["answer"],
+                          (row.get("types") or {}).get("structural"))
 
 
 def parse_gqa(text: str, question=None) -> str:
@@ -668,7 +670,8 @@ def score_mmmu(questions, choices) -> dict:
 def load_mmvet(folder, split: str):
     """mm-vet.json: id -> imagename, question; pictures in images/. A language model judges."""
     for file, row in data.find_entries(folder, "mm-vet.json", id=str, imagename=str, question=str):
-        yield to_question(file, row["id"], row["question"], find_image(folder / "images", row["imagename"]), ending="")
+        image = find_image(folder / "images", row["imagename"])
+        yield to_question(file, row["id"], row["question"], image, ending="")
 
 
 def submit_mmvet(questions, answers, file):
@@ -841,7 +844,8 @@ def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000, bat
     of. ValueError if all captions are one."""
     benchmarks, c = Path(config.get("benchmarks") or ""), vlm.vit.config
     file, images = file or benchmarks / "captions.json", images or benchmarks / "images"
-    samples = data.Conversations(data.load_records(file, "align")[:limit], images, tokenizer, "plain", c, "crop")
+    records = data.load_records(file, "align")[:limit]
+    samples = data.Conversations(records, images, tokenizer, "plain", c, "crop")
     image, text, keys, batches = [], [], [], []
     for start in tqdm(range(0, len(samples), batch), desc="captions", unit=" batches"):
         rows = [samples[i] for i in range(start, min(start + batch, len(samples)))]

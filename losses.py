@@ -46,7 +46,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -347,6 +347,24 @@ def start_ranks() -> torch.device:
     return device
 
 
+def total_memory(device) -> float:
+    """The bytes that a rank may have: its GPU's, or its share of this machine's, where the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):  # Windows
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.getenv("LOCAL_WORLD_SIZE", 1))
+
+
+def peak_memory(device) -> int | None:
+    """The most memory in use so far, in MiB: of the GPU, or of the process, where the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    with suppress(ImportError):  # Windows has no such module; macOS counts bytes, Linux KiB
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
 def leave_ranks():
     """Leave the process group, if there is one."""
     if dist.is_initialized():
@@ -355,8 +373,8 @@ def leave_ranks():
 
 
 @contextmanager
-def command(program: str):
-    """The frame of a command. What is wrong with its input ends it in one line. One of several ranks says so
+def command(program: str, interrupted: str = ""):
+    """The frame of a command; what it says when it is interrupted. What is wrong with its input ends it in one line. One of several ranks says so
     first and then is gone at once: to leave politely is to wait for the others, who wait for it. Rank 0 has
     the first word: where all fail alike, the others are ended before their turn."""
     try:
@@ -365,9 +383,12 @@ def command(program: str):
         leave_ranks()
         raise
     except BaseException as error:
-        ours = (OSError, ValueError, MemoryError, KeyboardInterrupt, torch.OutOfMemoryError)
-        is_known = isinstance(error, ours) or any(word in str(error) for word in ("gloo", "NCCL", "DataLoader"))
+        ours = (OSError, ValueError, MemoryError, torch.OutOfMemoryError)
+        told = ("gloo", "NCCL", "DataLoader")  # in a RuntimeError: another rank, a loader's process, is gone
+        is_known = isinstance(error, ours) or any(word in str(error) for word in told)
         reason = (str(error).strip() or repr(error)).splitlines()[-1]  # a loader process sends a traceback
+        if isinstance(error, KeyboardInterrupt) and interrupted:
+            is_known, reason = True, interrupted
         if not dist.is_initialized() and not is_known:
             raise
         if not dist.is_initialized():

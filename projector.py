@@ -233,7 +233,8 @@ def load_original(folder: Path, config: dict, dtype, device) -> VLM:
     projector among the LLM's weights, the vision tower named and not contained. ValueError for what version
     1.5 does not have: tiles, marks around an image, a tuned tower."""
     from transformers import AutoConfig  # imported late: it takes seconds
-    family, tiles = config["model_type"].partition("_")[2] or "llama", config.get("mm_patch_merge_type", "flat")
+    family = config["model_type"].partition("_")[2] or "llama"
+    tiles = config.get("mm_patch_merge_type", "flat")
     if config.get("mm_use_im_start_end") or tiles != "flat" or not config.get("mm_vision_tower"):
         raise ValueError(f"{folder}: of LLaVA's own checkpoints only those like version 1.5's are supported")
     values = AutoConfig.for_model(family, **{k: v for k, v in config.items() if k != "model_type"}).to_dict()
@@ -337,7 +338,7 @@ def export_llava(vlm: VLM, folder: Path):
     tokenizer.chat_template = MESSAGES.replace("GAP", gap) + no_bos + (own or VICUNA)
     said = [{"role": role, "content": "?"} for role in ("user", "assistant")]
     said = tokenizer(tokenizer.apply_chat_template(said, tokenize=False)).input_ids
-    end = [i for i in said if i in tokenizer.added_tokens_decoder][-1:]  # what an answer of the template ends with
+    end = [i for i in said if i in tokenizer.added_tokens_decoder][-1:]  # of an answer
     ends = llm.eos_token_id if isinstance(llm.eos_token_id, list) else [llm.eos_token_id]
     vocab_size, tensors = max(llm.vocab_size, image_token_id + 1), {}
     for name, parameter in vlm.named_parameters():

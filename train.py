@@ -27,8 +27,7 @@ import tempfile
 import time
 import weakref
 import zipfile
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -40,8 +39,8 @@ from tqdm import tqdm
 import data
 import losses
 from llm import LLM, checkpoint_blocks, checkpointed, load_llm_config, random_state, set_random_state
-from losses import (barrier, catch_signals, command, leave_ranks, rank, say, start_ranks, sum_over_ranks,
-                    world_size)
+from losses import (barrier, catch_signals, command, leave_ranks, peak_memory, rank, say, start_ranks,
+                    sum_over_ranks, total_memory, world_size)
 from projector import VLM, choose_dtype, find_projector
 from vit import ViT, load_vit_config, named, read_json, whole
 
@@ -59,8 +58,7 @@ class Config:
     stage: str = option("all", "what to run", ("align", "instruct", "all"), heading="the run")
     preset: str = option("", "defaults (empty: 7b with CUDA, else tiny)", ("", "tiny", "small", "7b", "13b"))
     out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
-    init: str = option("", "instruct: the align run, or LLaVA's mm_projector.bin, to start from; empty: "
-                       "runs/PRESET/align")
+    init: str = option("", "instruct: align run or mm_projector.bin to start from; empty: runs/PRESET/align")
     seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
     dry_run: bool = option(False, "3 steps at full shape: random weights and data, nothing read or written")
     save_every: int = option(0, "steps between checkpoints that --resume continues from; 0: none")
@@ -416,8 +414,8 @@ def load_model(config, device, dtype) -> VLM:
     torch.manual_seed(config.seed)
     vlm = VLM.from_towers(config.vit, config.llm, config.projector, config.feature_layer, dtype, device)
     if config.stage == "instruct":
-        is_ours = find_projector(config.init).suffix == ".safetensors"  # of LLaVA's, the shapes must do
-        before = read_json(Path(config.init) / "config.json") if is_ours else asdict(config)
+        is_theirs = find_projector(config.init).suffix == ".bin"  # LLaVA's: the shapes must do
+        before = asdict(config) if is_theirs else read_json(Path(config.init) / "config.json")
         for name in ("preset", "vit", "llm", "projector", "feature_layer"):
             if before.get(name) != getattr(config, name):
                 raise ValueError(f"{config.init}: made with {name} {before.get(name)!r}, "
@@ -487,11 +485,7 @@ def print_plan(config, vlm, device, dtype, steps):
         part = getattr(vlm, name)
         say(f"{name:<12}{count_weights(part):>16,}{count_weights(part, True):>16,}  {getattr(config, name)}")
     say(f"{str(dtype).removeprefix('torch.')}; norms, softmax, losses and optimizer in float32")
-    has = math.inf  # where nobody tells, as on Windows
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.getenv("LOCAL_WORLD_SIZE", 1))
-    has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else has
-    memory, has = memory_sum(config, vlm, dtype), has / 2**30
+    memory, has = memory_sum(config, vlm, dtype), total_memory(device) / 2**30
     parts, needs = ", ".join(f"{name} {size:.3g}" for name, size in memory.items()), sum(memory.values())
     say(f"memory of a rank, GiB: {parts}; sum {needs:.3g} of {has:.3g}")
     if needs > has:
@@ -610,8 +604,6 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 # ------------------------------------------------------------------------------------------------------------
 # 6. On disk: a run that was stopped goes on as if it had not been
 
-MADE_OF = "made_of.json"  # of a checkpoint: fingerprints of what the run is made of, beside its options
-
 def save_checkpoint(config, step: int, optimizer, terms, made_of: dict):
     """Write OUT/checkpoint-STEP, complete or not at all; keep the last two. Each rank has its own file."""
     final = Path(config.out) / f"checkpoint-{step:07d}"
@@ -626,7 +618,7 @@ def save_checkpoint(config, step: int, optimizer, terms, made_of: dict):
         os.fsync(file.fileno())
     barrier()
     if rank() == 0:
-        (partial / MADE_OF).write_text(json.dumps(made_of))
+        (partial / "made_of.json").write_text(json.dumps(made_of))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         if hasattr(os, "O_DIRECTORY"):  # not on Windows
@@ -649,10 +641,9 @@ def is_finished(config) -> bool:
     """Of a run that is to be resumed. ValueError where there is none, or one of other options."""
     if not (Path(config.out) / "log.jsonl").exists():
         raise ValueError(f"{config.out}: no run to resume; without --resume one begins there")
-    finished = Path(config.out) / "config.json"
-    if finished.exists():
+    if is_so := (finished := Path(config.out) / "config.json").exists():
         refuse_changes(read_json(finished), asdict(config), finished)
-    return finished.exists()
+    return is_so
 
 
 def load_checkpoint(config, optimizer, terms, made_of: dict) -> int:
@@ -666,10 +657,10 @@ def load_checkpoint(config, optimizer, terms, made_of: dict) -> int:
     with named(last, "damaged; without it, the one before is taken"):
         first = read(last / "rank-0.pt", mmap=True)
         refuse_changes(first["config"], asdict(config), last)
-        saved = read_json(last / MADE_OF) if (last / MADE_OF).exists() else made_of
+        saved = read_json(file) if (file := last / "made_of.json").exists() else made_of
         if changed := [name for name in made_of if saved.get(name) != made_of[name]]:
-            raise ValueError(f"{last}: saved with another {' and '.join(changed)}; to go on with what is there "
-                             f"now, which is no longer the same run, remove {last / MADE_OF}")
+            raise ValueError(f"{last}: saved with another {' and '.join(changed)}; to go on with what is now "
+                             f"there, which makes it another run, remove {file}")
         is_same = first["ranks"] == world_size()
         files = [last / f"rank-{i}.pt" for i in ([rank()] if is_same else range(first["ranks"]))]
         if any(zipfile.ZipFile(file).testzip() for file in files):  # sums that torch does not look at
@@ -722,12 +713,18 @@ def open_run(config, start: int):
 
 
 def save_run(config, vlm, results: dict):
-    """The finished run directory. config.json comes last: only with it is this a run, never half of one."""
+    """The finished run directory. config.json comes last: only with it is this a run, never half of one.
+    Where the disk is full, it goes elsewhere: OSError, which says where."""
     out = Path(config.out)
     shutil.rmtree(out / "llm", ignore_errors=True)  # of a run that was stopped right here
-    with whole(out / "results.json") as building:
-        building.write_text(json.dumps(results, indent=2) + "\n")
-    vlm.save(out, asdict(config), with_llm=config.stage == "instruct")
+    try:
+        with whole(out / "results.json") as building:
+            building.write_text(json.dumps(results, indent=2) + "\n")
+        vlm.save(out, asdict(config), with_llm=config.stage == "instruct")
+    except (OSError, ValueError) as error:
+        elsewhere = tempfile.mkdtemp()
+        vlm.save(elsewhere, asdict(config), with_llm=config.stage == "instruct")
+        raise OSError(f"{error}; the finished run is in {elsewhere}") from None
 
 
 def set_last_run(folder):
@@ -795,19 +792,13 @@ def train_stage(config: Config, device):
             if is_stopped or (step + 1) % config.save_every == 0:
                 save_checkpoint(config, step + 1, optimizer, terms, made_of)
             if is_stopped:
-                stopped = f"train.py: stopped, and saved at step {step + 1}: the same command and --resume go on"
-                sys.exit(stopped if rank() == 0 else 1)
+                sys.exit(1 if rank() else f"train.py: stopped, and saved at step {step + 1}: the same command "
+                                          "and --resume go on")
     let_go()
 
     if rank() == 0:
         seconds = round(time.time() - began, 1)
-        results = {"stage": config.stage, "steps": steps, "seconds": seconds, "last_step": line}
-        try:
-            save_run(config, vlm, results)
-        except (OSError, ValueError) as error:  # a full disk must not cost the run
-            elsewhere = tempfile.mkdtemp(prefix=f"{config.stage}-")
-            save_run(replace(config, out=elsewhere), vlm, results)
-            raise OSError(f"{error}; the finished run is in {elsewhere}") from None
+        save_run(config, vlm, {"stage": config.stage, "steps": steps, "seconds": seconds, "last_step": line})
     barrier()
 
 
@@ -820,24 +811,15 @@ def shown(line: dict, terms) -> dict:
     return {key: f"{line[key]:.3g}" for key in keys if line.get(key) is not None}
 
 
-def peak_memory(device) -> int | None:
-    """The most memory in use so far, in MiB: of the GPU, or of the process, where the system tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    with suppress(ImportError):  # Windows has no such module; macOS counts bytes, Linux KiB
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
-
-
 def run_all(given: dict, device):
     """Align, instruct, and eval.py's ScienceQA before, between and after: what each stage adds."""
     root = Path(given.get("out") or f"runs/{configure('align', given).preset}")
     of_align = "contrastive", "contrastive_weight", "contrastive_balance", "contrastive_first", "prompt"
     others = {"align": ("data_fraction", "init"), "instruct": of_align}
     for stage in ("align", "instruct"):  # each without the options that are the other's alone
-        if stage == "instruct" and not (root / stage / "log.jsonl").exists():
-            given = given | {"resume": False}  # --resume finds a run that was stopped before this stage
         options = {key: value for key, value in given.items() if key not in others[stage]}
+        if stage == "instruct" and not (root / stage / "log.jsonl").exists():
+            options.pop("resume", None)  # the run was stopped before this stage
         where = {"out": str(root / stage), "init": str(root / "align")}
         train_stage(configure(stage, options | where), device)
     set_last_run(root / "instruct")
@@ -856,7 +838,7 @@ def main(argv=None):
     given = parse_args(argv)
     if given.get("dry_run"):  # a benchmark, and so a script beside the others
         os.execv(sys.executable, [sys.executable, str(ROOT / "tests/bench_step.py"), *map(str, argv)])
-    with command("train.py"):
+    with command("train.py", "interrupted; --resume goes on from the last checkpoint, if there is one"):
         device, stage = start_ranks(), given.get("stage", "all")
         if stage == "all":
             run_all(given, device)

@@ -23,7 +23,7 @@ Read next: llm.py (the language tower), then projector.py (the bridge between th
 import json
 import re
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -237,7 +237,7 @@ def load_vit_config(folder_or_id) -> ViTConfig:
     folder = resolve(folder_or_id, ["*.json"])
     with named(folder):
         config = read_config(folder, ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2"))
-        return vit_config_from_dict(config.get("vision_config", config), folder)  # a whole CLIP has two towers
+        return vit_config_from_dict(config.get("vision_config", config), folder)  # a whole CLIP wraps two
 
 
 def vit_config_from_dict(config: dict, folder: Path) -> ViTConfig:
@@ -382,16 +382,17 @@ def read_config(folder: Path, families) -> dict:
 
 def config_from_dict(config_class, values: dict, folder):
     """The dataclass, from those of `values` that are set and that it has a field for."""
-    known = {field: values[field.name] for field in fields(config_class) if values.get(field.name) is not None}
-    for field, value in known.items():
-        kind = {tuple: list | tuple, float: int | float}.get(field.type, field.type)
-        is_count = field.name.startswith("num_") or field.name.endswith("_size")
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind | list if is_count else kind):
-            raise ValueError(f"{folder}: {field.name} is {value!r:.60}")
-        if is_count and isinstance(value, int) and not 0 < value < 2**31:
-            raise ValueError(f"{folder}: {field.name} is {value}")
+    known = {name: values[name] for name in config_class.__dataclass_fields__ if values.get(name) is not None}
     with named(folder):
-        return config_class(**{field.name: value for field, value in known.items()})
+        config = config_class(**known)
+    for name, value in known.items():
+        kind = config_class.__dataclass_fields__[name].type
+        kind = {tuple: list | tuple, float: int | float}.get(kind, kind)
+        is_count = name.startswith("num_") or name.endswith("_size")
+        is_right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        if not is_right or (is_count and not 0 < value < 2**31):
+            raise ValueError(f"{folder}: {name} is {value!r:.60}")
+    return config
 
 
 def read_weights(folder: Path):
