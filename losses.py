@@ -374,9 +374,10 @@ def leave_ranks():
 
 @contextmanager
 def command(program: str, interrupted: str = ""):
-    """The frame of a command; what it says when it is interrupted. What is wrong with its input ends it in one line. One of several ranks says so
-    first and then is gone at once: to leave politely is to wait for the others, who wait for it. Rank 0 has
-    the first word: where all fail alike, the others are ended before their turn."""
+    """The frame of a command, and what it says when it is interrupted. What is wrong with its input ends it
+    in one line. One of several ranks says so first and then is gone at once: to leave politely is to wait for
+    the others, who wait for it. Rank 0 has the first word: where all fail alike, the others are ended before
+    their turn."""
     try:
         yield
     except SystemExit:

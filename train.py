@@ -681,8 +681,6 @@ def cut_anew(optimizer, states: list, is_sharded: bool) -> dict:
     old = [state["optimizer"] for state in states]
 
     def cut(parts, bucket):
-        if parts[0].ndim == 0:  # the count of steps
-            return parts[0]
         flat, n = torch.cat(parts) if is_sharded else parts[0], sum(p.numel() for p in bucket.parameters)
         padded = flat.new_zeros(len(bucket.weight))  # (n,)
         padded[:n] = flat[:n]
@@ -692,7 +690,8 @@ def cut_anew(optimizer, states: list, is_sharded: bool) -> dict:
                for *parts, bucket in zip(*(state["masters"] for state in old), optimizer.buckets)]
     in_order, moments = sorted(optimizer.buckets, key=lambda bucket: bucket.parameters[0].ndim <= 1), {}
     for i, kept in old[0]["adamw"]["state"].items():  # AdamW has the matrices first
-        moments[i] = {key: cut([o["adamw"]["state"][i][key] for o in old], in_order[i]) for key in kept}
+        parts = {key: [state["adamw"]["state"][i][key] for state in old] for key in kept if key != "step"}
+        moments[i] = kept | {key: cut(parts[key], in_order[i]) for key in parts}
     return old[0] | {"masters": masters, "adamw": old[0]["adamw"] | {"state": moments}}
 
 
@@ -753,8 +752,7 @@ def train_stage(config: Config, device):
         if is_turn:
             samples.features = data.feature_file(config, samples, vlm.vit, device)
         barrier()
-    is_kept = config.resume or config.save_every
-    made_of = data.fingerprints(config, vlm, samples.tokenizer) if is_kept else {}
+    made_of = data.fingerprints(config, vlm, samples.tokenizer) if config.resume or config.save_every else {}
     optimizer, terms = build_optimizer(config, vlm, device)
     start = load_checkpoint(config, optimizer, terms, made_of) if config.resume else 0
     loader = iter(data.make_loader(config, samples, vlm, start, steps, rank(), world_size(), device))
@@ -792,8 +790,8 @@ def train_stage(config: Config, device):
             if is_stopped or (step + 1) % config.save_every == 0:
                 save_checkpoint(config, step + 1, optimizer, terms, made_of)
             if is_stopped:
-                sys.exit(1 if rank() else f"train.py: stopped, and saved at step {step + 1}: the same command "
-                                          "and --resume go on")
+                said = f"train.py: stopped, and saved at step {step + 1}: the same command and --resume go on"
+                sys.exit(1 if rank() else said)
     let_go()
 
     if rank() == 0:

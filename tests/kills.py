@@ -2,9 +2,9 @@
 
     python tests/kills.py [KILLS]
 
-Runs of a small model, one process and two, that save a checkpoint after every step (sharded on two), are killed with
-SIGKILL at a random instant, while they save among others, and resumed. Prints how many of them end with the log
-and the weights of the undisturbed run, bit for bit. About 15 s a kill.
+Runs of a small model, one process and two, that save a checkpoint after every step (sharded on two), are
+killed with SIGKILL at a random instant, while they save among others, and resumed. Prints how many of
+them end with the log and the weights of the undisturbed run, bit for bit. About 15 s a kill.
 """
 
 import json
@@ -21,14 +21,45 @@ ROOT = Path(__file__).parent.parent
 
 
 def command(out, world: int, *args) -> list:
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", "--rdzv_backend=c10d",
-              "--rdzv_endpoint=localhost:0"] if world > 1 else []
-    return [sys.executable, *launch, ROOT / "train.py", "--preset", "tiny", "--stage", "align", "--steps", "24",
-            "--batch", "8", "--micro_batch", "4", "--save_every", "1", "--shard", str(world > 1), "--out", out, *args]
+    launch = (
+        [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={world}",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0",
+        ]
+        if world > 1
+        else []
+    )
+    return [
+        sys.executable,
+        *launch,
+        ROOT / "train.py",
+        "--preset",
+        "tiny",
+        "--stage",
+        "align",
+        "--steps",
+        "24",
+        "--batch",
+        "8",
+        "--micro_batch",
+        "4",
+        "--save_every",
+        "1",
+        "--shard",
+        str(world > 1),
+        "--out",
+        out,
+        *args,
+    ]
 
 
 def run(out, world: int, *args) -> str:
-    return subprocess.run(command(out, world, *args), capture_output=True, text=True, check=True, timeout=300).stdout
+    return subprocess.run(
+        command(out, world, *args), capture_output=True, text=True, check=True, timeout=300
+    ).stdout
 
 
 def ranks_of(process) -> list:
@@ -63,7 +94,8 @@ def kept(out) -> tuple:
 
 
 def main(kills: int = 20) -> dict:
-    """{"kills", "equal", "while saving"}: how many runs ended as the undisturbed one, how many left half a checkpoint."""
+    """{"kills", "equal", "while saving"}: how many runs ended as the undisturbed one, how many left half a
+    checkpoint."""
     rng, result = random.Random(0), {"kills": 0, "equal": 0, "while saving": 0}
     with tempfile.TemporaryDirectory() as folder:
         for world in (1, 2):

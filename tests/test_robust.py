@@ -1,5 +1,5 @@
-"""What people really feed it: bad inputs of each kind, made by the hundred, and a table of how they end; then a
-test for every fault that was found with a public bug report."""
+"""What people really feed it: bad inputs of each kind, made by the hundred, and a table of how they end;
+then a test for every fault that was found with a public bug report."""
 
 import io
 import json
@@ -45,6 +45,7 @@ CPU = torch.device("cpu")
 @contextmanager
 def limited(seconds):
     """TimeoutError after so many seconds."""
+
     def stop(*_):
         raise TimeoutError("it hangs")
 
@@ -76,11 +77,27 @@ def outcome(function, *args):
 
 
 ENCODINGS = [  # (ending, options, mode)
-    ("png", {}, "RGB"), ("png", {}, "RGBA"), ("png", {}, "I;16"), ("png", {}, "P"), ("jpg", {}, "RGB"),
-    ("jpg", {"progressive": True}, "L"), ("gif", {}, "P"), ("bmp", {}, "RGB"),
-    ("webp", {"lossless": True}, "RGBA"), ("webp", {}, "RGB"), ("avif", {}, "RGB"), ("tif", {}, "CMYK"),
-    ("tif", {"compression": "tiff_lzw"}, "RGB"), ("jp2", {}, "RGB"), ("ico", {}, "RGBA"), ("tga", {}, "RGB"),
-    ("ppm", {}, "RGB"), ("pcx", {}, "RGB"), ("dds", {}, "RGBA"), ("qoi", {}, "RGB")]
+    ("png", {}, "RGB"),
+    ("png", {}, "RGBA"),
+    ("png", {}, "I;16"),
+    ("png", {}, "P"),
+    ("jpg", {}, "RGB"),
+    ("jpg", {"progressive": True}, "L"),
+    ("gif", {}, "P"),
+    ("bmp", {}, "RGB"),
+    ("webp", {"lossless": True}, "RGBA"),
+    ("webp", {}, "RGB"),
+    ("avif", {}, "RGB"),
+    ("tif", {}, "CMYK"),
+    ("tif", {"compression": "tiff_lzw"}, "RGB"),
+    ("jp2", {}, "RGB"),
+    ("ico", {}, "RGBA"),
+    ("tga", {}, "RGB"),
+    ("ppm", {}, "RGB"),
+    ("pcx", {}, "RGB"),
+    ("dds", {}, "RGBA"),
+    ("qoi", {}, "RGB"),
+]
 
 
 def damaged(content: bytes, rng) -> bytes:
@@ -105,12 +122,37 @@ def bad_images(folder, rng):
         picture = picture.convert("I").convert("I;16") if mode == "I;16" else picture
         picture.save(file, **options)
         file.write_bytes(damaged(file.read_bytes(), rng))
-        how, value = outcome(lambda: data.preprocess(data.load_image(file), TOWER, rng.choice(("crop", "pad"))))
+        how, value = outcome(
+            lambda: data.preprocess(data.load_image(file), TOWER, rng.choice(("crop", "pad")))
+        )
         yield how, value, how != "fine" or value.shape == (3, 32, 32)
 
 
-ODD = [None, True, 0, -1, 1e400, 10**30, "", "x", "\ud800", "a\0b", [], [[]], {}, {"x": []}, [None], "<image>",
-       "<image>\n<image>", "</s>", "é" * 3000, "../../x.png", "/etc/passwd", "a" * 300, "\U000f0000\U00100000"]
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    1e400,
+    10**30,
+    "",
+    "x",
+    "\ud800",
+    "a\0b",
+    [],
+    [[]],
+    {},
+    {"x": []},
+    [None],
+    "<image>",
+    "<image>\n<image>",
+    "</s>",
+    "é" * 3000,
+    "../../x.png",
+    "/etc/passwd",
+    "a" * 300,
+    "\U000f0000\U00100000",
+]
 
 
 def bad_records(folder, rng, images, tokenizer_folder):
@@ -120,7 +162,9 @@ def bad_records(folder, rng, images, tokenizer_folder):
     for number, odd in enumerate(ODD * 4):
         bad = json.loads(json.dumps(record("<image>\nWhat color is it?", "a small red circle", image=good)))
         turn = rng.choice(bad["conversations"])
-        place = [(bad, "image"), (turn, "value"), (turn, "from"), (bad, "conversations"), (bad, "id")][number % 5]
+        place = [(bad, "image"), (turn, "value"), (turn, "from"), (bad, "conversations"), (bad, "id")][
+            number % 5
+        ]
         place[0][place[1]] = odd
         file = folder / f"{number}.json"
         file.write_text(json.dumps([TEXT, bad]))
@@ -140,10 +184,36 @@ def read_all(file, images, tokenizer_folder):
 
 def bad_json(folder, rng):
     """Files that are no JSON, or no list of records, or too much."""
-    texts = ["", "[", "[" * 10**5, '{"a":' * 10**5, "nul", "[1,", '["\\ud8', "[" + "9" * 5000 + "]", "NaN", "{}", "[]",
-             "\ufeff", "[[]]", "[1]", "null", '"x"', "[{}]", "true", "[]]", "{'a': 1}"]
+    texts = [
+        "",
+        "[",
+        "[" * 10**5,
+        '{"a":' * 10**5,
+        "nul",
+        "[1,",
+        '["\\ud8',
+        "[" + "9" * 5000 + "]",
+        "NaN",
+        "{}",
+        "[]",
+        "\ufeff",
+        "[[]]",
+        "[1]",
+        "null",
+        '"x"',
+        "[{}]",
+        "true",
+        "[]]",
+        "{'a': 1}",
+    ]
     contents = [text.encode() for text in texts]
-    contents += [b"\xff\xfe[", b"\x80", b"\0" * 100, bytes(rng.randrange(256) for _ in range(100)), b"\x1f\x8b\x08"]
+    contents += [
+        b"\xff\xfe[",
+        b"\x80",
+        b"\0" * 100,
+        bytes(rng.randrange(256) for _ in range(100)),
+        b"\x1f\x8b\x08",
+    ]
     for number, content in enumerate(contents):
         file = folder / f"{number}.json"
         file.write_bytes(content)
@@ -165,7 +235,10 @@ def bad_weights(folder, rng, vlm):
     vlm.save(folder / "run", {"stage": "align"}, with_llm=False)
     vlm.llm.save_pretrained(folder / "llm")
     torch.save(dict(vlm.llm.named_parameters()), folder / "weights.bin")
-    files = {"llm": (folder / "llm/model.safetensors").read_bytes(), "bin": (folder / "weights.bin").read_bytes()}
+    files = {
+        "llm": (folder / "llm/model.safetensors").read_bytes(),
+        "bin": (folder / "weights.bin").read_bytes(),
+    }
     for number in range(30):
         kind = ("llm", "bin")[number % 2]
         target = folder / ("llm/model.safetensors" if kind == "llm" else "llm/pytorch_model.bin")
@@ -179,17 +252,22 @@ def bad_weights(folder, rng, vlm):
             content[at] ^= 1 << rng.randrange(8)
         target.write_bytes(content)
         from llm import LLM
+
         how, value = outcome(LLM.from_pretrained, folder / "llm")
-        same = how == "fine" and all(torch.equal(a, b) for a, b in zip(value.parameters(), vlm.llm.parameters()))
+        same = how == "fine" and all(
+            torch.equal(a, b) for a, b in zip(value.parameters(), vlm.llm.parameters())
+        )
         yield how, value, how == "line" or same
 
 
 def bad_configs(folder, rng, vlm, clip_folder, llama_folder):
     """Each field of each config with a value of another type."""
-    sources = {"vit": (clip_folder, "config.json", lambda f: ViT(load_vit_config(f))),
-               "llm": (llama_folder, "config.json", load_llm_config),
-               "tokenizer": (llama_folder, "tokenizer_config.json", data.load_tokenizer),
-               "tokens": (llama_folder, "tokenizer.json", data.load_tokenizer)}
+    sources = {
+        "vit": (clip_folder, "config.json", lambda f: ViT(load_vit_config(f))),
+        "llm": (llama_folder, "config.json", load_llm_config),
+        "tokenizer": (llama_folder, "tokenizer_config.json", data.load_tokenizer),
+        "tokens": (llama_folder, "tokenizer.json", data.load_tokenizer),
+    }
     for kind, (source, name, load) in sources.items():
         shutil.copytree(source, folder / kind)
         config = json.loads((folder / kind / name).read_text())
@@ -209,19 +287,73 @@ def bad_configs(folder, rng, vlm, clip_folder, llama_folder):
 
 def ask_a_run(folder):
     vlm, tokenizer, config = evaluation.load_run(folder, CPU)
-    return evaluation.ask(vlm, tokenizer, [{"id": 1, "prompt": "Is it red?", "image": None}], config["template"], 2)
+    return evaluation.ask(
+        vlm, tokenizer, [{"id": 1, "prompt": "Is it red?", "image": None}], config["template"], 2
+    )
 
 
 BAD_FLAGS = [
-    "--batch 0", "--batch -1", "--batch x", "--batch 1.5", "--batch 7 --micro_batch 2", "--micro_batch 0", "--lr nan", "--lr inf",
-    "--lr -1", "--lr x", "--epochs 0", "--epochs nan", "--steps -1", "--steps x", "--seed -1", "--warmup_ratio -1",
-    "--clip -1", "--clip nan", "--weight_decay -1", "--data_fraction 0", "--data_fraction 2", "--max_length 3",
-    "--max_length 0", "--workers -1", "--save_every -1", "--feature_layer 99", "--feature_layer x", "--vit none",
-    "--vit /dev/null", "--llm none", "--llm data", "--images none", "--images /dev/null", "--annotations none",
-    "--annotations data", "--annotations /dev/null", "--features data", "--features /dev/null", "--projector none", "--projector mlp0x_gelu",
-    "--projector pixel_shuffle --feature_layer -99", "--template none", "--fit none", "--dtype int8", "--contrastive x",
-    "--contrastive_weight nan", "--contrastive_balance -1", "--prompt x", "--prompt |", "--checkpointing x", "--shard x",
-    "--resume", "--resume x", "--preset x", "--stage x", "--out /dev/null/x", "--out data/toy/align.json", "--nothing", "extra", "--init x --stage instruct"]
+    "--batch 0",
+    "--batch -1",
+    "--batch x",
+    "--batch 1.5",
+    "--batch 7 --micro_batch 2",
+    "--micro_batch 0",
+    "--lr nan",
+    "--lr inf",
+    "--lr -1",
+    "--lr x",
+    "--epochs 0",
+    "--epochs nan",
+    "--steps -1",
+    "--steps x",
+    "--seed -1",
+    "--warmup_ratio -1",
+    "--clip -1",
+    "--clip nan",
+    "--weight_decay -1",
+    "--data_fraction 0",
+    "--data_fraction 2",
+    "--max_length 3",
+    "--max_length 0",
+    "--workers -1",
+    "--save_every -1",
+    "--feature_layer 99",
+    "--feature_layer x",
+    "--vit none",
+    "--vit /dev/null",
+    "--llm none",
+    "--llm data",
+    "--images none",
+    "--images /dev/null",
+    "--annotations none",
+    "--annotations data",
+    "--annotations /dev/null",
+    "--features data",
+    "--features /dev/null",
+    "--projector none",
+    "--projector mlp0x_gelu",
+    "--projector pixel_shuffle --feature_layer -99",
+    "--template none",
+    "--fit none",
+    "--dtype int8",
+    "--contrastive x",
+    "--contrastive_weight nan",
+    "--contrastive_balance -1",
+    "--prompt x",
+    "--prompt |",
+    "--checkpointing x",
+    "--shard x",
+    "--resume",
+    "--resume x",
+    "--preset x",
+    "--stage x",
+    "--out /dev/null/x",
+    "--out data/toy/align.json",
+    "--nothing",
+    "extra",
+    "--init x --stage instruct",
+]
 
 
 def bad_flags(folder, world):
@@ -238,9 +370,14 @@ def bad_flags(folder, world):
 def test_bad_inputs_end_in_a_line_and_lose_nothing(tmp_path, world, clip_folder, llama_folder, capsys):
     rng, vlm = random.Random(int(os.environ.get("SEED", 0))), VLM.from_towers(clip_folder, llama_folder)
     images = world[0] / "data/toy/images"
-    kinds = {"images": (bad_images,), "records": (bad_records, images, llama_folder), "JSON": (bad_json,),
-             "weights": (bad_weights, vlm), "configs": (bad_configs, vlm, clip_folder, llama_folder),
-             "flags": (lambda folder, _, world: bad_flags(folder, world), world)}
+    kinds = {
+        "images": (bad_images,),
+        "records": (bad_records, images, llama_folder),
+        "JSON": (bad_json,),
+        "weights": (bad_weights, vlm),
+        "configs": (bad_configs, vlm, clip_folder, llama_folder),
+        "flags": (lambda folder, _, world: bad_flags(folder, world), world),
+    }
     rows, faults = [], []
     for kind, (make, *args) in kinds.items():
         (tmp_path / kind).mkdir()
@@ -255,8 +392,13 @@ def test_bad_inputs_end_in_a_line_and_lose_nothing(tmp_path, world, clip_folder,
         rows.append((kind, *counts.values()))
     rows.append(("all", *map(sum, list(zip(*rows))[1:])))
     with capsys.disabled():
-        print("\n" + "\n".join(f"{name!s:<10}" + "".join(f"{number!s:>15}" for number in numbers) for name, *numbers in
-                               [("kind", "cases", "silent losses", "tracebacks", "hangs"), *rows]))
+        print(
+            "\n"
+            + "\n".join(
+                f"{name!s:<10}" + "".join(f"{number!s:>15}" for number in numbers)
+                for name, *numbers in [("kind", "cases", "silent losses", "tracebacks", "hangs"), *rows]
+            )
+        )
     assert not faults, "\n".join(faults)
     assert rows[-1][1] >= 300
 
@@ -282,8 +424,8 @@ def pictured(image, question="<image>\nWhat color is it?", answer="red"):
 
 
 def test_check_lists_whatever_a_decoder_raises_and_goes_on(tmp_path, toy, monkeypatch, capsys):
-    """A bomb, a picture of which Pillow says something that is no OSError, an unknown mode, text that a tokenizer
-    refuses; in training, too, each is a line."""
+    """A bomb, a picture of which Pillow says something that is no OSError, an unknown mode, text that a
+    tokenizer refuses; in training, too, each is a line."""
     good = sorted((toy / "images").iterdir())[0]
     shutil.copy(good, tmp_path / "good.png")
     Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")
@@ -300,11 +442,18 @@ def test_check_lists_whatever_a_decoder_raises_and_goes_on(tmp_path, toy, monkey
     monkeypatch.setattr(Image, "open", opened)
     names = ["good.png", "bomb.png", "runtime.png", "index.png", "struct.png"]
     file = write_records(tmp_path / "d.json", *map(pictured, names), record("q", "\ud800 a"))
-    status, printed = check_command(capsys, monkeypatch, file, tmp_path, "--llm", ROOT / "lab/towers/tiny-llm")
+    status, printed = check_command(
+        capsys, monkeypatch, file, tmp_path, "--llm", ROOT / "lab/towers/tiny-llm"
+    )
     assert status == 1 and "1 of 6 records are good" in printed
     assert len(data.load_records(tmp_path / "d.clean.json")) == 1
-    for part in ("14000 x 14000 pixels; raise data.py's MAX_PIXELS", "runtime.png: not a readable image: RuntimeError: dec",
-                 "IndexError", "EOFError", "record 5 (id 'r'): TypeError"):
+    for part in (
+        "14000 x 14000 pixels; raise data.py's MAX_PIXELS",
+        "runtime.png: not a readable image: RuntimeError: dec",
+        "IndexError",
+        "EOFError",
+        "record 5 (id 'r'): TypeError",
+    ):
         assert part in printed
     samples = data.Conversations(data.load_records(file), tmp_path, llama2(False), "v1", TOWER, "pad")
     for number in range(1, 6):
@@ -316,8 +465,21 @@ def test_a_loader_process_names_the_record_too(tmp_path, world):
     Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")
     file = write_records(tmp_path / "d.json", *[pictured("bomb.png")] * 8)
     for workers in ("0", "1"):
-        last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", "--annotations", file, "--images",
-                           tmp_path, "--workers", workers, "--out", tmp_path / "out")
+        last = how_it_ends(
+            train.main,
+            world[0],
+            *world[1],
+            "--stage",
+            "align",
+            "--annotations",
+            file,
+            "--images",
+            tmp_path,
+            "--workers",
+            workers,
+            "--out",
+            tmp_path / "out",
+        )
         assert re.match(r"train.py: .*record 'r': .*bomb.png: not a readable image: 14000 x 14000", last)
 
 
@@ -336,7 +498,9 @@ def test_pictures_stand_upright(tmp_path, orientation, ending):
 
 
 def test_damaged_exif_data_leave_the_picture_as_it_is(tmp_path):
-    Image.new("RGB", (8, 4), "red").save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 20)
+    Image.new("RGB", (8, 4), "red").save(
+        tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 20
+    )
     assert data.load_image(tmp_path / "x.jpg").size == (8, 4)
 
 
@@ -371,6 +535,7 @@ def test_strips_take_no_gigabytes(size, fit, monkeypatch):
             image = make(*args, **kwargs)
             largest.append(image.width * image.height)
             return image
+
         return made
 
     strip = new("RGB", size, "red")
@@ -380,7 +545,14 @@ def test_strips_take_no_gigabytes(size, fit, monkeypatch):
     assert max(largest) <= data.MAX_PIXELS
 
 
-NAMES_THAT_LEAVE = ["/etc/passwd", "../secret.png", "a/../../secret.png", "link.png", "folder/secret.png", "loop.png"]
+NAMES_THAT_LEAVE = [
+    "/etc/passwd",
+    "../secret.png",
+    "a/../../secret.png",
+    "link.png",
+    "folder/secret.png",
+    "loop.png",
+]
 
 
 @pytest.mark.parametrize("name", NAMES_THAT_LEAVE)
@@ -396,7 +568,9 @@ def test_an_image_lies_in_its_folder(tmp_path, monkeypatch, capsys, name):
     file = write_records(tmp_path / "d.json", *map(pictured, ["within.png", "a/../within.png", name]))
     status, printed = check_command(capsys, monkeypatch, file, images)
     assert "2 of 3 records are good" in printed
-    assert f"record 2 (id 'r'): {name!r} leads out" in printed or "no such image" in printed and "loop" in name
+    assert (
+        f"record 2 (id 'r'): {name!r} leads out" in printed or "no such image" in printed and "loop" in name
+    )
     samples = data.Conversations(data.load_records(file), images, llama2(False), "v1", TOWER, "pad")
     assert samples[0]["pixels"].shape == (3, 32, 32)
     with pytest.raises(ValueError, match="record 'r': .*(leads out of|no such image)"):
@@ -425,8 +599,10 @@ def test_pipes_and_folders_are_no_files(tmp_path, make):
 def test_no_code_of_a_folder_is_run(tmp_path, llama_folder, clip_folder):
     folder = shutil.copytree(llama_folder, tmp_path / "llm")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    for name, classes in (("config.json", {"AutoConfig": "evil.C"}),
-                          ("tokenizer_config.json", {"AutoTokenizer": ["evil.T", "evil.T"]})):
+    for name, classes in (
+        ("config.json", {"AutoConfig": "evil.C"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["evil.T", "evil.T"]}),
+    ):
         content = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(content | {"auto_map": classes, "tokenizer_class": "Evil"}))
     with limited(10):  # to ask, and wait for an answer, would be too long
@@ -442,21 +618,32 @@ def test_no_code_of_a_folder_is_run(tmp_path, llama_folder, clip_folder):
 # ---- 5, 6, 7, 9, 12: records and their tokens --------------------------------------------------------------
 
 
-TOKENIZERS = {"llama2": lambda: llama2(False), "legacy": lambda: llama2(True),
-              **{name: (lambda name=name: chat_tokenizer(name)) for name in ("chatml", "llama3", "thinking", "mistral")}}
+TOKENIZERS = {
+    "llama2": lambda: llama2(False),
+    "legacy": lambda: llama2(True),
+    **{
+        name: (lambda name=name: chat_tokenizer(name)) for name in ("chatml", "llama3", "thinking", "mistral")
+    },
+}
 
 
 @pytest.mark.parametrize("template", ["plain", "v1", "chat"])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_typed_special_tokens_are_text(name, template):
-    """In questions and answers, also as the whole text and in private characters: the special tokens of a row are as
-    many as without them, at the same places; what is learned is what was typed."""
+    """In questions and answers, also as the whole text and in private characters: the special tokens of a
+    row are as many as without them, at the same places; what is learned is what was typed."""
     tokenizer = TOKENIZERS[name]()
     if template == "chat" and tokenizer.chat_template is None:
         return
     eos, special = tokenizer.eos_token, set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for typed in (eos, f"red {eos} blue {eos}", f"{eos}<image>{eos}", tokenizer.all_special_tokens[-1], "\U00100000"):
+    for typed in (
+        eos,
+        f"red {eos} blue {eos}",
+        f"{eos}<image>{eos}",
+        tokenizer.all_special_tokens[-1],
+        "\U00100000",
+    ):
         rows = []
         for text in (typed, "red"):
             turns = [("human", f"<image>\n{text}"), ("gpt", text), ("human", text), ("gpt", text)]
@@ -479,7 +666,9 @@ def test_ids_without_a_row_are_text(is_special, tmp_path):
     for text in ("What is <image>?", "<video>", "<image>"):
         ids, _ = data.tokenise(data.v1([("human", text), ("gpt", text)], tokenizer), tokenizer, False)
         assert max(ids) < rows and text in tokenizer.decode(ids)
-        ids, _ = data.tokenise(data.v1([("human", f"<image>\n{text}"), ("gpt", text)], tokenizer), tokenizer, True)
+        ids, _ = data.tokenise(
+            data.v1([("human", f"<image>\n{text}"), ("gpt", text)], tokenizer), tokenizer, True
+        )
         assert max(ids) < rows and ids.count(data.IMAGE_MARKER) == 1
 
 
@@ -491,14 +680,32 @@ def test_a_template_whose_tokens_have_no_row_is_refused_before_loading(tmp_path,
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").unlink()  # no weight is looked for
-    last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", "--contrastive", "none", "--llm", folder,
-                       "--template", "chat", "--out", tmp_path / "out")
+    last = how_it_ends(
+        train.main,
+        world[0],
+        *world[1],
+        "--stage",
+        "align",
+        "--contrastive",
+        "none",
+        "--llm",
+        folder,
+        "--template",
+        "chat",
+        "--out",
+        tmp_path / "out",
+    )
     assert "the LLM has no embedding for '<|im_" in last
 
 
 def test_check_counts_typed_special_tokens(tmp_path, toy, llama_folder, monkeypatch, capsys):
-    file = write_records(tmp_path / "d.json", TEXT, record("What is </s>?", "an end"), record("q", "red </s> blue"),
-                         record("What is <image>?", "a marker"))
+    file = write_records(
+        tmp_path / "d.json",
+        TEXT,
+        record("What is </s>?", "an end"),
+        record("q", "red </s> blue"),
+        record("What is <image>?", "a marker"),
+    )
     for more in ([], ["--llm", llama_folder]):
         status, printed = check_command(capsys, monkeypatch, file, toy / "images", *more)
         assert status == 0 and "3 of them have the name of a special token in their text" in printed
@@ -520,25 +727,56 @@ def test_check_and_the_start_of_a_run_know_the_stage(tmp_path, world, llama_fold
         _, printed = check_command(capsys, monkeypatch, file, images, *options)
         assert ("the image does not fit into 256 tokens" in printed) == (stage == "instruct")
         assert "record 11 (id 'r'): has no word of an answer within 256 tokens" in printed or stage == "align"
-    options = ["--annotations", file, "--max_length", "256", "--out", tmp_path / "out", "--batch", "1", "--micro_batch", "1"]
+    options = [
+        "--annotations",
+        file,
+        "--max_length",
+        "256",
+        "--out",
+        tmp_path / "out",
+        "--batch",
+        "1",
+        "--micro_batch",
+        "1",
+    ]
     started = []
     monkeypatch.setattr(train, "load_model", lambda *_: started.append(1))
     last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", *options)
     assert "d.json: record 8 (id 'r') is not an image with one caption" in last
-    last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", "--contrastive", "none", "--template", "v1",
-                       *options)
+    last = how_it_ends(
+        train.main,
+        world[0],
+        *world[1],
+        "--stage",
+        "align",
+        "--contrastive",
+        "none",
+        "--template",
+        "v1",
+        *options,
+    )
     assert "record 'r': the image does not fit into 256 tokens" in last and not started
 
 
-@pytest.mark.parametrize("image, found", [(None, None), ("", None), ([], None), (["a.png"], "a.png"), ([""], None),
-                                          ([None], None), ("a.png", "a.png")])
+@pytest.mark.parametrize(
+    "image, found",
+    [
+        (None, None),
+        ("", None),
+        ([], None),
+        (["a.png"], "a.png"),
+        ([""], None),
+        ([None], None),
+        ("a.png", "a.png"),
+    ],
+)
 def test_an_image_may_be_null_empty_or_a_list_of_one(tmp_path, monkeypatch, capsys, image, found):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     text = "<image>\nWhat?" if found else "What is <image>?"
     file = write_records(tmp_path / "d.json", record(text, "red", image=image))
     status, printed = check_command(capsys, monkeypatch, file, tmp_path)
     assert status == 0 and "1 of 1 records are good" in printed
-    loaded, = data.load_records(file)
+    (loaded,) = data.load_records(file)
     assert loaded.get("image") == found
     sample = data.Conversations([loaded], tmp_path, llama2(False), "v1", TOWER, "pad")[0]
     assert (sample["pixels"] is not None) == bool(found)
@@ -558,7 +796,9 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, llama_folder):
         data.load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("question", ["What color?", "<image>\nWhat color?", "<image> <image> What color?", "What color?\n<image>"])
+@pytest.mark.parametrize(
+    "question", ["What color?", "<image>\nWhat color?", "<image> <image> What color?", "What color?\n<image>"]
+)
 def test_a_question_may_bring_its_marker(model, toy, monkeypatch, capsys, question):
     image, seen = sorted((toy / "images").iterdir())[0], []
     monkeypatch.setattr(evaluation, "load_run", lambda *_: (*model, {"template": "v1"}))
@@ -568,11 +808,26 @@ def test_a_question_may_bring_its_marker(model, toy, monkeypatch, capsys, questi
     evaluation.main(["--ask", str(image), question, "--ckpt", "x", "--max_new_tokens", "2"])
     assert json.loads(capsys.readouterr().out)["question"] == question
     expected = real(data.v1([("human", "<image>\nWhat color?")], model[1]), model[1], True)
-    assert "<" in question and seen[-1][0].count(data.IMAGE_MARKER) == 1 and expected in seen or expected in seen
+    assert (
+        "<" in question and seen[-1][0].count(data.IMAGE_MARKER) == 1 and expected in seen or expected in seen
+    )
 
 
-@pytest.mark.parametrize("change", [{"choices": "red"}, {"choices": None}, {"answer": "0"}, {"answer": None}, {"answer": 1.0},
-                                    {"question": 5}, {"hint": 5}, {"image": 5}, {"image": ["x"]}, {"split": ["x"]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"choices": "red"},
+        {"choices": None},
+        {"answer": "0"},
+        {"answer": None},
+        {"answer": 1.0},
+        {"question": 5},
+        {"hint": 5},
+        {"image": 5},
+        {"image": ["x"]},
+        {"split": ["x"]},
+    ],
+)
 @pytest.mark.parametrize("where", ["problem", "problems", "splits", "split"])
 def test_scienceqa_of_other_types_ends_in_a_line(tmp_path, toy, change, where):
     shutil.copytree(toy / "ScienceQA", tmp_path / "ScienceQA")
@@ -582,7 +837,9 @@ def test_scienceqa_of_other_types_ends_in_a_line(tmp_path, toy, change, where):
         content[json.loads((tmp_path / "ScienceQA/pid_splits.json").read_text())["test"][0]] |= change
     elif where == "split":
         content["test"] = value
-    (tmp_path / "ScienceQA" / name).write_text(json.dumps(value if where in ("problems", "splits") else content))
+    (tmp_path / "ScienceQA" / name).write_text(
+        json.dumps(value if where in ("problems", "splits") else content)
+    )
     how, found = outcome(evaluation.load_questions, "scienceqa", tmp_path / "ScienceQA")
     assert how == "line", found
 
@@ -592,7 +849,9 @@ def test_scienceqa_of_other_types_ends_in_a_line(tmp_path, toy, change, where):
 
 def test_scienceqas_other_splits_find_their_pictures(tmp_path, toy):
     folder = shutil.copytree(toy / "ScienceQA", tmp_path / "ScienceQA")
-    splits, problems = (json.loads((folder / name).read_text()) for name in ("pid_splits.json", "problems.json"))
+    splits, problems = (
+        json.loads((folder / name).read_text()) for name in ("pid_splits.json", "problems.json")
+    )
     for name in ("train", "val", "test"):
         for pid in splits[name]:
             problems[pid]["split"] = name
@@ -612,15 +871,28 @@ def test_scienceqas_other_splits_find_their_pictures(tmp_path, toy):
 @pytest.mark.parametrize("what", ["likelihoods", "score_floors", "submit"])
 def test_a_score_is_written_before_what_may_fail(run, root, tmp_path, monkeypatch, what):
     """Likelihoods, floors and a server's table come after the answers are in BENCH.json."""
+
     def fail(*_, **__):
         raise ValueError("height and width must be > 0")
 
     own = shutil.copytree(run, tmp_path / "own")
     if what == "submit":
-        monkeypatch.setitem(evaluation.BENCHES, "mmbench", evaluation.BENCHES["mmbench"]._replace(submit=fail))
+        monkeypatch.setitem(
+            evaluation.BENCHES, "mmbench", evaluation.BENCHES["mmbench"]._replace(submit=fail)
+        )
     else:
         monkeypatch.setattr(evaluation, what, fail)
-    argv = ["--bench", "mmbench", "--ckpt", own, "--data", root / "MMBench", "--score", "likelihood", "--floors"]
+    argv = [
+        "--bench",
+        "mmbench",
+        "--ckpt",
+        own,
+        "--data",
+        root / "MMBench",
+        "--score",
+        "likelihood",
+        "--floors",
+    ]
     assert "height and width" in how_it_ends(evaluation.main, tmp_path, *argv)
     kept = json.loads((own / "mmbench.json").read_text())
     assert "accuracy" in kept["scores"] and len(kept["predictions"]) == kept["scores"]["rotations"]
@@ -632,10 +904,21 @@ def test_a_score_is_written_before_what_may_fail(run, root, tmp_path, monkeypatc
 
 @pytest.fixture
 def stopped(world, tmp_path):
-    """(options of an align run of 6 steps, its folder as a kill would leave it after step 4, whole.safetensors)."""
+    """(options of an align run of 6 steps, its folder as a kill would leave it after step 4,
+    whole.safetensors)."""
     own = tmp_path / "align.json"
     shutil.copy(world[0] / "data/toy/align.json", own)
-    options = [*world[1], "--stage", "align", "--annotations", own, "--save_every", "2", "--out", tmp_path / "cut"]
+    options = [
+        *world[1],
+        "--stage",
+        "align",
+        "--annotations",
+        own,
+        "--save_every",
+        "2",
+        "--out",
+        tmp_path / "cut",
+    ]
     called(train.main, world[0], *options)
     shutil.copy(tmp_path / "cut/projector.safetensors", tmp_path / "whole.safetensors")
     for name in ("config.json", "projector.safetensors"):
@@ -648,14 +931,24 @@ def change_caption(records):
     return records
 
 
-@pytest.mark.parametrize("change", [lambda records: records[:-1], lambda records: records[:4], change_caption,
-                                    lambda records: records[::-1], lambda records: records * 2])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda records: records[:-1],
+        lambda records: records[:4],
+        change_caption,
+        lambda records: records[::-1],
+        lambda records: records * 2,
+    ],
+)
 def test_other_records_are_refused_on_resume(world, stopped, change):
     options, out, file = stopped
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     log = (out / "log.jsonl").read_text()
     last = how_it_ends(train.main, world[0], *options, "--resume")
-    assert re.match(r"train.py: .*checkpoint-0000004: saved with another records; .*, remove .*made_of.json$", last)
+    assert re.match(
+        r"train.py: .*checkpoint-0000004: saved with another records; .*, remove .*made_of.json$", last
+    )
     assert (out / "log.jsonl").read_text() == log
     (out / "checkpoint-0000004/made_of.json").unlink()  # on purpose; also where nothing is left to do
     called(train.main, world[0], *options, "--resume")
@@ -748,8 +1041,12 @@ def saved_and_cut_anew(rank, ranks, folder, old, shard, clip_folder, llama_folde
     return found, {name: p.detach().clone() for name, p in vlm.named_parameters()}
 
 
-@pytest.mark.parametrize("old, new, shard", [(1, 2, True), (2, 1, True), (2, 3, True), (3, 2, False), (1, 3, False)])
-def test_a_checkpoint_goes_on_on_another_number_of_ranks(ranks, tmp_path, clip_folder, llama_folder, old, new, shard):
+@pytest.mark.parametrize(
+    "old, new, shard", [(1, 2, True), (2, 1, True), (2, 3, True), (3, 2, False), (1, 3, False)]
+)
+def test_a_checkpoint_goes_on_on_another_number_of_ranks(
+    ranks, tmp_path, clip_folder, llama_folder, old, new, shard
+):
     """Masters, moments, counts and weights: every bit, whatever the padding of the buckets is."""
     args = (tmp_path, old, shard, clip_folder, llama_folder)
     before = ranks(old, saved_and_cut_anew, *args)[0]
@@ -761,8 +1058,8 @@ def test_a_checkpoint_goes_on_on_another_number_of_ranks(ranks, tmp_path, clip_f
 
 
 def test_a_run_goes_on_on_another_number_of_ranks(world, tmp_path):
-    """One process, two, sharded, and one again: to rounding, the log of an undisturbed run; and resumed twice from
-    one checkpoint on two ranks, the same to the bit."""
+    """One process, two, sharded, and one again: to rounding, the log of an undisturbed run; and resumed
+    twice from one checkpoint on two ranks, the same to the bit."""
     options = ["--stage", "align", "--epochs", "4", "--save_every", "3", "--shard", "True", "--out"]
     called(train.main, world[0], *world[1], *options, tmp_path / "whole")
     for name in ("a", "b"):
@@ -787,7 +1084,9 @@ def small_disk(tmp_path):
     def mount(size):
         folder = tmp_path / f"disk-{size}"
         folder.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder], capture_output=True).returncode:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder], capture_output=True
+        ).returncode:
             pytest.skip("may not mount")
         made.append(folder)
         return folder
@@ -799,15 +1098,17 @@ def small_disk(tmp_path):
 
 def test_the_plan_compares_the_run_with_the_free_space(world, small_disk):
     disk = small_disk(12)
-    last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", "--save_every", "2", "--out", disk / "a")
+    last = how_it_ends(
+        train.main, world[0], *world[1], "--stage", "align", "--save_every", "2", "--out", disk / "a"
+    )
     assert re.search(r"disk-12/a: the run and its checkpoints take .* GiB, on its disk has", last)
     assert not (disk / "a").exists()
 
 
 @pytest.mark.parametrize("save_every", ["0", "2"])
 def test_a_disk_that_fills_up_costs_no_finished_work(world, small_disk, monkeypatch, tmp_path, save_every):
-    """The plan found room, and then somebody else wrote. Without checkpoints the run is kept elsewhere; with them, half
-    of one is removed, and the last complete one goes on."""
+    """The plan found room, and then somebody else wrote. Without checkpoints the run is kept elsewhere; with
+    them, half of one is removed, and the last complete one goes on."""
     disk, name = small_disk(240), "save_run" if save_every == "0" else "save_checkpoint"
     filler, save, calls = disk / "filler", getattr(train, name), []
     (tmp_path / "elsewhere").mkdir()
@@ -822,7 +1123,11 @@ def test_a_disk_that_fills_up_costs_no_finished_work(world, small_disk, monkeypa
     monkeypatch.setattr(train.tempfile, "mkdtemp", lambda **_: str(tmp_path / "elsewhere"))
     options = [*world[1], "--stage", "align", "--save_every", save_every, "--out", disk / "a"]
     last = how_it_ends(train.main, world[0], *options)
-    assert "\n" not in last and "disk-240/a/" in last and not [f for f in disk.rglob("*") if f.is_file() and "partial" in str(f)]
+    assert (
+        "\n" not in last
+        and "disk-240/a/" in last
+        and not [f for f in disk.rglob("*") if f.is_file() and "partial" in str(f)]
+    )
     if save_every == "0":
         assert last.endswith(f"the finished run is in {tmp_path}/elsewhere")
         assert VLM.from_pretrained(tmp_path / "elsewhere") and not (disk / "a/config.json").exists()
@@ -838,20 +1143,37 @@ def test_a_disk_that_fills_up_costs_no_finished_work(world, small_disk, monkeypa
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory, clip_folder, llama_folder):
-    """(our model, the folder as LLaVA's own code would have saved it): the LLM's config.json with `mm_` fields, the
-    projector among its weights, the tower named."""
-    folder, vlm = tmp_path_factory.mktemp("original") / "llava-v1.5", VLM.from_towers(clip_folder, llama_folder)
+    """(our model, the folder as LLaVA's own code would have saved it): the LLM's config.json with `mm_`
+    fields, the projector among its weights, the tower named."""
+    folder, vlm = tmp_path_factory.mktemp("original") / "llava-v1.5", VLM.from_towers(
+        clip_folder, llama_folder
+    )
     shutil.copytree(llama_folder, folder)
     (folder / "model.safetensors").unlink()
     projector = {f"model.mm_projector.{name}": p.detach() for name, p in vlm.projector.named_parameters()}
-    torch.save({name: p.detach() for name, p in vlm.llm.named_parameters()} | projector, folder / "pytorch_model.bin")
+    torch.save(
+        {name: p.detach() for name, p in vlm.llm.named_parameters()} | projector, folder / "pytorch_model.bin"
+    )
     torch.save(projector, folder.parent / "mm_projector.bin")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {
-        "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "image_aspect_ratio": "pad",
-        "mm_hidden_size": 32, "mm_projector_type": "mlp2x_gelu", "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False, "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
-        "mm_vision_tower": str(clip_folder), "use_mm_proj": True}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            config
+            | {
+                "model_type": "llava",
+                "architectures": ["LlavaLlamaForCausalLM"],
+                "image_aspect_ratio": "pad",
+                "mm_hidden_size": 32,
+                "mm_projector_type": "mlp2x_gelu",
+                "mm_use_im_patch_token": False,
+                "mm_use_im_start_end": False,
+                "mm_vision_select_feature": "patch",
+                "mm_vision_select_layer": -2,
+                "mm_vision_tower": str(clip_folder),
+                "use_mm_proj": True,
+            }
+        )
+    )
     return vlm.eval(), folder
 
 
@@ -865,11 +1187,18 @@ def test_llavas_own_checkpoint_opens(original, tmp_path, kind):
     assert torch.equal(theirs(ids, pixels), vlm(ids, pixels)) and config["template"] == "v1"
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"mm_use_im_start_end": True}, "only those like version 1.5's"), ({"mm_vision_tower": None}, "only those like"),
-    ({"mm_patch_merge_type": "spatial_unpad"}, "only those like version 1.5's"),
-    ({"model_type": "llava_mpt"}, "model_type is 'mpt'"), ({"mm_projector_type": "abstractor"}, "projector 'abstractor'"),
-    ({"mm_projector_type": "mlp3x_gelu"}, "projector.4.weight"), ({"mm_vision_select_layer": "x"}, "llava-v1.5: ")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mm_use_im_start_end": True}, "only those like version 1.5's"),
+        ({"mm_vision_tower": None}, "only those like"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "only those like version 1.5's"),
+        ({"model_type": "llava_mpt"}, "model_type is 'mpt'"),
+        ({"mm_projector_type": "abstractor"}, "projector 'abstractor'"),
+        ({"mm_projector_type": "mlp3x_gelu"}, "projector.4.weight"),
+        ({"mm_vision_select_layer": "x"}, "llava-v1.5: "),
+    ],
+)
 def test_what_llava_1_5_does_not_have_is_refused_by_name(original, tmp_path, change, message):
     folder = shutil.copytree(original[1], tmp_path / "llava-v1.5")
     config = json.loads((folder / "config.json").read_text())
@@ -885,21 +1214,36 @@ def test_llavas_projector_starts_the_instruct_stage(original, world, tmp_path):
         assert "loaded projector.0.weight, projector.0.bias, projector.2.weight" in printed
         ours = VLM.from_pretrained(tmp_path / str(number)).projector.state_dict()
         assert all(torch.equal(ours[name], p) for name, p in original[0].projector.state_dict().items())
-    last = how_it_ends(train.main, world[0], *world[1], *options, tmp_path / "x", "--init", init, "--projector", "linear")
+    last = how_it_ends(
+        train.main, world[0], *world[1], *options, tmp_path / "x", "--init", init, "--projector", "linear"
+    )
     assert "mm_projector.bin" in last
 
 
-@pytest.mark.parametrize("name, template", [("toy", "v1"), ("llama2", "v1"), ("legacy", "v1"), ("chatml", "v1"),
-                                            ("chatml", "chat"), ("llama3", "chat"), ("thinking", "chat"), ("mistral", "chat")])
+@pytest.mark.parametrize(
+    "name, template",
+    [
+        ("toy", "v1"),
+        ("llama2", "v1"),
+        ("legacy", "v1"),
+        ("chatml", "v1"),
+        ("chatml", "chat"),
+        ("llama3", "chat"),
+        ("thinking", "chat"),
+        ("mistral", "chat"),
+    ],
+)
 def test_an_exported_folder_has_our_prompts(name, template, clip_folder, llama_folder, tmp_path):
-    """Messages as an OpenAI-style server gets them, through transformers' processor: our ids, to the last; through its
-    pipeline: our answer."""
+    """Messages as an OpenAI-style server gets them, through transformers' processor: our ids, to the last;
+    through its pipeline: our answer."""
     folder = llama_folder if name == "toy" else tmp_path / "llm"
     if name != "toy":
         tokenizer = TOKENIZERS[name]()
         tokenizer.save_pretrained(folder)
         size = max(tokenizer.get_vocab().values()) + 1
-        config = llama_config(vocab_size=size, eos_token_id=tokenizer.eos_token_id, max_position_embeddings=1024)
+        config = llama_config(
+            vocab_size=size, eos_token_id=tokenizer.eos_token_id, max_position_embeddings=1024
+        )
         shaken(transformers.LlamaForCausalLM(config)).save_pretrained(folder)
     tokenizer, vlm = data.load_tokenizer(folder), VLM.from_towers(clip_folder, folder).eval()
     vlm.template = template
@@ -907,16 +1251,27 @@ def test_an_exported_folder_has_our_prompts(name, template, clip_folder, llama_f
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
     Image.new("RGB", (40, 40), "red").save(tmp_path / "x.png")
     question = "What color is it?"
-    messages = [{"role": "user", "content": [{"type": "image", "url": str(tmp_path / "x.png")},
-                                             {"type": "text", "text": question}]}]
-    theirs = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "url": str(tmp_path / "x.png")},
+                {"type": "text", "text": question},
+            ],
+        }
+    ]
+    theirs = processor.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=True
+    )
     turns = [("human", f"<image>\n{question}")]
     ids, _ = data.tokenise(data.TEMPLATES[template](turns, tokenizer), tokenizer, True)
     place = processor.tokenizer.convert_tokens_to_ids("<image>")
     at = ids.index(data.IMAGE_MARKER)
     assert theirs["input_ids"][0] == ids[:at] + [place] * 16 + ids[at + 1 :]
     pipeline = transformers.pipeline("image-text-to-text", model=str(tmp_path / "out"))
-    said = pipeline(text=messages, max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
+    said = pipeline(text=messages, max_new_tokens=6, do_sample=False, return_full_text=False)[0][
+        "generated_text"
+    ]
     asked = {"id": 1, "prompt": turns[0][1], "image": tmp_path / "x.png"}
     assert evaluation.ask(vlm, tokenizer, [asked], template, 6) == [said.strip()]
 
@@ -928,13 +1283,17 @@ def test_a_turn_may_end_with_another_token_than_the_tokenizers(monkeypatch, clip
     """As of Qwen's base models. What is learned ends with it, and so does an answer."""
     tokenizer = byte_level(CHATML, None, "<|endoftext|>", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     ids, roles = data.tokenise(data.chat(CHAT_TURNS, tokenizer), tokenizer, True)
-    assert [tokenizer.convert_ids_to_tokens(i) for i, role in zip(ids, roles) if role == data.END] == ["<|im_end|>"] * 2
+    assert [tokenizer.convert_ids_to_tokens(i) for i, role in zip(ids, roles) if role == data.END] == [
+        "<|im_end|>"
+    ] * 2
     tokenizer.save_pretrained(tmp_path)
     config = llama_config(vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=None)
     shaken(transformers.LlamaForCausalLM(config)).save_pretrained(tmp_path)
     vlm, ends = VLM.from_towers(clip_folder, tmp_path), []
     generate = vlm.llm.generate
-    monkeypatch.setattr(vlm.llm, "generate", lambda *args, **how: ends.append(how["end_tokens"]) or generate(*args, **how))
+    monkeypatch.setattr(
+        vlm.llm, "generate", lambda *args, **how: ends.append(how["end_tokens"]) or generate(*args, **how)
+    )
     evaluation.ask(vlm, data.load_tokenizer(tmp_path), [{"id": 1, "prompt": "?", "image": None}], "chat", 2)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends[0]
 
@@ -954,29 +1313,57 @@ REAL_THOUGHTS = """{% for m in messages %}{% set last = loop.last %}<|im_start|>
 
 
 def test_answers_may_have_thoughts():
-    """Under a template like Qwen3's, which drops those of earlier turns: each answer is learned with its own."""
+    """Under a template like Qwen3's, which drops those of earlier turns: each answer is learned with its
+    own."""
     tokenizer = byte_level(REAL_THOUGHTS, None, "<|im_end|>", ["<|im_start|>", "<|im_end|>"])
-    turns = [("human", "What?"), ("gpt", "<think>\nred or blue</think> red"), ("human", "Sure?"), ("gpt", "yes"),
-             ("human", "And?"), ("gpt", "<think>it is </think>\n\na circle")]
+    turns = [
+        ("human", "What?"),
+        ("gpt", "<think>\nred or blue</think> red"),
+        ("human", "Sure?"),
+        ("gpt", "yes"),
+        ("human", "And?"),
+        ("gpt", "<think>it is </think>\n\na circle"),
+    ]
     ids, roles = data.tokenise(data.chat(turns, tokenizer), tokenizer, False)
     said = tokenizer.decode([i for i, role in zip(ids, roles) if role != data.CONTEXT])
-    assert said == ("<think>\nred or blue\n</think>\n\nred<|im_end|>yes<|im_end|>"
-                    "<think>\nit is\n</think>\n\na circle<|im_end|>")
+    assert said == (
+        "<think>\nred or blue\n</think>\n\nred<|im_end|>yes<|im_end|>"
+        "<think>\nit is\n</think>\n\na circle<|im_end|>"
+    )
     whole = tokenizer.decode(ids)
     assert whole.count("<|im_start|>") == 6 and "assistant\n<think>\n\n</think>\n\nyes" in whole
 
 
-def test_templates_that_drop_thoughts_or_fit_no_labels_are_refused_before_loading(world, tmp_path, llama_folder):
-    for template, reason in ((CHATML.replace("m.content", "m.content.split('</think>')[-1]"), "drops the thoughts"),
-                             ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "does not end an answer")):
+def test_templates_that_drop_thoughts_or_fit_no_labels_are_refused_before_loading(
+    world, tmp_path, llama_folder
+):
+    for template, reason in (
+        (CHATML.replace("m.content", "m.content.split('</think>')[-1]"), "drops the thoughts"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "does not end an answer"),
+    ):
         folder = shutil.copytree(llama_folder, tmp_path / reason)
         (folder / "model.safetensors").unlink()
         content = json.loads((folder / "tokenizer_config.json").read_text())
         template = template.replace("<|im_end|>", "</s>")
         (folder / "tokenizer_config.json").write_text(json.dumps(content | {"chat_template": template}))
         file = write_records(tmp_path / "d.json", *[record("What?", "<think>x</think> red")] * 8)
-        last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", "--contrastive", "none", "--llm", folder,
-                           "--template", "chat", "--annotations", file, "--out", tmp_path / "out")
+        last = how_it_ends(
+            train.main,
+            world[0],
+            *world[1],
+            "--stage",
+            "align",
+            "--contrastive",
+            "none",
+            "--llm",
+            folder,
+            "--template",
+            "chat",
+            "--annotations",
+            file,
+            "--out",
+            tmp_path / "out",
+        )
         assert reason in last
 
 
@@ -984,17 +1371,27 @@ def test_templates_that_drop_thoughts_or_fit_no_labels_are_refused_before_loadin
 
 
 def test_no_module_or_call_that_windows_lacks_is_needed(world, tmp_path):
-    code = ("import os, sys; sys.modules['resource'] = None; del os.sysconf, os.sysconf_names, os.O_DIRECTORY\n"
-            "import vit, llm, projector, losses, data, eval, train; train.main(sys.argv[1:])")
+    code = (
+        "import os, sys; sys.modules['resource'] = None; del os.sysconf, os.sysconf_names, os.O_DIRECTORY\n"
+        "import vit, llm, projector, losses, data, eval, train; train.main(sys.argv[1:])"
+    )
     argv = [*world[1], "--stage", "align", "--steps", "3", "--save_every", "1", "--out", tmp_path / "a"]
-    subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=world[0], check=True, timeout=120,
-                   env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, *map(str, argv)],
+        cwd=world[0],
+        check=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
     assert log_of(tmp_path / "a")[2] == log_of_kept(world, tmp_path)[2]
 
 
 def log_of_kept(world, tmp_path):
     trained(world, "--stage", "align", "--steps", "3", "--out", tmp_path / "b")
-    assert all(json.loads(line)["memory_mib"] > 100 for line in (tmp_path / "b/log.jsonl").read_text().splitlines())
+    assert all(
+        json.loads(line)["memory_mib"] > 100 for line in (tmp_path / "b/log.jsonl").read_text().splitlines()
+    )
     return log_of(tmp_path / "b")
 
 
@@ -1005,7 +1402,8 @@ def test_macos_counts_bytes(monkeypatch):
 
 
 def test_an_error_of_one_rank_comes_first_and_ends_all(world, tmp_path):
-    """A broken picture, which one of two ranks meets in the third step: its line comes before all others', soon."""
+    """A broken picture, which one of two ranks meets in the third step: its line comes before all others',
+    soon."""
     records = json.loads((world[0] / "data/toy/align.json").read_text())
     order = data.micro_batches(train.Config(batch=8, micro_batch=4, seed=0), [1] * len(records), 3, 1, 2)
     bad = records[order[-1][0]]
@@ -1013,8 +1411,19 @@ def test_an_error_of_one_rank_comes_first_and_ends_all(world, tmp_path):
     images = shutil.copytree(world[0] / "data/toy/images", tmp_path / "images")
     shutil.move(tmp_path / "bad.png", images / bad["image"])
     began = time.monotonic()
-    run = script(world, "--stage", "align", "--steps", "6", "--images", images, "--out", tmp_path / "out",
-                 launch=["--nproc_per_node=2", *HERE], check=False)
+    run = script(
+        world,
+        "--stage",
+        "align",
+        "--steps",
+        "6",
+        "--images",
+        images,
+        "--out",
+        tmp_path / "out",
+        launch=["--nproc_per_node=2", *HERE],
+        check=False,
+    )
     said = [line for line in run.stderr.splitlines() if "train.py: " in line or "Traceback" in line]
     assert run.returncode and time.monotonic() - began < 60
     assert re.search(f"train.py: rank 1: record '{bad['id']}': .*not a readable image", said[0])
@@ -1023,21 +1432,41 @@ def test_an_error_of_one_rank_comes_first_and_ends_all(world, tmp_path):
 @pytest.mark.parametrize("number, world_size", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_saves_and_says_how_to_go_on(world, tmp_path, number, world_size):
     """With loader processes, which torchrun ends too; and the run goes on to the same bits."""
-    options = ["--stage", "align", "--epochs", "30", "--save_every", "1000", "--workers", "1", "--out", tmp_path / "a"]
+    options = [
+        "--stage",
+        "align",
+        "--epochs",
+        "30",
+        "--save_every",
+        "1000",
+        "--workers",
+        "1",
+        "--out",
+        tmp_path / "a",
+    ]
     launch = ["--nproc_per_node=2", *HERE] if world_size == 2 else []
     process = start(world, *options, launch=launch, stderr=subprocess.PIPE)
-    while not (tmp_path / "a/log.jsonl").exists() or len((tmp_path / "a/log.jsonl").read_text().splitlines()) < 5:
+    while (
+        not (tmp_path / "a/log.jsonl").exists()
+        or len((tmp_path / "a/log.jsonl").read_text().splitlines()) < 5
+    ):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
     said = process.communicate(timeout=60)[1].decode()
-    step = int(re.search(r"train.py: stopped, and saved at step (\d+): the same command and --resume go on", said)[1])
-    assert process.returncode != 0 and [f.name for f in (tmp_path / "a").glob("checkpoint-*")] == [f"checkpoint-{step:07d}"]
+    step = int(
+        re.search(r"train.py: stopped, and saved at step (\d+): the same command and --resume go on", said)[1]
+    )
+    assert process.returncode != 0 and [f.name for f in (tmp_path / "a").glob("checkpoint-*")] == [
+        f"checkpoint-{step:07d}"
+    ]
     assert len(log_of(tmp_path / "a")) == step
     if world_size == 1 and number == signal.SIGTERM:
         assert f"step {step}" in called(train.main, world[0], *world[1], *options, "--resume")
         called(train.main, world[0], *world[1], *options[:-1], tmp_path / "b")
-        assert (tmp_path / "a/projector.safetensors").read_bytes() == (tmp_path / "b/projector.safetensors").read_bytes()
+        assert (tmp_path / "a/projector.safetensors").read_bytes() == (
+            tmp_path / "b/projector.safetensors"
+        ).read_bytes()
 
 
 @pytest.mark.kills
