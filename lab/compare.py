@@ -49,8 +49,8 @@ WEIGHTS = ({"contrastive_weight": 1.0}, {"contrastive_weight": 0.3}, {"contrasti
 # first of them where nothing is tuned. `first` and `longer` stand for parts of the captioning steps, which
 # the size of the comparison knows.
 RECIPES = {
-    "none": ({}, ({},)),
-    "none, longer": ({"longer": True}, ({},)),
+    "none": ({"contrastive": "none"}, ({},)),  # a preset may have another
+    "none, longer": ({"contrastive": "none", "longer": True}, ({},)),
     "patch": ({"contrastive": "patch"}, WEIGHTS),
     "prompt": ({"contrastive": "prompt"}, WEIGHTS),
     "both": ({"contrastive": "both"}, WEIGHTS),
@@ -67,10 +67,10 @@ SIZES = {
                  fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0), lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
                  instruct_lr=(2e-4, 4e-4, 8e-4, 1.6e-3), ablations=5, first=4.0, longer=2.0, tune=True,
                  by_words=False, align={}, instruct={}),
-    "claims": dict(recipes=(*PAPERS, "none, longer", "share 0.3", "first"), seeds=10, budgets=(120,), short=120,
-                   long=120, epochs=4.0, fractions=(0.1, 1.0), lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-                   instruct_lr=(2e-4, 4e-4, 8e-4), ablations=0, first=1.0, longer=1.45, tune=True,
-                   by_words=False, align={}, instruct={}),  # 120 first steps take as long as 54 captioning steps
+    "claims": dict(recipes=("none", "patch", "first", "prompt", "share 0.3", "none, longer", "both"), seeds=10,
+                   budgets=(120,), short=120, long=120, epochs=2.0, fractions=(0.1, 1.0),
+                   lr=(4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2), instruct_lr=(2e-4,), ablations=0, first=1.0,
+                   longer=1.45, tune=True, by_words=False, align={}, instruct={}),
     "quick": dict(recipes=PAPERS, seeds=2, budgets=(30, 60), short=30, long=60, epochs=1.0,
                   fractions=(0.1, 1.0), lr=(2e-3,), instruct_lr=(4e-4,), ablations=0, first=4.0, longer=2.0,
                   tune=False, by_words=False, align={}, instruct={}),

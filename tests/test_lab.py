@@ -228,6 +228,9 @@ def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_
     for score in ("accuracy_img", "pope", "caption", "r5"):
         assert score in results["cells"][0]
     first = Path("c/runs/first-share-0.1-4-seed0-lr0.001/log.jsonl").read_text().splitlines()
+    for run, loss in ("none", "none"), ("both", "both"), ("share-0.3", "patch"):
+        config = json.loads(next(Path("c/runs").glob(f"{run}-4-seed0-*/config.json")).read_text())
+        assert config["contrastive"] == loss
     assert len(first) == 16 + 4 and "generative" not in first[15] and "patch_ratio" in first[16]
 
     cells = Path("c/cells.jsonl").read_text().splitlines(True)
