@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit import (config_from_dict, load_strictly, read_config, read_json, read_weights, resolve,
+from vit import (config_from_dict, load_strictly, named, read_config, read_json, read_weights, resolve,
                  resolve_model, write_weights)
 
 
@@ -349,7 +349,8 @@ def visible_positions(mask, start: int, S: int, device):
 def load_llm_config(folder_or_id) -> LLMConfig:
     """The sizes of the LLM in a folder or on the Hub, without its weights."""
     folder = resolve(folder_or_id, ["*.json"])
-    return llm_config_from_dict(read_config(folder, FAMILIES), folder)
+    with named(folder):
+        return llm_config_from_dict(read_config(folder, FAMILIES), folder)
 
 
 def llm_config_from_dict(config: dict, folder: Path) -> LLMConfig:
@@ -372,7 +373,9 @@ def llm_config_from_dict(config: dict, folder: Path) -> LLMConfig:
         values["eos_token_id"] = values.get("eos_token_id") if ends is None else ends
     if values.get("eos_token_id") is None:
         raise ValueError(f"{folder}: neither config.json nor generation_config.json has an eos_token_id")
-    return config_from_dict(LLMConfig, values, folder)
+    config = config_from_dict(LLMConfig, values, folder)
+    rope_frequencies(config, "cpu")  # an error now, not in the first step
+    return config
 
 
 def llm_config_to_dict(config: LLMConfig) -> dict:
