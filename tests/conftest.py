@@ -30,11 +30,13 @@ transformers.logging.disable_progress_bar()
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "real: needs real weights and further packages; run with -m real")
+    config.addinivalue_line("markers", "kills: twenty runs that are killed and resumed; run with -m kills")
 
 
 def pytest_collection_modifyitems(config, items):
-    if "real" not in config.option.markexpr:
-        items[:] = [item for item in items if "real" not in item.keywords]
+    asked_for = [name for name in ("real", "kills") if name in config.option.markexpr]
+    opt_in = {"real", "kills"} - {*asked_for}
+    items[:] = [item for item in items if not opt_in & {*item.keywords}]
 
 
 @pytest.fixture(autouse=True)
