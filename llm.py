@@ -101,19 +101,19 @@ def rope_frequencies(config: LLMConfig, device):
 
 
 def rope_tables(positions, frequencies, dtype):
-    """cos and sin (B or 1, 1, S, head_dim / 2) of the angles at `positions` (B or 1, S), computed in fp32."""
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, S, head_dim / 2)
+    """cos and sin (B or 1, S, 1, head_dim / 2) of the angles at `positions` (B or 1, S), computed in fp32."""
+    angles = positions[..., None, None].float() * frequencies  # (B, S, 1, head_dim / 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + half]) of x (B, H, S, head_dim) by its angle.
+    """Turn each pair (x[i], x[i + half]) of x (B, S, H, head_dim) by its angle.
 
     This half-split layout is that of the Hugging Face weights. (Meta's own files pair 2i with 2i + 1: the
     same rotation of permuted weights.)
     """
-    first, second = x.chunk(2, dim=-1)  # each (B, H, S, head_dim / 2)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)  # (B, H, S, head_dim)
+    first, second = x.chunk(2, dim=-1)  # each (B, S, H, head_dim / 2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)  # (B, S, H, head_dim)
 
 
 class KVCache:
@@ -155,10 +155,11 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, visible, cache):
         B, S, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, S, -1, self.head_dim)).transpose(1, 2)  # (B, H, S, head_dim)
-        k = self.k_norm(self.k_proj(x).view(B, S, -1, self.head_dim)).transpose(1, 2)  # (B, key heads, S, ..)
-        v = self.v_proj(x).view(B, S, -1, self.head_dim).transpose(1, 2)  # (B, key heads, S, head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = self.q_norm(self.q_proj(x).view(B, S, -1, self.head_dim))  # (B, S, H, head_dim)
+        k = self.k_norm(self.k_proj(x).view(B, S, -1, self.head_dim))  # (B, S, key heads, head_dim)
+        v = self.v_proj(x).view(B, S, -1, self.head_dim)  # (B, S, key heads, head_dim)
+        # turned before they are transposed: so attention's result lies in memory as the last line needs it
+        q, k, v = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # now start + S keys, the cached ones first
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None,

@@ -16,6 +16,7 @@ Read next: eval.py, which asks the trained model.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import math
@@ -104,7 +105,7 @@ LLAVA = {
                    workers=4, checkpointing="every", save_every=500),
     "align": dict(annotations="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
                   images="data/LLaVA-Pretrain/images", template="plain", fit="crop", contrastive="patch",
-                  batch=256, micro_batch=32, lr=1e-3),
+                  batch=256, micro_batch=16, checkpointing="none", lr=1e-3),
     "instruct": dict(annotations="data/LLaVA-Instruct/llava_v1_5_mix665k.json", images="data/LLaVA-Instruct",
                      batch=128, micro_batch=16, lr=2e-5, shard=True, group_by_length=True),
 }
@@ -123,7 +124,8 @@ PRESETS = {
         "instruct": LLAVA["instruct"] | dict(template="chat", lr=1e-4, shard=False),
     },
     "7b": LLAVA,
-    "13b": LLAVA | {"common": LLAVA["common"] | dict(llm="lmsys/vicuna-13b-v1.5")},
+    "13b": LLAVA | {"common": LLAVA["common"] | dict(llm="lmsys/vicuna-13b-v1.5"),
+                    "align": LLAVA["align"] | dict(checkpointing="every")},
 }
 
 
@@ -207,17 +209,27 @@ class Bucket:
         """The part of a flat buffer that this rank updates: all of it, or the rank-th of W slices."""
         return flat.chunk(world_size())[rank()] if self.shard else flat
 
-    def zero_gradient(self):
-        self.gradient = torch.zeros(len(self.weight), dtype=self.master.dtype, device=self.weight.device)
+    def open(self):
+        self.gradient = self.weight.new_empty(len(self.weight), dtype=self.master.dtype)
+        self.gradient[-world_size() :].zero_()  # the padding; what stands before it is written over
         self.waiting = set(self.parameters)  # those whose gradient has yet to come
+        self.empty = set(self.parameters)  # those that have none at all
 
     def add(self, parameter):
-        """Move the parameter's gradient here, whatever its dtype."""
+        """Move the parameter's gradient here, whatever its dtype: the first is copied, others are added."""
         if self.gradient is None:
-            self.zero_gradient()
-        self.gradient[self.place[parameter]].view_as(parameter).add_(parameter.grad)
+            self.open()
+        place = self.gradient[self.place[parameter]].view_as(parameter)
+        (place.copy_ if parameter in self.empty else place.add_)(parameter.grad)
         parameter.grad = None
-        self.waiting.discard(parameter)
+        self.waiting.discard(parameter), self.empty.discard(parameter)
+
+    def close(self):
+        """The whole gradient: no gradient counts as zero."""
+        for parameter in self.empty:
+            self.gradient[self.place[parameter]].zero_()
+        gradient, self.gradient, self.is_sent = self.gradient, None, True
+        return gradient
 
 
 def fill_buckets(parameters, bucket_size: int, shard: bool):
@@ -292,7 +304,7 @@ class DataParallelAdamW:
     def send(self, bucket):
         """Start to sum the bucket's gradient over the ranks. Sharded, the oldest of three messages is waited
         for: memory stays bounded, and two are on their way while backward goes on."""
-        gradient, bucket.gradient, bucket.is_sent = bucket.gradient, None, True
+        gradient = bucket.close()
         total, work = gradient, None
         if self.shard:
             total = torch.empty_like(bucket.master)
@@ -318,7 +330,7 @@ class DataParallelAdamW:
         gradients. ValueError, with no weight changed, if it is not finite (float16: see above)."""
         for bucket in self.buckets:
             if bucket.gradient is None and not bucket.is_sent:
-                bucket.zero_gradient()  # nobody used its parameters, but every rank must send it
+                bucket.open()  # nobody used its parameters, but every rank must send it
             if bucket.gradient is not None:
                 self.send(bucket)
         while self.messages:
@@ -357,10 +369,14 @@ class DataParallelAdamW:
 
     def write_weights(self):
         """The model's weights, on every rank, are the rounded masters."""
+        messages = []
         for bucket in self.buckets:
-            bucket.own(bucket.weight).copy_(bucket.master)
+            own = bucket.own(bucket.weight).copy_(bucket.master)
             if self.shard:
-                dist.all_gather_into_tensor(bucket.weight, bucket.own(bucket.weight).clone())
+                own = own.clone()  # it must live until all have it
+                messages.append((own, dist.all_gather_into_tensor(bucket.weight, own, async_op=True)))
+        for _, work in messages:
+            work.wait()
 
     def state_dict(self) -> dict:
         """This rank's masters and moments, and the counters. The weights follow from the masters."""
@@ -467,6 +483,7 @@ def outline(config, vit_config, llm_config) -> VLM:
 
 def load_model(config, device, dtype) -> VLM:
     """The model with its weights on `device`: the towers and a projector, fresh (align) or `init`'s."""
+    gc.collect()  # a checkpointed block refers to itself: what an earlier stage left goes before more comes
     torch.manual_seed(config.seed)
     vlm = VLM.from_towers(config.vit, config.llm, config.projector, config.feature_layer, dtype, device)
     if config.stage == "instruct":
@@ -492,32 +509,50 @@ def build_optimizer(config, vlm, device) -> tuple:
 TEXT_TOKENS = {"align": 20, "instruct": 250}  # of a typical sample of LLaVA's two data sets, beside its image
 
 
-def row_length(config, vlm) -> int:
-    """Tokens of a typical sample: BOS, image, text."""
-    return 1 + vlm.num_image_tokens + TEXT_TOKENS[config.stage]
+def row_length(config, vlm, text: int = 0) -> int:
+    """Tokens of a sample with so many of text (0: a typical one): BOS, image, text."""
+    return 1 + vlm.num_image_tokens + (text or TEXT_TOKENS[config.stage])
 
 
 def count_weights(module, only_learning: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not only_learning)
 
 
-def memory_sum(config, vlm, dtype) -> dict:
-    """GiB that a rank needs, by purpose. Activations are an estimate; the rest is counted."""
+def memory_sum(config, vlm, dtype, text: int = 0) -> dict:
+    """GiB that a rank needs at the worst moment of a step whose rows have `text` tokens beside the image (0:
+    as many as a typical one), by purpose. Not in it: what CUDA, NCCL and fragmentation take.
+
+    Memory grows while the LLM goes forward, and falls while it goes back; gradients of what learns grow
+    meanwhile. So the worst moment is where backward begins, or where it ends.
+    """
     c, e, learning = vlm.llm.config, dtype.itemsize, count_weights(vlm, only_learning=True)
     size, parts = data.split_batch(config, world_size())
-    ranks, tokens = world_size() if config.shard else 1, size * row_length(config, vlm)
-    block = tokens * (16 * c.hidden_size + 4 * c.intermediate_size) * e  # what a block keeps for backward
-    whole = {"none": 1.0, "every-other": 0.5, "every": 0.0}[config.checkpointing]  # the part of such blocks
-    blocks = c.num_hidden_layers * (whole * block + (1 - whole) * tokens * c.hidden_size * e)
-    logits = size * TEXT_TOKENS[config.stage] * c.vocab_size * 12  # in fp32, their gradient, and once more
-    held = parts if "prompt" in losses.CONTRASTIVE[config.contrastive] else 1  # passes that await backward
-    copies = 4 + len(losses.CONTRASTIVE[config.contrastive])  # patches, leaves, a gradient of each loss
-    patches = copies * size * parts * vlm.num_image_tokens * c.hidden_size * e
-    largest = max(2**22, *(p.numel() for p in vlm.parameters() if p.requires_grad))  # elements of a bucket
-    kept = learning * (8 if e == 4 else 12) / ranks  # two moments and, unless the weights are fp32, a master
-    sums = {"weights": count_weights(vlm) * e, "masters and moments": kept,
-            "gradients": learning * 4 / ranks + (3 * 4 * largest if ranks > 1 else 0),  # see send
-            "activations": held * (blocks + logits) + block + patches}
+    ranks, contrastive = world_size() if config.shard else 1, losses.CONTRASTIVE[config.contrastive]
+    C, I, tokens = c.hidden_size, c.intermediate_size, size * row_length(config, vlm, text)
+    heads = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim  # widths of q and out, and of k and v
+    learns = config.stage == "instruct"
+    # What a block keeps: its two residuals, attention's q, k, v and result, the gated MLP's three factors;
+    # where it learns, what else went into its matrices. In backward, three gradients as wide as the MLP.
+    block = tokens * (2 * C + 2 * heads + 3 * I + learns * (2 * C + I)) * e
+    blocks = c.num_hidden_layers
+    whole = {"none": blocks, "every-other": blocks // 2, "every": 0}[config.checkpointing]
+    kept = whole * block + (blocks - whole) * tokens * C * e
+    sweep = tokens * (3 * I + 2 * C) * e
+    last = sweep + (block if config.checkpointing == "every" else 0)  # computed again
+    logits = size * (text or TEXT_TOKENS[config.stage]) * c.vocab_size * 4  # in fp32; their gradients: twice
+    held = parts if "prompt" in contrastive else 1  # passes that await backward
+    layers = sum(isinstance(layer, nn.Linear) for layer in vlm.projector.modules())
+    vectors = 2 * layers + len(contrastive)  # of width C: the projector's, and a gradient of each loss
+    vit = vlm.vit.config.image_size**2 * 3 * 4 + vlm.vit.num_patches * vlm.vit.config.hidden_size * e
+    images = size * parts * (vit + vlm.num_image_tokens * vectors * C * e)
+    # Gradients: those that all ranks share, the table's and head's on their way, those of earlier passes.
+    all_gradients, head = learning * 4 / ranks, learns * c.vocab_size * C * (4 + e)
+    begins = held * kept + max(held * logits + 2 * logits, (held - 1) * logits + last) + (
+        all_gradients if parts > 1 else head)
+    ends = all_gradients + (max(head if ranks > 1 else 0, block + sweep) if learns else 0)
+    sums = {"weights": count_weights(vlm) * e,
+            "masters and moments": learning * (8 if e == 4 else 12) / ranks,
+            "activations and gradients": max(begins, ends) + images}
     return {name: size / 2**30 for name, size in sums.items()}
 
 
@@ -541,7 +576,8 @@ def print_plan(config, vlm, device, dtype, steps):
         say(f"{name:<12}{count_weights(part):>16,}{count_weights(part, True):>16,}  {getattr(config, name)}")
     say(f"{str(dtype).removeprefix('torch.')}; norms, softmax, losses and optimizer in float32")
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.getenv("LOCAL_WORLD_SIZE", 1))
-    has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else has
+    if device.type == "cuda":  # 2 GiB go to CUDA, NCCL and what is between the tensors
+        has = torch.cuda.get_device_properties(device).total_memory - 2 * 2**30
     memory, has = memory_sum(config, vlm, dtype), has / 2**30
     parts, needs = ", ".join(f"{name} {size:.3g}" for name, size in memory.items()), sum(memory.values())
     say(f"memory of a rank, GiB: {parts}; sum {needs:.3g} of {has:.3g}")
@@ -583,12 +619,12 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     """
     # 1. Count, over all ranks and micro-batches, what the generative loss is divided by.
     device, amplified = vlm.llm.head_weight.device, optimizer.loss_scale
-    tokens, = sum_over_ranks([sum(losses.count_supervised(m["labels"]) for m in micro_batches)], device)
-    if tokens == 0:
-        raise ValueError("no token of this step carries loss")
-    micro_batches = [data.to_device(m, device) for m in micro_batches]
+    #    A GPU is not waited for, here and below but for three times: the losses, the norm, the scales.
+    shares = {"tokens": sum(losses.count_supervised(m["labels"]) for m in micro_batches)}
+    tokens = sum_over_ranks([shares["tokens"]], device)[0]
     if len(terms) and not all((m["ids"] == vlm.image_token_id).any(1).all() for m in micro_batches):
         raise ValueError("the contrastive loss pairs each caption with one image; a record here has none")
+    micro_batches = [data.to_device(m | losses.find_places(vlm, m), device) for m in micro_batches]
     with_llm = step >= config.contrastive_first  # before: the patch loss alone, and no pass of the LLM
 
     # 2. Image -> ViT -> projector, for all micro-batches. The graph is cut behind the projector: `leaves` are
@@ -607,7 +643,8 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
     # 4. The contrastive losses, over all images and captions of the step; backward as far as the cuts.
     cuts = {name: cut for name, cut in (("patch", leaves), ("prompt", states)) if name in terms and cut}
-    shares, at_cut, of_scale = losses.contrast(vlm, micro_batches, terms, cuts, amplified)
+    contrastive, at_cut, of_scale = losses.contrast(vlm, micro_batches, terms, cuts, amplified)
+    shares |= contrastive
 
     # 5. Patches -> LLM -> generative loss, and back to the cut, one micro-batch after another. What the
     #    prompted loss left at its own cut takes the same way back, in the same sweep; in one of its own where
@@ -630,7 +667,9 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     # through the projector.
     at_cut["generative"] = [leaf.grad for leaf in leaves if is_measured]
     shares |= losses.norms(vlm, micro_batches, leaves) | losses.products(at_cut)
-    sums = dict(zip(shares, sum_over_ranks(list(shares.values()), device)))
+    sums = dict(zip(shares, sum_over_ranks(list(shares.values()), device).tolist()))
+    if sums["tokens"] == 0:
+        raise ValueError("no token of this step carries loss")
     line = losses.figures(sums, terms, amplified, config.batch)
     weights = {name: line[f"{name}_weight"] for name in terms}
     given = losses.weighted_sum([leaf.grad for leaf in leaves], at_cut, weights)
@@ -639,10 +678,12 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
     # 7. Sum over ranks, clip, update. A float16 step that was skipped has no norm.
     norm = optimizer.step(lr)
-    for name, term in terms.items():
+    for term in terms.values():
         term.clamp_()
-        line[f"{name}_scale"] = term().item()
-    return line | {"lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "tokens": int(tokens)}
+    scales = torch.stack([term() for term in terms.values()]).tolist() if len(terms) else []
+    line |= {f"{name}_scale": scale for name, scale in zip(terms, scales)}
+    norm = norm if math.isfinite(norm) else None
+    return line | {"lr": lr, "grad_norm": norm, "tokens": int(sums["tokens"])}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -729,6 +770,8 @@ def train_stage(config: Config, device):
     """Run align or instruct, from the files on disk to the run directory `config.out`."""
     ensure_data(config)
     dtype, began = choose_dtype(device, config.dtype), time.time()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     plan = outline(config, load_vit_config(config.vit), load_llm_config(config.llm))
     samples = data.load_samples(config, plan)
     steps = data.count_steps(config, len(samples))

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -78,19 +79,40 @@ def flops_per_step(config, vlm) -> dict:
     counted.
 
     A weight costs 2 operations per token forward, 2 for the gradient of its input, 2 more for its own if it
-    learns; causal attention costs 2 S^2 C a layer forward and twice that backward. "patch" is pooling and the
-    products of all images with all captions; "prompt" the same products, and a pass of the LLM over the
-    captions alone.
+    learns; the head sees the supervised tokens alone. For attention see `attention_flops`. "patch" is pooling
+    and the products of all images with all captions; "prompt" the same products, and a pass of the LLM over
+    the captions alone.
     """
     c, S, B, T = vlm.llm.config, train.row_length(config, vlm), config.batch, train.TEXT_TOKENS[config.stage]
-    weights = train.count_weights(vlm.llm.model.layers)
-    attention = 3 * 2 * S * S * c.hidden_size * c.num_hidden_layers
+    weights, vit = train.count_weights(vlm.llm.model.layers), vlm.vit
+    weight, tokens = (6 if config.stage == "instruct" else 4), vit.num_patches + vit.config.family.class_token
+    run = vit.encoder["layers"][: vit.blocks_run]
+    patches = vit.num_patches * train.count_weights(vit.embeddings.patch_embedding)
     products = 12 * B * B * c.hidden_size
-    flops = {"vision": 2 * B * vlm.vit.num_patches * train.count_weights(vlm.vit),
-             "language": B * (S * (6 if config.stage == "instruct" else 4) * weights + attention)}
+    flops = {"vision": 2 * B * (tokens * train.count_weights(run) + patches),
+             "projector": projector_flops(vlm, B),
+             "language": B * weight * (S * weights + T * c.vocab_size * c.hidden_size),
+             "attention": attention_flops(config, vlm)}
     contrastive = {"patch": products + 3 * B * (vlm.num_image_tokens + T) * c.hidden_size,
                    "prompt": products + 2 * B * T * weights}
     return flops | {name: contrastive[name] for name in losses.CONTRASTIVE[config.contrastive]}
+
+
+def projector_flops(vlm, B: int) -> int:
+    """Of B images, forward and backward; no gradient is asked of the ViT's features."""
+    P, N, total = vlm.vit.num_patches, vlm.num_image_tokens, 0
+    for number, layer in enumerate(layer for layer in vlm.projector.modules() if isinstance(layer, nn.Linear)):
+        on_patches = vlm.projector_kind == "resampler" and number < 2  # its keys and values
+        total += (4 if number == 0 else 6) * (P if on_patches else N) * layer.weight.numel()
+    return B * total
+
+
+def attention_flops(config, vlm) -> int:
+    """Causal attention costs 2 S^2 C a layer forward and twice that backward, the ViT's 4 L^2 D."""
+    c, v, S = vlm.llm.config, vlm.vit.config, train.row_length(config, vlm)
+    L, width = vlm.vit.num_patches + v.family.class_token, c.num_attention_heads * c.head_dim
+    return config.batch * (3 * 2 * S * S * width * c.num_hidden_layers
+                           + 4 * L * L * v.hidden_size * vlm.vit.blocks_run)
 
 
 def dry_run(config, device):

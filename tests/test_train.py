@@ -748,6 +748,23 @@ def test_kept_features_change_nothing(world, tmp_path):
     assert "f.pt: features made with feature_layer -2, not -1; name another --features" in last
 
 
+def test_nothing_is_left_after_a_stage(world, tmp_path, monkeypatch):
+    """Neither weights nor moments nor buckets: the next stage needs the memory. Checkpointed blocks, which
+    refer to themselves, wait for the garbage collector."""
+    parts, build = [], train.build_optimizer
+
+    def note(config, vlm, device):
+        optimizer, terms = build(config, vlm, device)
+        kept = vlm, *vlm.llm.model.layers, optimizer, *optimizer.buckets, optimizer.adamw, terms
+        parts.extend(map(weakref.ref, kept))
+        return optimizer, terms
+
+    monkeypatch.setattr(train, "build_optimizer", note)
+    trained(world, "--stage", "align", "--steps", "2", "--checkpointing", "every", "--out", tmp_path)
+    gc.collect()
+    assert parts and all(part() is None for part in parts)
+
+
 def test_loader_workers_change_nothing(world, tmp_path):
     """Samples read by two loader processes, or kept in memory: the run is that of samples read in place."""
     ways = {"none": ["--cache", "False"], "workers": ["--workers", "2", "--cache", "False"],
