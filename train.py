@@ -90,13 +90,15 @@ class Config:
     steps: int = option(0, "steps with the captioning loss; 0: as many as the epochs need")
     batch: int = option(64, "samples in a step, over all ranks and micro-batches")
     micro_batch: int = option(64, "most samples of a rank in one pass of the LLM")
+    micro_tokens: int = option(0, "most tokens of a rank in one pass, padding included; 0: any number")
     lr: float = option(1e-3, "peak learning rate: linear warm-up, then cosine to zero")
     warmup_ratio: float = option(0.03, "part of the steps that warm up")
     weight_decay: float = option(0.0, "AdamW's, for matrices only")
     clip: float = option(0.0, "largest global gradient norm; 0: no clipping, as in LLaVA's own runs")
     checkpointing: str = option("none", "of the LLM's blocks", ("none", "every", "every-other"))
     shard: bool = option(False, "ZeRO: each rank keeps 1/W of gradients, master weights and moments")
-    group_by_length: bool = option(False, "batches of one modality and similar lengths (LLaVA's stage 2)")
+    group_by_length: bool = option(False, "LLaVA's own order: batches of one modality and similar lengths; "
+                                          "else random ones, spread over ranks and micro-batches by length")
 
 
 # tiny: rates that did best on the toy world's validation split. 7b, 13b: LLaVA-1.5's, the patch loss added.
@@ -107,7 +109,7 @@ LLAVA = {
                   images="data/LLaVA-Pretrain/images", template="plain", fit="crop", contrastive="patch",
                   batch=256, micro_batch=16, checkpointing="none", lr=1e-3),
     "instruct": dict(annotations="data/LLaVA-Instruct/llava_v1_5_mix665k.json", images="data/LLaVA-Instruct",
-                     batch=128, micro_batch=16, lr=2e-5, shard=True, group_by_length=True),
+                     batch=128, micro_batch=16, micro_tokens=8192, lr=2e-5, shard=True),
 }
 PRESETS = {
     "tiny": {
@@ -518,16 +520,18 @@ def count_weights(module, only_learning: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not only_learning)
 
 
-def memory_sum(config, vlm, dtype, text: int = 0) -> dict:
-    """GiB that a rank needs at the worst moment of a step whose rows have `text` tokens beside the image (0:
-    as many as a typical one), by purpose. Not in it: what CUDA, NCCL and fragmentation take.
+def memory_sum(config, vlm, dtype, text: int = 0, rows: int = 0) -> dict:
+    """GiB that a rank needs at the worst moment of a step, by purpose, with micro-batches of so many rows of
+    `text` tokens beside the image (0: as many as there may be, and as a typical one has). Not in it: what
+    CUDA, NCCL and fragmentation take.
 
     Memory grows while the LLM goes forward, and falls while it goes back; gradients of what learns grow
     meanwhile. So the worst moment is where backward begins, or where it ends.
     """
     c, e, learning = vlm.llm.config, dtype.itemsize, count_weights(vlm, only_learning=True)
-    size, parts = data.split_batch(config, world_size())
+    share, size = config.batch // world_size(), rows or data.split_batch(config, world_size())[0]
     ranks, contrastive = world_size() if config.shard else 1, losses.CONTRASTIVE[config.contrastive]
+    parts = math.ceil(share / size)
     C, I, tokens = c.hidden_size, c.intermediate_size, size * row_length(config, vlm, text)
     heads = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim  # widths of q and out, and of k and v
     learns = config.stage == "instruct"
@@ -544,7 +548,7 @@ def memory_sum(config, vlm, dtype, text: int = 0) -> dict:
     layers = sum(isinstance(layer, nn.Linear) for layer in vlm.projector.modules())
     vectors = 2 * layers + len(contrastive)  # of width C: the projector's, and a gradient of each loss
     vit = vlm.vit.config.image_size**2 * 3 * 4 + vlm.vit.num_patches * vlm.vit.config.hidden_size * e
-    images = size * parts * (vit + vlm.num_image_tokens * vectors * C * e)
+    images = share * (vit + vlm.num_image_tokens * vectors * C * e)
     # Gradients: those that all ranks share, the table's and head's on their way, those of earlier passes.
     all_gradients, head = learning * 4 / ranks, learns * c.vocab_size * C * (4 + e)
     begins = held * kept + max(held * logits + 2 * logits, (held - 1) * logits + last) + (
@@ -556,8 +560,9 @@ def memory_sum(config, vlm, dtype, text: int = 0) -> dict:
     return {name: size / 2**30 for name, size in sums.items()}
 
 
-def print_plan(config, vlm, device, dtype, steps):
-    """What a reader wants to know before the first step. ValueError where a rank's memory cannot hold it."""
+def print_plan(config, vlm, device, dtype, steps, largest):
+    """What a reader wants to know before the first step; `largest`: rows and their tokens of the largest
+    micro-batch. ValueError where a rank's memory cannot hold it."""
     size, _ = data.split_batch(config, world_size())
     why = "a GPU" if torch.cuda.is_available() else "no GPU"
     say(f"\nstage {config.stage}, preset {config.preset} ({why} here): {steps} steps of {config.batch} on "
@@ -578,9 +583,10 @@ def print_plan(config, vlm, device, dtype, steps):
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.getenv("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":  # 2 GiB go to CUDA, NCCL and what is between the tensors
         has = torch.cuda.get_device_properties(device).total_memory - 2 * 2**30
-    memory, has = memory_sum(config, vlm, dtype), has / 2**30
+    (rows, length), has = largest, has / 2**30
+    memory = memory_sum(config, vlm, dtype, max(1, length - row_length(config, vlm, text=1) + 1), rows)
     parts, needs = ", ".join(f"{name} {size:.3g}" for name, size in memory.items()), sum(memory.values())
-    say(f"memory of a rank, GiB: {parts}; sum {needs:.3g} of {has:.3g}")
+    say(f"memory of a rank, GiB, with {rows} rows of {length} tokens: {parts}; sum {needs:.3g} of {has:.3g}")
     if needs > has:
         raise ValueError(f"{config.preset} {config.stage} needs about {needs:.0f} GiB a rank, not {has:.0f}: "
                          "more ranks with --shard, a smaller --micro_batch or preset, --checkpointing every")
@@ -775,7 +781,8 @@ def train_stage(config: Config, device):
     plan = outline(config, load_vit_config(config.vit), load_llm_config(config.llm))
     samples = data.load_samples(config, plan)
     steps = data.count_steps(config, len(samples))
-    print_plan(config, plan, device, dtype, steps)
+    dealt, lengths = data.deal(config, samples, plan, steps, world_size())
+    print_plan(config, plan, device, dtype, steps, data.largest_micro_batch(dealt, lengths))
     vlm = load_model(config, device, dtype)
     for is_turn in (rank() == 0, True) if config.features else ():  # one rank makes the file, all read it
         if is_turn:
@@ -783,7 +790,7 @@ def train_stage(config: Config, device):
         barrier()
     optimizer, terms = build_optimizer(config, vlm, device)
     start = load_checkpoint(config, optimizer, terms) if config.resume else 0
-    loader = iter(data.make_loader(config, samples, vlm, start, steps, rank(), world_size(), device))
+    loader = data.make_loader(config, samples, vlm, [ranks[rank()] for ranks in dealt[start:]], device)
     say("first sample:", repr(data.marked_text(samples[0], samples.tokenizer)))
 
     knows_nothing = 0  # steps on end
@@ -791,7 +798,7 @@ def train_stage(config: Config, device):
     for step in bar:
         step_began = time.time()
         lr = learning_rate(step, steps, config)
-        micro_batches = [next(loader) for _ in range(data.split_batch(config, world_size())[1])]
+        micro_batches = next(loader)
         if step == config.contrastive_first:
             optimizer.adamw.state.clear()  # moments of a loss whose gradients were a hundredth of these
         line = {"step": step, **train_step(vlm, terms, optimizer, micro_batches, config, lr, step)}

@@ -126,7 +126,8 @@ def dry_run(config, device):
               + ", ".join(f"{name} {part / total:.2g}" for name, part in flops.items()))
     train.say(f"on 8 H100 at 40 % of their peak, 1,000 steps take {total / (8 * 0.4 * 989e12) / 3.6:.2g} h")
     config.contrastive_first = min(3, config.contrastive_first)
-    train.print_plan(config, plan, device, dtype, 3 + config.contrastive_first)
+    largest = data.split_batch(config, world_size())[0], train.row_length(config, plan)
+    train.print_plan(config, plan, device, dtype, 3 + config.contrastive_first, largest)
     vlm = random_model(config, shapes, device, dtype)
     optimizer, terms = train.build_optimizer(config, vlm, device)
     seconds = []

@@ -430,8 +430,13 @@ def three_steps(rank, world, folders, options, micro, shard=False, text_only=())
     optimizer = Recorder(learning, shard=shard)
     template, share = "plain" if config.stage == "align" else "v1", 8 // world
     samples = conversation_samples(data.load_tokenizer(folders[1]), template, text_only)
-    mine = samples[rank * share : (rank + 1) * share]
-    batches = [collated(mine[i : i + micro]) for i in range(0, share, micro)]
+    if isinstance(micro, int):
+        mine = samples[rank * share : (rank + 1) * share]
+        batches = [collated(mine[i : i + micro]) for i in range(0, share, micro)]
+    else:  # (most samples, most tokens): spread by length
+        lengths = [len(sample["ids"]) for sample in samples]
+        dealt = data.spread(list(range(8)), lengths, *micro, world, has_equal_shares=len(terms) > 0)
+        batches = [collated([samples[i] for i in part]) for part in dealt[rank]]
     lines, weights = [], [flat(learning)]
     for step in range(3):
         lines.append(train.train_step(vlm, scales, optimizer, batches, config, 1e-3, step))
@@ -480,6 +485,17 @@ def test_ranks_change_nothing(clip_folder, llama_folder, ranks, name, world, sha
     text_only, folders = (4, 5, 6, 7) if name == "instruct" else (), (clip_folder, llama_folder)
     options = ALIGN.get(name, INSTRUCT)
     found = ranks(world, three_steps, folders, options, 2, shard, text_only)
+    assert_same_steps(whole_batch(folders, name, text_only), found)
+
+
+@pytest.mark.parametrize("name, world, shard, budget", [
+    ("instruct", 1, False, 200), ("instruct", 2, True, 150), ("instruct", 4, False, 100), ("both", 2, False, 40),
+    ("patch", 4, False, 1), ("instruct", 4, True, 1)])
+def test_spreading_by_length_changes_nothing(clip_folder, llama_folder, ranks, name, world, shard, budget):
+    """Ranks with other numbers of samples, in micro-batches of other sizes, by any budget of tokens."""
+    text_only, folders = (4, 5, 6, 7) if name == "instruct" else (), (clip_folder, llama_folder)
+    way = folders, ALIGN.get(name, INSTRUCT), (4, budget), shard, text_only
+    found = [three_steps(0, 1, *way)] if world == 1 else ranks(world, three_steps, *way)
     assert_same_steps(whole_batch(folders, name, text_only), found)
 
 
