@@ -10,14 +10,13 @@ learn, with the next-token loss alone. The ViT is frozen throughout. A step is o
 all ranks; each rank takes its share of it in micro-batches, as many samples as fit through the LLM at once.
 
 What people usually take from a framework is written out here, and the models know nothing of it: data
-parallelism and mixed precision (`DataParallelAdamW`), gradient checkpointing (`checkpointed`).
+parallelism and mixed precision (`DataParallelAdamW`); gradient checkpointing is llm.py's `checkpointed`.
 
 Read next: eval.py, which asks the trained model.
 """
 
 import argparse
 import gc
-import itertools
 import json
 import math
 import os
@@ -38,7 +37,8 @@ from tqdm import tqdm
 
 import data
 import losses
-from llm import LLM, load_llm_config
+from llm import (LLM, checkpoint_blocks, compile_blocks, load_llm_config, random_state,
+                 set_random_state)
 from losses import barrier, leave_ranks, rank, say, start_ranks, sum_over_ranks, world_size
 from projector import VLM, choose_dtype
 from vit import ViT, load_vit_config, read_json
@@ -55,7 +55,7 @@ def option(default, help, choices=None, heading=None):
 @dataclass
 class Config:
     stage: str = option("all", "what to run", ("align", "instruct", "all"), heading="the run")
-    preset: str = option("", "defaults (empty: 7b with CUDA, else tiny)", ("", "tiny", "small", "7b", "13b"))
+    preset: str = option("", "defaults (empty: 7b with CUDA, else tiny)", ("", "tiny", "small", "speedrun", "7b", "13b"))
     out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
     init: str = option("", "instruct: the align run to start from; empty: runs/PRESET/align")
     seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
@@ -96,6 +96,7 @@ class Config:
     weight_decay: float = option(0.0, "AdamW's, for matrices only")
     clip: float = option(0.0, "largest global gradient norm; 0: no clipping, as in LLaVA's own runs")
     checkpointing: str = option("none", "of the LLM's blocks", ("none", "every", "every-other"))
+    compile: bool = option(False, "torch.compile of the LLM's blocks: faster on a GPU; needs a C++ compiler")
     shard: bool = option(False, "ZeRO: each rank keeps 1/W of gradients, master weights and moments")
     group_by_length: bool = option(False, "LLaVA's own order: batches of one modality and similar lengths; "
                                           "else random ones, spread over ranks and micro-batches by length")
@@ -124,6 +125,13 @@ PRESETS = {
                                          llm="HuggingFaceTB/SmolLM2-135M-Instruct", checkpointing="none"),
         "align": LLAVA["align"],
         "instruct": LLAVA["instruct"] | dict(template="chat", lr=1e-4, shard=False),
+    },
+    "speedrun": {  # the NanoVLM speedrun's recipe, whose naflex tower takes as many patches of one picture
+        "common": LLAVA["common"] | dict(vit="google/siglip2-so400m-patch16-256", llm="Qwen/Qwen3-0.6B",
+                                         checkpointing="none"),
+        "align": LLAVA["align"] | dict(contrastive="none", steps=2180),
+        "instruct": LLAVA["instruct"] | dict(annotations="data/LLaVA-NeXT/llava_next.json", template="chat",
+                                             images="data/LLaVA-NeXT", batch=64, steps=11540, shard=False),
     },
     "7b": LLAVA,
     "13b": LLAVA | {"common": LLAVA["common"] | dict(llm="lmsys/vicuna-13b-v1.5"),
@@ -407,66 +415,7 @@ def learning_rate(step: int, steps: int, config) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. Gradient checkpointing, by hand
-
-def checkpointed(function):
-    """`function`, keeping only its arguments for backward: the rest is computed again when backward first
-    asks.
-
-    While it runs, each tensor that autograd wants to save is replaced by its number. When backward asks for
-    the first of them, the function runs a second time, and what autograd saves then is given out under these
-    numbers. (The older way, an autograd.Function that calls backward inside its own, fires a shared module's
-    hooks twice.)
-    """
-    def run(*args):
-        if not torch.is_grad_enabled():
-            return function(*args)
-        state, numbers, saved = random_state(), itertools.count(), {}
-
-        def unpack(number):
-            if number not in saved:
-                saved.update(enumerate(saved_tensors(function, args, state)))
-            return saved.pop(number)
-
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: next(numbers), unpack):
-            return function(*args)
-
-    return run
-
-
-def saved_tensors(function, args, state: list) -> list:
-    """What autograd saves in a run of `function`, in order: a second run, with the first's random state."""
-    tensors, detached = [], []
-    for arg in args:
-        is_tensor = isinstance(arg, torch.Tensor)
-        detached.append(arg.detach().requires_grad_(arg.requires_grad) if is_tensor else arg)
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: tensors.append(x.detach()), lambda _: None)
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(gpus), torch.enable_grad(), hooks:
-        set_random_state(state)
-        function(*detached)
-    return tensors
-
-
-def random_state() -> list:
-    """Of the CPU and, where there is one, of this rank's GPU."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-
-
-def set_random_state(state: list):
-    for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), state):
-        set_state(value)
-
-
-def checkpoint_blocks(blocks, which: str):
-    """"every" block, "every-other" (half the recomputation for half the saving), or "none"."""
-    for i, block in enumerate(blocks):
-        if which == "every" or (which == "every-other" and i % 2 == 0):
-            block.forward = checkpointed(block.forward)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 4. The model of a stage: what is loaded, what learns, and what it will take
+# 3. The model of a stage: what is loaded, what learns, and what it will take
 
 def choose_learning(config, vlm) -> VLM:
     """The stages in one place: align trains the projector, instruct it and the LLM, nobody the ViT."""
@@ -495,6 +444,8 @@ def load_model(config, device, dtype) -> VLM:
                 raise ValueError(f"{config.init}: made with {name} {before.get(name)!r}, "
                                  f"this run has {getattr(config, name)!r}")
         say(f"from {config.init}: loaded {', '.join(vlm.load_projector(config.init, dtype, device))}")
+    if config.compile:
+        compile_blocks(vlm.llm.model.layers)
     checkpoint_blocks(vlm.llm.model.layers, config.checkpointing)
     return choose_learning(config, vlm)
 
@@ -511,51 +462,46 @@ def build_optimizer(config, vlm, device) -> tuple:
 TEXT_TOKENS = {"align": 20, "instruct": 250}  # of a typical sample of LLaVA's two data sets, beside its image
 
 
-def row_length(config, vlm, text: int = 0) -> int:
-    """Tokens of a sample with so many of text (0: a typical one): BOS, image, text."""
-    return 1 + vlm.num_image_tokens + (text or TEXT_TOKENS[config.stage])
+def row_length(config, vlm) -> int:
+    """Tokens of a typical sample: BOS, image, text."""
+    return 1 + vlm.num_image_tokens + TEXT_TOKENS[config.stage]
 
 
 def count_weights(module, only_learning: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not only_learning)
 
 
-def memory_sum(config, vlm, dtype, text: int = 0, rows: int = 0) -> dict:
-    """GiB that a rank needs at the worst moment of a step, by purpose, with micro-batches of so many rows of
-    `text` tokens beside the image (0: as many as there may be, and as a typical one has). Not in it: what
-    CUDA, NCCL and fragmentation take.
+def memory_sum(config, vlm, dtype, rows: int, length: int) -> dict:
+    """GiB that a rank needs at the worst moment of a step whose largest micro-batch has so many rows of so
+    many tokens, by purpose. Not in it: what CUDA, NCCL and fragmentation take.
 
-    Memory grows while the LLM goes forward, and falls while it goes back; gradients of what learns grow
+    Memory grows while the LLM goes forward and falls while it goes back; the gradients of what learns grow
     meanwhile. So the worst moment is where backward begins, or where it ends.
     """
-    c, e, learning = vlm.llm.config, dtype.itemsize, count_weights(vlm, only_learning=True)
-    share, size = config.batch // world_size(), rows or data.split_batch(config, world_size())[0]
+    c, v, e, learns = vlm.llm.config, vlm.vit.config, dtype.itemsize, config.stage == "instruct"
+    learning, share = count_weights(vlm, only_learning=True), config.batch // world_size()
     ranks, contrastive = world_size() if config.shard else 1, losses.CONTRASTIVE[config.contrastive]
-    parts = math.ceil(share / size)
-    C, I, tokens = c.hidden_size, c.intermediate_size, size * row_length(config, vlm, text)
-    heads = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim  # widths of q and out, and of k and v
-    learns = config.stage == "instruct"
-    # What a block keeps: its two residuals, attention's q, k, v and result, the gated MLP's three factors;
-    # where it learns, what else went into its matrices. In backward, three gradients as wide as the MLP.
-    block = tokens * (2 * C + 2 * heads + 3 * I + learns * (2 * C + I)) * e
-    blocks = c.num_hidden_layers
+    # What a block keeps of a token: two residuals; q and what attention makes of it, k and v; the gated MLP's
+    # three factors; where it learns, what else went into its matrices. Its backward: three of the MLP's width.
+    C, I, blocks, numbers = c.hidden_size, c.intermediate_size, c.num_hidden_layers, rows * length * e
+    heads = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+    block, sweep = numbers * (2 * C + 2 * heads + 3 * I + learns * (2 * C + I)), numbers * (3 * I + 2 * C)
     whole = {"none": blocks, "every-other": blocks // 2, "every": 0}[config.checkpointing]
-    kept = whole * block + (blocks - whole) * tokens * C * e
-    sweep = tokens * (3 * I + 2 * C) * e
-    last = sweep + (block if config.checkpointing == "every" else 0)  # computed again
-    logits = size * (text or TEXT_TOKENS[config.stage]) * c.vocab_size * 4  # in fp32; their gradients: twice
-    held = parts if "prompt" in contrastive else 1  # passes that await backward
-    layers = sum(isinstance(layer, nn.Linear) for layer in vlm.projector.modules())
-    vectors = 2 * layers + len(contrastive)  # of width C: the projector's, and a gradient of each loss
-    vit = vlm.vit.config.image_size**2 * 3 * 4 + vlm.vit.num_patches * vlm.vit.config.hidden_size * e
-    images = share * (vit + vlm.num_image_tokens * vectors * C * e)
-    # Gradients: those that all ranks share, the table's and head's on their way, those of earlier passes.
-    all_gradients, head = learning * 4 / ranks, learns * c.vocab_size * C * (4 + e)
-    begins = held * kept + max(held * logits + 2 * logits, (held - 1) * logits + last) + (
-        all_gradients if parts > 1 else head)
-    ends = all_gradients + (max(head if ranks > 1 else 0, block + sweep) if learns else 0)
-    sums = {"weights": count_weights(vlm) * e,
-            "masters and moments": learning * (8 if e == 4 else 12) / ranks,
+    kept = whole * block + (blocks - whole) * numbers * C
+    again = 0 if whole else block
+    # The generative loss keeps fp32 logits, and makes two gradients of their size.
+    logits = rows * max(1, length - 1 - vlm.num_image_tokens) * c.vocab_size * 4
+    passes = math.ceil(share / rows)
+    held = passes if "prompt" in contrastive else 1  # passes that await backward
+    # Pixels and features; of width C, what is kept in the projector and a gradient of each loss.
+    vectors = 2 * sum(isinstance(m, nn.Linear) for m in vlm.projector.modules()) + len(contrastive)
+    images = share * (v.image_size**2 * 3 * 4 + v.hidden_size * vlm.vit.num_patches * e
+                      + C * vlm.num_image_tokens * vectors * e)
+    gradients, head = learning * 4 / ranks, learns * c.vocab_size * C * (4 + e)  # head's or table's: on its way
+    begins = held * (kept + logits) + max(2 * logits, sweep + again - logits)
+    begins += gradients if passes > 1 else head  # those of the earlier passes are there
+    ends = gradients + learns * max(block + sweep, head * (ranks > 1))
+    sums = {"weights": count_weights(vlm) * e, "masters and moments": learning * (8 if e == 4 else 12) / ranks,
             "activations and gradients": max(begins, ends) + images}
     return {name: size / 2**30 for name, size in sums.items()}
 
@@ -563,16 +509,10 @@ def memory_sum(config, vlm, dtype, text: int = 0, rows: int = 0) -> dict:
 def print_plan(config, vlm, device, dtype, steps, largest):
     """What a reader wants to know before the first step; `largest`: rows and their tokens of the largest
     micro-batch. ValueError where a rank's memory cannot hold it."""
-    size, _ = data.split_batch(config, world_size())
     why = "a GPU" if torch.cuda.is_available() else "no GPU"
     say(f"\nstage {config.stage}, preset {config.preset} ({why} here): {steps} steps of {config.batch} on "
-        f"{world_size()} rank(s) in micro-batches of {size}; contrastive loss: {config.contrastive}")
-    if config.contrastive_first:
-        row = row_length(config, vlm)
-        vit = 0 if config.features else 2 * count_weights(vlm.vit) * vlm.vit.num_patches
-        part = vit + 6 * count_weights(vlm.projector) * vlm.num_image_tokens
-        say(f"{config.contrastive_first} of them first, with the patch loss alone: without the LLM, "
-            f"{part / (part + 4 * count_weights(vlm.llm) * row):.1%} of the operations of a captioning step")
+        f"{world_size()} rank(s) in micro-batches of {data.split_batch(config, world_size())[0]}; "
+        f"contrastive loss: {config.contrastive}")
     if config.preset == "small":
         say("the learning rates of this preset are a guess: nobody has tuned them")
     say(f"{'module':<12}{'parameters':>16}{'learning':>16}  source")
@@ -583,17 +523,17 @@ def print_plan(config, vlm, device, dtype, steps, largest):
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.getenv("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":  # 2 GiB go to CUDA, NCCL and what is between the tensors
         has = torch.cuda.get_device_properties(device).total_memory - 2 * 2**30
-    (rows, length), has = largest, has / 2**30
-    memory = memory_sum(config, vlm, dtype, max(1, length - row_length(config, vlm, text=1) + 1), rows)
+    memory, has = memory_sum(config, vlm, dtype, *largest), has / 2**30
     parts, needs = ", ".join(f"{name} {size:.3g}" for name, size in memory.items()), sum(memory.values())
-    say(f"memory of a rank, GiB, with {rows} rows of {length} tokens: {parts}; sum {needs:.3g} of {has:.3g}")
+    say(f"memory of a rank, GiB, with {largest[0]} rows of {largest[1]} tokens: {parts}; sum {needs:.3g} of "
+        f"{has:.3g}")
     if needs > has:
         raise ValueError(f"{config.preset} {config.stage} needs about {needs:.0f} GiB a rank, not {has:.0f}: "
                          "more ranks with --shard, a smaller --micro_batch or preset, --checkpointing every")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. The data of a stage is there, or it is said how to get it
+# 4. The data of a stage is there, or it is said how to get it
 
 def ensure_data(config):
     """The toy world is made, by one rank, where it is missing; for other data, FileNotFoundError."""
@@ -613,7 +553,7 @@ def ensure_data(config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. One step
+# 5. One step
 
 def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict:
     """One update from the micro-batches of this rank; returns what the log shows.
@@ -693,7 +633,7 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. On disk: a run that was stopped goes on as if it had not been
+# 6. On disk: a run that was stopped goes on as if it had not been
 
 def save_checkpoint(config, step: int, optimizer, terms):
     """Write OUT/checkpoint-STEP, complete or not at all; keep the last two. Each rank has its own file."""
@@ -770,7 +710,7 @@ def set_last_run(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. A stage: everything above, in order; and the command line
+# 7. A stage: everything above, in order; and the command line
 
 def train_stage(config: Config, device):
     """Run align or instruct, from the files on disk to the run directory `config.out`."""
@@ -793,17 +733,22 @@ def train_stage(config: Config, device):
     loader = data.make_loader(config, samples, vlm, [ranks[rank()] for ranks in dealt[start:]], device)
     say("first sample:", repr(data.marked_text(samples[0], samples.tokenizer)))
 
-    knows_nothing = 0  # steps on end
+    knows_nothing, waited = 0, 0.0  # steps on end; seconds for the loader, from the second step on
     bar = tqdm(range(start, steps), desc=config.stage, initial=start, total=steps, disable=rank() > 0)
     for step in bar:
-        step_began = time.time()
-        lr = learning_rate(step, steps, config)
+        step_began, lr = time.time(), learning_rate(step, steps, config)
         micro_batches = next(loader)
+        waited += time.time() - step_began if step > start else 0.0
         if step == config.contrastive_first:
             optimizer.adamw.state.clear()  # moments of a loss whose gradients were a hundredth of these
         line = {"step": step, **train_step(vlm, terms, optimizer, micro_batches, config, lr, step)}
         line |= {"ms": round(1000 * (time.time() - step_began), 1), "memory_mib": peak_memory(device)}
         bar.set_postfix(shown(line, terms))
+        if step == start:
+            first_ended = time.time()
+        if step == start + 20 and waited > 0.1 * (seconds := time.time() - first_ended):
+            say(f"warning: the loader is slower than the step: {20 * config.batch / seconds:.1f} samples/s, "
+                f"the step alone {20 * config.batch / (seconds - waited):.1f}. More --workers, or --features")
         stuck = [name for name in terms if (line.get(f"{name}_relative") or 0) > 0.98]
         knows_nothing = knows_nothing + 1 if stuck and step > config.warmup_ratio * steps else 0
         if knows_nothing == 50:

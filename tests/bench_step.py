@@ -34,6 +34,12 @@ SHAPES = {  # the towers of the presets whose folders are not at hand; tiny's ar
               LLMConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                         num_attention_heads=9, num_key_value_heads=3, head_dim=64, rope_theta=100000.0,
                         max_position_embeddings=8192, tie_word_embeddings=True)),
+    "speedrun": (ViTConfig(image_size=256, patch_size=16, hidden_size=1152, intermediate_size=4304,
+                           num_hidden_layers=27, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh",
+                           model_type="siglip_vision_model"),
+                 LLMConfig(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+                           num_attention_heads=16, num_key_value_heads=8, rope_theta=1e6, rms_norm_eps=1e-6,
+                           max_position_embeddings=40960, tie_word_embeddings=True, model_type="qwen3")),
     "7b": (ViTConfig(), LLMConfig()),
     "13b": (ViTConfig(), LLMConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
                                    num_attention_heads=40, num_key_value_heads=40)),
@@ -56,6 +62,8 @@ def random_model(config, shapes, device, dtype) -> VLM:
             vlm = VLM(ViT(shapes[0], config.feature_layer), LLM(shapes[1]), config.projector)
     finally:
         torch.set_default_dtype(default)
+    if config.compile:
+        train.compile_blocks(vlm.llm.model.layers)
     train.checkpoint_blocks(vlm.llm.model.layers, config.checkpointing)
     return train.choose_learning(config, vlm)
 
@@ -147,7 +155,7 @@ def dry_run(config, device):
         "ms_per_step_fastest_of_2": round(1000 * fastest, 1), "tokens_per_s": round(tokens / fastest),
         "mfu": mfu, "ms_of_contrast_first": round(1000 * min(first), 1) if first else None,
         "peak_memory_gib": round(train.peak_memory(device) / 1024, 2),
-        "predicted_gib": round(sum(train.memory_sum(config, plan, dtype).values()), 2)}))
+        "predicted_gib": round(sum(train.memory_sum(config, plan, dtype, *largest).values()), 2)}))
 
 
 def main():

@@ -30,11 +30,13 @@ transformers.logging.disable_progress_bar()
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "real: needs real weights and further packages; run with -m real")
+    config.addinivalue_line("markers", "compiler: compiles for a minute, with g++; run with -m compiler")
 
 
 def pytest_collection_modifyitems(config, items):
-    if "real" not in config.option.markexpr:
-        items[:] = [item for item in items if "real" not in item.keywords]
+    for mark in ("real", "compiler"):
+        if mark not in config.option.markexpr:
+            items[:] = [item for item in items if mark not in item.keywords]
 
 
 @pytest.fixture(autouse=True)

@@ -110,7 +110,8 @@ def second_step(stage, preset, world=1, text=0, dtype=torch.bfloat16, **options)
                 watch.waits.clear()
                 watch.peak = watch.live
                 train.train_step(vlm, terms, optimizer, micro_batches, config, 1e-3)
-        return config, vlm, watch, sum(train.memory_sum(config, vlm, dtype, text).values())
+        rows, length = micro_batches[0]["ids"].shape
+        return config, vlm, watch, sum(train.memory_sum(config, vlm, dtype, rows, length).values())
     finally:
         if world > 1:
             dist.destroy_process_group()

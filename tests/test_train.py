@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -33,7 +34,7 @@ import eval as evaluation
 import losses
 import train
 from lab import toy_world
-from llm import LLM, load_llm_config
+from llm import LLM, checkpointed, load_llm_config
 from projector import IMAGE_TOKEN_ID, VLM
 from train import Config, DataParallelAdamW
 from vit import load_vit_config
@@ -332,7 +333,7 @@ def chain(checkpointing, shared=False, needs_grad=True):
         parameter.register_post_accumulate_grad_hook(lambda _: fired.append(1))
     run = {id(layer): layer.forward for layer in layers}
     if checkpointing:
-        run = {key: train.checkpointed(forward) for key, forward in run.items()}
+        run = {key: checkpointed(forward) for key, forward in run.items()}
     torch.manual_seed(5)
     y = x
     for layer in layers:
@@ -382,6 +383,31 @@ def test_checkpointing_saves_memory_in_the_llm(llama_folder):
     assert held["every"] < 0.5 * held["none"] and held["every"] < held["every-other"] < held["none"]
     for which in ("every-other", "every"):
         assert all(torch.equal(a, b) for a, b in zip(gradients["none"], gradients[which], strict=True))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[
+    pytest.mark.compiler, pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")])])
+def test_compiled_blocks_equal_plain_ones(llama_folder, monkeypatch, backend):
+    """Logits and gradients in fp64, of two lengths, checkpointed or not; all blocks are one graph."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    found = {}
+    for is_compiled, which in ((False, "none"), (True, "none"), (True, "every")):
+        llm = LLM.from_pretrained(llama_folder, torch.float64).requires_grad_()
+        if is_compiled:
+            train.compile_blocks(llm.model.layers)
+        train.checkpoint_blocks(llm.model.layers, which)
+        results = []
+        for S in (20, 33):
+            logits = llm(torch.arange(4 * S).view(4, S) % 75)  # (B, S, V)
+            logits.square().sum().backward()
+            results.append(torch.cat([logits.flatten().detach(), *(p.grad.flatten() for p in llm.parameters())]))
+            llm.zero_grad()
+        found[is_compiled, which] = torch.cat(results)
+    plain = found.pop((False, "none"))
+    for compiled in found.values():
+        assert (compiled - plain).abs().max() < 1e-12 * plain.abs().max()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # ---- one step, cut up in other ways ------------------------------------------------------------------------
