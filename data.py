@@ -18,6 +18,7 @@ Read next: train.py, where the batches go.
 import argparse
 import base64
 import csv
+import glob
 import hashlib
 import io
 import itertools
@@ -26,8 +27,10 @@ import math
 import os
 import re
 import sys
+import time
+import warnings
 from collections import Counter
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +38,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from vit import TOKENIZER_FILES, read_json, resolve
+from vit import TOKENIZER_FILES, named, read_json, read_text, resolve, whole
 
 IMAGE = "<image>"  # the marker in conversations
 IMAGE_MARKER = -200  # the same, among ids: one for an image until collate knows how many tokens it takes
@@ -45,23 +48,71 @@ CONTEXT, ANSWER, END = "context", "answer", "end"  # roles of text: given; to be
 # ------------------------------------------------------------------------------------------------------------
 # Images
 
+MAX_PIXELS = 178_956_970  # of a picture; Pillow's own limit. A larger one may be a bomb, and takes gigabytes
+UPRIGHT = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+                                 Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                                 Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                                 Image.Transpose.ROTATE_90)))  # by EXIF's orientation; 1 is upright
+
+
+def existing(path: Path) -> Path:
+    """The path, or, where no file is there, one of the same stem: OCR-VQA's .gif files are often kept as
+    .jpg, and the other way round."""
+    others = () if path.is_file() else sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
+    return next((other for other in others if other.is_file()), path)
+
+
+def find_image(folder, name: str) -> Path:
+    """Where the picture that a record names lies. ValueError for a name that leads out of the folder, by
+    itself or by a link: whoever wrote the record could have any file of this machine read."""
+    path, root = existing(Path(folder, name)), Path(folder).resolve()
+    if not path.resolve().is_relative_to(root):
+        raise ValueError(f"{name!r} leads out of the folder of images, {folder}")
+    return path
+
+
 def load_image(source) -> Image.Image:
-    """The picture as RGB, of a path, or of `bytes`: a picture file in base64. A missing or damaged file is an
-    error that names it."""
-    if isinstance(source, bytes):
-        name = "in base64"
-    else:
-        name = source = Path(source)
-        if not source.exists():  # OCR-VQA's .gif files are often kept as .jpg, and the other way round
-            name = source = next(source.parent.glob(f"{source.stem}.*"), source)
+    """The picture as RGB, as a viewer shows it, of a path, or of `bytes`: a picture file in base64. A missing
+    or damaged file is an error that names it.
+
+    LLaVA's own code calls `convert("RGB")` and no more. We differ from it where a camera was held sideways
+    (EXIF), where a grey has more than 8 bits (it would turn white), and where the ground is transparent (a
+    black drawing would turn black on black; here the ground is white).
+    """
+    name = "in base64" if isinstance(source, bytes) else existing(Path(source))
+    if name != "in base64" and not name.is_file():
+        raise FileNotFoundError(f"{name}: no such image")
+    with named(name, "not a readable image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's do not name the file
+        Image.MAX_IMAGE_PIXELS = None  # ours is checked here, and says what to do
+        with Image.open(io.BytesIO(base64.b64decode(source)) if isinstance(source, bytes) else name) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels; data.py's MAX_PIXELS, {MAX_PIXELS}, "
+                                 "may be raised for files that are trusted")
+            image.load()
+            return upright(to_eight_bits(image), image)
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """As RGB: greys of more than 8 bits scaled to 8, what is transparent over white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        tops = (1, 255, 65535) if image.mode == "F" else (65535,)
+        top = next((top for top in tops if values.max() <= top), values.max())
+        image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def upright(picture: Image.Image, image: Image.Image) -> Image.Image:
+    """The picture turned as the EXIF data of the file say; where they are damaged, as it is."""
     try:
-        file = io.BytesIO(base64.b64decode(source)) if isinstance(source, bytes) else source
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: no such image") from None
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for files cut short or not images
-        raise ValueError(f"{name}: not a readable image: {error}") from None
+        turn = UPRIGHT.get(image.getexif().get(0x0112))
+    except Exception:  # any kind: they are nested binary tables
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def preprocess(image: Image.Image, tower, fit: str) -> torch.Tensor:
@@ -74,12 +125,17 @@ def preprocess(image: Image.Image, tower, fit: str) -> torch.Tensor:
     size = tower.image_size
     if fit == "pad":
         side = max(image.size)
+        if side**2 > MAX_PIXELS:  # a strip, whose square would take gigabytes
+            image = image.reduce(math.ceil(side / math.isqrt(MAX_PIXELS)))
+            side = max(image.size)
         square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in tower.image_mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square
     elif fit != "crop":
         raise ValueError(f"fit {fit!r} is neither 'crop' nor 'pad'")
     short = min(image.size)
+    left, top = (max(0, length - 64 * short) // 2 for length in image.size)  # a strip: scaled whole, gigabytes
+    image = image.crop((left, top, image.width - left, image.height - top))
     # int, not round: so CLIP's own processor has it, and a pixel more would shift every patch
     image = image.resize((int(size * image.width / short), int(size * image.height / short)), tower.resample)
     left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -91,8 +147,9 @@ def preprocess(image: Image.Image, tower, fit: str) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------
 # Records: LLaVA's JSON
 
-def find_problem(record) -> str | None:
-    """What is wrong with a record, in a few words, or None. Reads no image file."""
+def find_problem(record, stage=None) -> str | None:
+    """What is wrong with a record, in a few words, or None; also what is wrong with it in that stage. Reads
+    no image file."""
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
         return "has no conversation turns"
@@ -109,20 +166,30 @@ def find_problem(record) -> str | None:
         return "has turns that do not alternate between human and gpt"
     if not all(turn["value"].strip() for turn in turns):
         return "has an empty turn"
-    if "image" in record and not isinstance(record["image"], str):
+    image, marked = image_of(record), [turn["from"] for turn in turns if IMAGE in turn["value"]]
+    if not isinstance(image, (str, type(None))):
         return "has an image that is not a file name"
-    marked = [turn["from"] for turn in turns if IMAGE in turn["value"]]
-    if "image" in record and marked != ["human"]:
+    if image and marked != ["human"]:
         return f"has an image, and {len(marked)} turns with {IMAGE} (one question must have it)"
+    if stage == "align" and not (image and len(turns) == 2):
+        return "is not an image with one caption, which is what the align stage takes"
     return None
 
 
+def image_of(record: dict):
+    """What a record has as its image; None of a text-only one. A list of one is that one, "" is nothing."""
+    image = record.get("image")
+    image = image[0] if isinstance(image, list) and len(image) == 1 else image
+    return None if image in (None, "", []) else image
+
+
 class Records:
-    """The records of a LLaVA JSON file, by number or slice. They stay on disk, and are parsed when they are
-    asked for: in memory is where each stands, however many processes read them.
+    """The records of a LLaVA JSON file, by number or slice, "image" a name or left out. They stay on disk,
+    and are parsed when they are asked for: in memory is where each stands, however many processes read them.
 
     places (n + 1,)   where in the file, in bytes, each record begins
-    sizes (n, 3)      of each: its characters of text, its turns, whether it has an image
+    sizes (n, 4)      of each: its characters of text, its turns, whether it has an image, and the bytes of
+                      the turns before that
     """
 
     def __init__(self, file, places, sizes):
@@ -138,18 +205,22 @@ class Records:
         first, stop = self.places[number : number + 2]
         with open(self.file, "rb") as file:
             file.seek(first)
-            return json.JSONDecoder().raw_decode(file.read(stop - first).decode())[0]
+            return tidy(json.JSONDecoder().raw_decode(file.read(stop - first).decode())[0])
 
 
-def load_records(file) -> Records:
-    """The records of a LLaVA JSON file; the first bad one is an error naming file, position and id."""
+def load_records(file, stage=None) -> Records:
+    """The records of a LLaVA JSON file; the first that is bad, or not for this stage, is an error naming
+    file, position and id."""
     places, sizes = [], []
     for record, start, stop in scan_list(file):
-        if problem := find_problem(record):
+        if problem := find_problem(record, stage):
             name = record.get("id") if isinstance(record, dict) else None
-            raise ValueError(f"{file}: record {len(sizes)} (id {name!r}) {problem}; `data.py check` lists all")
-        texts = [turn["value"] for turn in record["conversations"]]
-        sizes.append((sum(map(len, texts)), len(texts), "image" in record))
+            raise ValueError(f"{file}: record {len(sizes)} (id {name!r}) {problem}; `data.py check` lists "
+                             "all")
+        texts, has_image = [turn["value"] for turn in record["conversations"]], image_of(record) is not None
+        before = itertools.takewhile(lambda text: IMAGE not in text, texts) if has_image else ()
+        bytes_before = sum(32 + len(text.encode(errors="replace")) for text in before)  # 32: roles, ends
+        sizes.append((sum(map(len, texts)), len(texts), has_image, bytes_before))
         places.append(start)
     return Records(file, [*places, stop], sizes)
 
@@ -180,9 +251,15 @@ def scan_list(file, part: int = 2**24):
                 yield entry, start, place
             if text[found.end() :] or opened.read().strip():
                 raise ValueError
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         read_json(file)  # says what is wrong
         raise ValueError(f"{file}: not a JSON list of records") from None
+
+
+def tidy(record: dict) -> dict:
+    """The record with its image as a name, and without that key where it has none."""
+    image, rest = image_of(record), {key: value for key, value in record.items() if key != "image"}
+    return rest if image is None else rest | {"image": image}
 
 
 def clean_turns(record) -> list:
@@ -219,7 +296,7 @@ def plain(turns, tokenizer, prompt: str = "") -> list:
     """
     if len(turns) != 2 or IMAGE not in turns[0][1]:
         raise ValueError(f"the plain template takes one {IMAGE} and one answer, not {len(turns)} turns")
-    first = "" if tokenizer("").input_ids else "\n"
+    turns, first = typed(turns, tokenizer), "" if tokenizer("").input_ids else "\n"
     context, caption = (f"{IMAGE}\n{prompt}", f" {turns[1][1]}") if prompt else (IMAGE, turns[1][1])
     return [(first + context, CONTEXT), (caption, ANSWER), ("\n", END)]
 
@@ -227,7 +304,7 @@ def plain(turns, tokenizer, prompt: str = "") -> list:
 def v1(turns, tokenizer) -> list:
     """Vicuna's form, LLaVA-1.5's stage 2 and evaluation: `{SYSTEM} USER: {q} ASSISTANT: {a}</s>USER: ...`."""
     pieces, before = [], f"{SYSTEM} "
-    for role, text in turns:
+    for role, text in typed(turns, tokenizer):
         if role == "human":
             pieces.append((f"{before}USER: {text} ASSISTANT:", CONTEXT))
         else:
@@ -238,40 +315,48 @@ def v1(turns, tokenizer) -> list:
 
 def chat(turns, tokenizer) -> list:
     """The LLM's own chat template, which comes with its tokenizer, without thinking where it knows such a
-    mode.
+    mode, unless an answer brings its thoughts.
 
     The conversation is rendered again after every turn, and a turn's text is what it added. The last answer
     is the exception: once the next question has come, it may be written differently (Qwen3 then drops its
-    empty thoughts), so its end is looked for again. An answer ends with the tokenizer's end token; what
-    follows is context.
+    thoughts), so its end is looked for again. An answer ends with the special token that the template puts
+    behind it (of a base model that is not the tokenizer's end token); what follows is context.
     """
     if tokenizer.chat_template is None:
         raise ValueError("this tokenizer has no chat template")
-    render = partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    render, bos = partial(tokenizer.apply_chat_template, tokenize=False), tokenizer.bos_token
     messages, pieces, asked, opening = [], [], "", ""  # asked: the chat up to the last question
-    for role, text in turns:
+    turns = typed(turns, tokenizer)
+    for (role, text), (_, answer) in zip(turns, [*turns[1:], ("gpt", "")]):
         if role == "human":
             messages.append({"role": "user", "content": text})
-            now = render(messages)
+            now = render(messages, enable_thinking=False)
             question = added(asked, now)
             if len(messages) > 1:
-                question = split_answer(question, messages[-2]["content"], eos)[1]
+                question = split_answer(question, messages[-2]["content"], opening, tokenizer)[2]
             elif bos and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
                 question = question.removeprefix(bos)  # `tokenise` writes it
             if text.strip() not in question:
                 raise ValueError("the tokenizer's chat template drops the question")
-            asked, opening = now, added(now, render(messages, add_generation_prompt=True))
+            opened = render(messages, add_generation_prompt=True, enable_thinking=THOUGHTS_END in answer)
+            asked, opening = now, added(now, opened)
             pieces.append((question + opening, CONTEXT))
         else:
-            answer = text.strip()
-            messages.append({"role": "assistant", "content": answer})
-            lead = added(opening, split_answer(added(asked, render(messages)), answer, eos)[0])
-            if lead.strip():  # such as thoughts that the opening does not hold: given, not learned
+            thoughts, mark, last = text.strip().rpartition(THOUGHTS_END)
+            messages.append({"role": "assistant", "content": text.strip()})
+            now = added(asked, render(messages, enable_thinking=False))
+            before, end, _ = split_answer(now, text, opening, tokenizer)
+            lead, last = added(opening, before), last.strip()
+            if thoughts.removeprefix("<think>").strip() not in lead:
+                raise ValueError("the tokenizer's chat template drops the thoughts of an answer")
+            if lead.strip() and not mark:  # such as thoughts that the opening does not hold: given, not learned
                 pieces.append((lead, CONTEXT))
                 lead = ""
-            pieces += [(lead + answer, ANSWER), (eos, END)]
+            pieces += [(lead + last, ANSWER), (end, END)]
     return pieces
+
+
+THOUGHTS_END = "</think>"  # in an answer: what stands before it are thoughts
 
 
 def added(before: str, now: str) -> str:
@@ -281,12 +366,15 @@ def added(before: str, now: str) -> str:
     return now[len(before) :]
 
 
-def split_answer(text: str, answer: str, eos: str) -> tuple:
-    """(what stands before `answer` in text, what stands behind its end token)."""
-    said, found, behind = text.partition(eos)
-    if not found or not said.rstrip().endswith(answer):
-        raise ValueError("the tokenizer's chat template does not end an answer with its end token")
-    return said.rstrip().removesuffix(answer), behind
+def split_answer(text: str, answer: str, opening: str, tokenizer) -> tuple:
+    """(what stands before `answer`, without its thoughts, in text; its end token; what stands behind that):
+    of the special tokens in text the first that is not the opening's is its end."""
+    pattern, answer = specials_of(tokenizer)[0], answer.rpartition(THOUGHTS_END)[2].strip()
+    ends = list(pattern.finditer(text))[len(pattern.findall(opening)) :]
+    said = text[: ends[0].start()].rstrip() if ends else ""
+    if not ends or not said.endswith(answer):
+        raise ValueError("the tokenizer's chat template does not end an answer with a special token")
+    return said.removesuffix(answer), ends[0][0], text[ends[0].end() :]
 
 
 TEMPLATES = {"plain": plain, "v1": v1, "chat": chat}
@@ -307,14 +395,15 @@ def load_tokenizer(folder_or_id):
     """The LLM's tokenizer. Padding gets the unknown token's id, as LLaVA has it, or the end's."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
     folder = resolve(folder_or_id, ("*.json", *TOKENIZER_FILES))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers raises many kinds, most of them about packages
-        raise ValueError(f"{folder}: no tokenizer could be made ({type(error).__name__}). Without a "
-                         "tokenizer.json, as in Vicuna's folders, put one there (for Vicuna 1.5 that of "
-                         "llava-hf/llava-1.5-7b-hf) or `pip install sentencepiece protobuf`") from error
+    with named(folder, "no tokenizer could be made. Without a tokenizer.json, as in Vicuna's folders, put one "
+               "there (for Vicuna 1.5 that of llava-hf/llava-1.5-7b-hf) or `pip install sentencepiece "
+               "protobuf`"):  # transformers raises many kinds, most of them about packages
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask, and wait
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: labels need to know where tokens stand; a tokenizer.json says so")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: the tokenizer names no end token (eos_token in tokenizer_config.json): "
+                         "answers could not end")
     tokenizer.model_max_length = 10**9  # no warning of the tokenizer's own: collate cuts or refuses long rows
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -323,14 +412,63 @@ def load_tokenizer(folder_or_id):
 
 def check_vocabulary(tokenizer, size: int):
     """Refuse a tokenizer of more tokens than the LLM has embeddings: it is another LLM's. (Tokens added to it
-    later do not count: LLaVA's tokenizer serves Vicuna, which has no row for its <image> and <pad>.)"""
+    later do not count: LLaVA's tokenizer serves Vicuna, which has no row for its <image> and <pad>. From here
+    on, `special_names` keeps them out of text.)"""
     largest = max(tokenizer.vocab_size - 1, tokenizer.pad_token_id, tokenizer.eos_token_id)
     if largest >= size:
         raise ValueError(f"{tokenizer.name_or_path}: ids up to {largest}, the LLM has {size} embeddings")
+    tokenizer.rows = size
+
+
+# A special token is one only where a template writes it. Who types its name, in a question or an answer, means
+# the text: else data could end a turn, forge one, or name an embedding that is not there. Both are told apart
+# by private characters of Unicode, which stand for the names from the template to the tokenizer.
+TYPED, WRITTEN = 0xF0000, 0x100000  # the first of those for names that were typed, and for a template's own
+PRIVATE = re.compile("[\U000F0000-\U0010FFFF]")
+
+
+@lru_cache(8)
+def special_names(tokenizer, rows) -> tuple:
+    """(a pattern of the names of special tokens; a tokenizer that knows these tokens by their private
+    characters alone; {its id: the real id} where they differ; the names).
+
+    <image> and what the LLM has no row for count as special, whatever the tokenizer says of them.
+    """
+    spec, names = json.loads(tokenizer.backend_tokenizer.to_str()), []
+    spec["truncation"] = spec["padding"] = None
+    model, renamed = spec["model"], {}
+    for token in spec["added_tokens"]:
+        name = token["content"]
+        if token["special"] or name in (IMAGE, *tokenizer.all_special_tokens) or token["id"] >= rows:
+            token["content"] = renamed[name] = chr(WRITTEN + len(names))
+            names.append(name)
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {renamed.get(name, name): i for name, i in model["vocab"].items()}
+        model["unk_token"] = renamed.get(model.get("unk_token"), model.get("unk_token"))
+    else:
+        model["vocab"] = [[renamed.get(name, name), score] for name, score in model["vocab"]]
+    private = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
+    real = {private.token_to_id(token["content"]): token["id"] for token in spec["added_tokens"]}
+    by_length = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, by_length)) or "(?!)"), private, real, names
+
+
+def specials_of(tokenizer) -> tuple:
+    return special_names(tokenizer, getattr(tokenizer, "rows", math.inf))
+
+
+def typed(turns, tokenizer) -> list:
+    """The turns with typed names of special tokens in disguise; the marker of an image is our own."""
+    pattern, _, _, names = specials_of(tokenizer)
+
+    def disguise(match):
+        return IMAGE if match[0] == IMAGE else chr(TYPED + names.index(match[0]))
+
+    return [(role, pattern.sub(disguise, PRIVATE.sub("\ufffd", text))) for role, text in turns]
 
 
 def tokenise(pieces, tokenizer, has_image: bool) -> tuple:
-    """Pieces -> (ids, roles), two lists of one length, with one IMAGE_MARKER for each marker in a CONTEXT.
+    """Pieces -> (ids, roles), two lists of one length, with one IMAGE_MARKER where the image stands.
 
     A tokenizer may treat a word differently inside a sentence and at its start, so a piece cannot be
     tokenised on its own. All pieces between two images are one text, and the tokenizer tells where in it each
@@ -338,7 +476,8 @@ def tokenise(pieces, tokenizer, has_image: bool) -> tuple:
     """
     chunks = [[]]  # lists of pieces, cut where an image stands; without images, the marker is mere text
     for text, role in pieces:
-        first, *rest = text.split(IMAGE) if has_image and role == CONTEXT else [text]
+        is_here = has_image and role == CONTEXT and len(chunks) == 1  # behind the first, it is text again
+        first, *rest = text.split(IMAGE, 1) if is_here else [text]
         chunks[-1].append((first, role))
         chunks += [[(part, role)] for part in rest]
     ids = list(tokenizer("").input_ids)  # BOS where the tokenizer has one
@@ -353,12 +492,17 @@ def tokenise(pieces, tokenizer, has_image: bool) -> tuple:
 def tokenise_text(pieces, tokenizer) -> tuple:
     """(ids, roles) of pieces in a row. A token over two of them is harmless between an answer and its end,
     which both carry loss (Llama 3 and Qwen have one token for ".\\n"). Elsewhere it is an error."""
-    text, role_of = "".join(part for part, _ in pieces), []  # role_of: of each character
+    pattern, private, real, names = specials_of(tokenizer)
+    text, role_of, roles, end = "", [], [], 0  # role_of: of each character
     for part, role in pieces:
-        role_of += [role] * len(part)
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    names, roles, end = tokenizer.convert_ids_to_tokens(tokens.input_ids), [], 0
-    for name, (start, stop) in zip(names, tokens.offset_mapping):
+        # what still bears its name was written by the template
+        part = pattern.sub(lambda match: match[0] if match[0] == IMAGE
+                           else chr(WRITTEN + names.index(match[0])), part)
+        part = re.sub("[\U000F0000-\U000FFFFF]", lambda match: names[ord(match[0]) - TYPED], part)
+        text, role_of = text + part, role_of + [role] * len(part)
+    tokens = private.encode(text, add_special_tokens=False)
+    ids = [real.get(i, i) for i in tokens.ids]
+    for name, (start, stop) in zip(tokens.tokens, tokens.offsets):
         start = min(start, end) if name.startswith("Ġ") else start  # a leading space that some do not count
         end = max(end, stop)
         # the space that SentencePiece adds at a start covers no character: it goes with the next
@@ -366,7 +510,10 @@ def tokenise_text(pieces, tokenizer) -> tuple:
         if CONTEXT in covered and len(covered) > 1:
             raise ValueError(f"the tokenizer joins {text[start:stop]!r}: no boundary for labels")
         roles.append(ANSWER if ANSWER in covered else covered.pop())
-    return tokens.input_ids, roles
+    if max(ids, default=0) >= getattr(tokenizer, "rows", math.inf):
+        raise ValueError(f"the template writes {tokenizer.convert_ids_to_tokens(max(ids))!r}, for which the "
+                         f"LLM has no embedding: it has {tokenizer.rows}")
+    return ids, roles
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -395,7 +542,7 @@ class Conversations(torch.utils.data.Dataset):
         """The tokens of each record's row, by its characters and turns: what one costs is fitted to some
         records, evenly spaced. Batches are dealt by these, so nothing but time depends on them."""
         sizes, step = self.records.sizes, max(1, len(self) // samples)
-        tokens = [len(self.tokens(self.records[i])[0]) for i in range(0, len(self), step)]
+        tokens = [len(self.read(i, with_pixels=False)["ids"]) for i in range(0, len(self), step)]
         known = np.c_[sizes[::step, :2], np.ones(len(tokens))]  # (samples, 3)
         per_size = np.linalg.lstsq(known, np.array(tokens) - sizes[::step, 2], rcond=None)[0]  # (3,)
         tokens = np.c_[sizes[:, :2], np.ones(len(self))] @ per_size + sizes[:, 2] * num_image_tokens
@@ -409,33 +556,29 @@ class Conversations(torch.utils.data.Dataset):
             words.append(count if "image" in record else -count)
         return words
 
-    def tokens(self, record) -> tuple:
-        """(ids, roles, turns) of a record. ValueError, with its id, where the template does not fit."""
-        turns = clean_turns(record)
-        try:
-            return *tokenise(self.template(turns, self.tokenizer), self.tokenizer, "image" in record), turns
-        except ValueError as error:
-            raise ValueError(f"record {record.get('id')!r}: {error}") from None
-
     def __getitem__(self, i):
         sample = self.seen.get(i) or self.read(i)
         if self.cache:
             self.seen[i] = sample
         return sample
 
-    def read(self, i) -> dict:
-        record = self.records[i]
-        name, (ids, roles, turns) = f"record {record.get('id', i)!r}", self.tokens(record)
-        sample = {"name": name, "pixels": None, "image": record.get("image"), "ids": ids, "roles": roles}
-        try:
-            if "image" in record and self.features is not None:
+    def read(self, i, with_pixels: bool = True) -> dict:
+        """The sample; without pixels, True stands for those of a record that has an image."""
+        record, name = self.records[i], f"record {self.records[i].get('id', i)!r}"
+        sample = {"name": name, "pixels": ("image" in record) or None, "image": record.get("image")}
+        with named(name):
+            turns = clean_turns(record)
+            pieces = self.template(turns, self.tokenizer)
+            sample["ids"], sample["roles"] = tokenise(pieces, self.tokenizer, "image" in record)
+            if sample["pixels"] and with_pixels and self.features is not None:
                 sample["pixels"] = self.features[record["image"]]  # (P, D)
-            elif "image" in record:
-                sample["pixels"] = preprocess(load_image(self.images / record["image"]), self.tower, self.fit)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{name}: {error}") from None
-        if self.text_prompt is not None:
-            sample["text_ids"] = self.tokenizer(f"{turns[1][1]}\n{self.text_prompt}".strip()).input_ids
+            elif sample["pixels"] and with_pixels:
+                picture = load_image(find_image(self.images, record["image"]))
+                sample["pixels"] = preprocess(picture, self.tower, self.fit)
+            if self.text_prompt is not None:
+                (_, caption), = typed(turns[1:], self.tokenizer)
+                text = f"{caption}\n{self.text_prompt}".strip()
+                sample["text_ids"], _ = tokenise([(text, CONTEXT)], self.tokenizer, False)
         return sample
 
 
@@ -451,25 +594,25 @@ def feature_file(config, samples, vit, device) -> dict:
     """
     file, names = Path(config.features), sorted({r["image"] for r in samples.records if "image" in r})
     made_by = {key: getattr(config, key) for key in ("vit", "feature_layer", "fit")}
-    made_by["sum of weights"] = sum(p.double().sum().item() for p in vit.parameters())  # and so the dtype
+    made_by["weights"] = fingerprint(vit)  # and so the dtype
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         features = []
         for start in tqdm(range(0, len(names), 32), desc=f"features -> {file}", unit=" batches"):
-            images = [load_image(samples.images / name) for name in names[start : start + 32]]
+            images = [load_image(find_image(samples.images, name)) for name in names[start : start + 32]]
             pixels = torch.stack([preprocess(image, samples.tower, samples.fit) for image in images])
             features.append(vit(pixels.to(device)).cpu())  # (32, P, D)
-        partial = file.with_suffix(".partial")
-        torch.save({"made_by": made_by, "names": names, "features": torch.cat(features)}, partial)
-        partial.rename(file)
-    kept = torch.load(file, mmap=True, weights_only=True)
-    for key in made_by:
-        if kept["made_by"].get(key) != made_by[key]:
-            raise ValueError(f"{file}: features made with {key} {kept['made_by'].get(key)!r}, not "
-                             f"{made_by[key]!r}; name another --features, or remove it")
-    if missing := set(names) - set(kept["names"]):
-        raise ValueError(f"{file}: lacks {len(missing)} images of these records, such as {min(missing)}")
-    return dict(zip(kept["names"], kept["features"]))
+        with whole(file) as building:
+            torch.save({"made_by": made_by, "names": names, "features": torch.cat(features)}, building)
+    with named(file, "not a file of features"):
+        kept = torch.load(file, mmap=True, weights_only=True)
+        for key in made_by:
+            if kept["made_by"].get(key) != made_by[key]:
+                raise ValueError(f"{file}: features made with {key} {kept['made_by'].get(key)!r}, not "
+                                 f"{made_by[key]!r}; name another --features, or remove it")
+        if missing := set(names) - set(kept["names"]):
+            raise ValueError(f"{file}: lacks {len(missing)} images of these records, such as {min(missing)}")
+        return dict(zip(kept["names"], kept["features"], strict=True))
 
 
 def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, image_size: int,
@@ -507,7 +650,23 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
 
 def key_of(value) -> int:
     """A number for the value, the same in every process (Python's own hash of text is not): ranks agree."""
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest())
+    value = value if isinstance(value, bytes) else repr(value).encode()
+    return int.from_bytes(hashlib.blake2b(value, digest_size=7).digest())
+
+
+def fingerprint(module) -> int:
+    """Of the bits of all weights, whatever device they are on: sums of whole numbers do not depend on the
+    order."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return key_of([(name, p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64).item())
+                   for name, p in module.named_parameters()])
+
+
+def fingerprints(config, vlm, tokenizer) -> dict:
+    """Of what a run is made of beside its options: a run that goes on with another is another run."""
+    records = key_of(Path(config.annotations).read_bytes())
+    spelling = key_of((tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template))
+    return {"records": records, "tokenizer": spelling, "vit": fingerprint(vlm.vit), "llm": fingerprint(vlm.llm)}
 
 
 def expand(sample, num_image_tokens: int, image_token_id: int, max_length: int, side: str) -> dict:
@@ -659,7 +818,7 @@ def grouped_order(lengths: list, batch: int, chunks: int, seed: int, epoch: int)
     """LLaVA's group_by_modality_length: an order in which each batch is of one modality and of similar
     lengths.
 
-    `lengths` are signed (see `Conversations.lengths`). Per modality: shuffle, cut into batches. Then shuffle
+    `lengths` are signed (see `Conversations.words`). Per modality: shuffle, cut into batches. Then shuffle
     the batches, and deal each, longest first, into even chunks; what is left over comes last.
     """
     rng, batches, rest, order = np.random.default_rng([seed, epoch]), [], [], []
@@ -704,8 +863,26 @@ def load_samples(config, vlm) -> Conversations:
         raise ValueError(f"--prompt: the LLM does not know every word of {' | '.join(prompts)!r}")
     if config.contrastive not in ("prompt", "both"):
         prompts = prompts[0], None
-    return Conversations(load_records(config.annotations), config.images, tokenizer, config.template,
-                         vlm.vit.config, config.fit, prompts, config.cache)
+    stage = "align" if config.template == "plain" or config.contrastive != "none" else None
+    samples = Conversations(load_records(config.annotations, stage), config.images, tokenizer,
+                            config.template, vlm.vit.config, config.fit, prompts, config.cache)
+    check_rows(samples, vlm.num_image_tokens,
+               min(config.max_length, vlm.llm.config.max_position_embeddings))
+    return samples
+
+
+def check_rows(samples, num_image_tokens: int, max_length: int):
+    """ValueError for the first record whose image does not fit into a row behind the turns before it; and
+    where the template cannot be used at all. In seconds: only what has many bytes before its image, and the
+    first record of each kind, is tokenised."""
+    head, kinds = 0, set()  # tokens before the image of the first that has one; the kinds of records so far
+    for i, (_, turns, has_image, before) in enumerate(samples.records.sizes.tolist()):
+        kind = has_image, turns > 2
+        if kind not in kinds or (has_image and head + before + num_image_tokens > max_length):
+            kinds.add(kind)
+            sample = samples.read(i, with_pixels=False)
+            expand(sample, num_image_tokens, IMAGE_MARKER, max_length, "right")
+            head = head or (sample["ids"].index(IMAGE_MARKER) if has_image else 0)
 
 
 def deal(config, samples, vlm, steps: int, world: int) -> tuple:
@@ -726,8 +903,19 @@ def make_loader(config, samples, vlm, mine: list, device):
         samples, batch_sampler=list(itertools.chain(*mine)), collate_fn=to_batch, num_workers=workers,
         pin_memory=device.type == "cuda", persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(config.seed)))  # its own: not the run's random state
-    for parts in mine:
-        yield [next(loader) for _ in parts]
+    waited, began = 0.0, time.perf_counter()
+    for number, parts in enumerate(mine):
+        asked = time.perf_counter()
+        batches = [next(loader) for _ in parts]
+        if number == 0:  # it had to start
+            asked = began = time.perf_counter()
+        waited += time.perf_counter() - asked
+        total = time.perf_counter() - began
+        if number == 20 and waited > 0.1 * total and os.environ.get("RANK", "0") == "0":
+            tqdm.write(f"warning: the loader is slower than the step: {20 * config.batch / total:.1f} "
+                       f"samples/s, the step alone {20 * config.batch / (total - waited):.1f}. More --workers "
+                       "(up to a rank's cores), or --features")
+        yield batches
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -754,13 +942,6 @@ def find_files(folder, pattern: str) -> list:
     return files
 
 
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8: {error}") from None
-
-
 def find_entries(folder, pattern: str, **kinds):
     """Yield (file, entry) of all files in `folder` that fit; see `read_entries`."""
     for file in find_files(folder, pattern):
@@ -772,7 +953,7 @@ def read_entries(file: Path, **kinds) -> list:
     """The dicts in a file, each with all keys of `kinds` and values of these types: a JSON list (maybe below
     "questions" or "data"), a JSON dict of dicts (whose names become "id"), JSON lines, or a table (.tsv)."""
     text, parse = read_text(file), partial(json.loads, object_pairs_hook=without_repeats)
-    try:
+    with named(file):
         if file.suffix == ".tsv":
             csv.field_size_limit(2**31 - 1)  # a picture is one field
             entries = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
@@ -783,14 +964,12 @@ def read_entries(file: Path, **kinds) -> list:
                 if error.msg != "Extra data":  # behind the first line: POPE calls such files .json, too
                     raise
                 entries = [parse(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{file}: {error}") from None
     if isinstance(entries, dict):
-        named = []
+        inner = []
         for name, entry in entries.items():
-            named.append({"id": name, **entry} if isinstance(entry, dict) else entry)
-        is_named = any(isinstance(entry, dict) for entry in named)
-        entries = entries.get("questions") or entries.get("data") or (named if is_named else [entries])
+            inner.append({"id": name, **entry} if isinstance(entry, dict) else entry)
+        has_inner = any(isinstance(entry, dict) for entry in inner)
+        entries = entries.get("questions") or entries.get("data") or (inner if has_inner else [entries])
     if not isinstance(entries, list):
         raise ValueError(f"{file}: not a list of entries")
     for number, entry in enumerate(entries, start=1):
@@ -833,18 +1012,19 @@ def load_scienceqa(folder, split: str = "test") -> list:
     "hint", "file"}], as pid_splits.json has them."""
     folder, questions = Path(folder), []
     file, splits = folder / "problems.json", read_json(folder / "pid_splits.json")
-    if split not in splits:
+    if not isinstance(splits, dict) or not isinstance(splits.get(split), list):
         raise ValueError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
     maybe = (str, type(None))
     kinds = {"question": str, "choices": list, "answer": int, "hint": maybe, "image": maybe}
     problems = {problem["id"]: problem for problem in read_entries(file, id=str, **kinds)}
-    for pid in splits[split]:
+    for pid in map(str, splits[split]):
         problem = problems.get(pid)
         if problem is None:
             raise ValueError(f"{file}: problem {pid!r} is missing; is it of another split?")
         if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
             raise ValueError(f"{file}: problem {pid!r} has no choice {problem['answer']}")
-        image = folder / "images" / split / pid / problem["image"] if problem["image"] is not None else None
+        own = problem.get("split") or split  # of minitest, trainval and others the pictures lie in these
+        image = find_image(folder / "images", f"{own}/{pid}/{problem['image']}") if problem["image"] else None
         options = list(LETTERS[: len(problem["choices"])])
         question = {"id": pid, "prompt": scienceqa_prompt(problem), "image": image, "file": str(file),
                     "num_choices": len(options), "options": options, "answer": LETTERS[problem["answer"]]}
@@ -856,28 +1036,43 @@ def load_scienceqa(folder, split: str = "test") -> list:
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
-def check(file, images) -> int:
-    """Print bad records and unreadable images, write FILE.clean.json without them; return their number."""
-    records, good = read_json(file), []
+LOOKS_SPECIAL = re.compile(r"</?s>|<(unk|pad|bos|eos|image)>|<\|[^<>|]*\|>|\[/?INST\]")  # in most tokenizers
+
+
+def check(file, images, stage=None, llm=None, template=None, image_tokens: int = 576,
+          max_length: int = 2048) -> int:
+    """Print bad records and unreadable images, write FILE.clean.json without them; return their number. Bad
+    is also what `stage` does not take and, with the tokenizer of `llm`, what makes no row with loss."""
+    records, good, has_special = read_json(file), [], 0
     if not isinstance(records, list) or not records:
         raise ValueError(f"{file}: not a JSON list of records")
+    template, tokenizer = template or ("plain" if stage == "align" else "v1"), llm and load_tokenizer(llm)
+    pattern = specials_of(tokenizer)[0] if llm else LOOKS_SPECIAL
     for number, record in enumerate(tqdm(records, desc="check", unit=" records")):
-        problem = find_problem(record)
-        if not problem and "image" in record:
-            try:
-                load_image(Path(images) / record["image"])
-            except (OSError, ValueError) as error:
-                problem = str(error)
+        name, problem = record.get("id") if isinstance(record, dict) else None, find_problem(record, stage)
+        try:
+            tidied = record if problem else tidy(record)
+            if not problem and "image" in tidied:
+                load_image(find_image(images, tidied["image"]))
+            if not problem and llm:
+                sample = Conversations([tidied], images, tokenizer, template, None, "").read(0, False)
+                if (expand(sample, image_tokens, IMAGE_MARKER, max_length, "right")["labels"] == IGNORE).all():
+                    problem = f"has no word of an answer within {max_length} tokens"
+        except (OSError, ValueError) as error:
+            problem = str(error)
         if problem:
-            name = record.get("id") if isinstance(record, dict) else None
-            tqdm.write(f"record {number} (id {name!r}): {problem}")
+            tqdm.write(f"record {number} (id {name!r}): {problem}".encode(errors="backslashreplace").decode())
         else:
             good.append(record)
+            texts = [text.removeprefix(IMAGE if "image" in tidied else "") for _, text in clean_turns(tidied)]
+            has_special += any(map(pattern.search, texts))
     bad = len(records) - len(good)
     print(f"{len(good)} of {len(records)} records are good")
+    print(f"{has_special} of them have the name of a special token in their text; it is read as text")
     if bad:
         clean = Path(file).with_suffix(".clean.json")
-        clean.write_text(json.dumps(good))
+        with whole(clean) as building:
+            building.write_text(json.dumps(good))
         print(f"wrote {clean}")
     return bad
 
@@ -890,9 +1085,14 @@ def main():
     checker = commands.add_parser("check", help="list bad records and images, write a cleaned list")
     checker.add_argument("file")
     checker.add_argument("images")
-    args = parser.parse_args()
+    add = checker.add_argument
+    add("--stage", choices=["align", "instruct"], help="also list what this stage of training does not take")
+    add("--llm", help="also tokenise, as for this LLM (a folder or a Hub id): list what makes no row with loss")
+    add("--template", choices=[*TEMPLATES], help="with --llm (default: align's is plain, instruct's v1)")
+    add("--image_tokens", type=int, default=576, help="with --llm: of an image")
+    add("--max_length", type=int, default=2048, help="with --llm: most tokens in a row")
     try:
-        bad = check(args.file, args.images)
+        bad = check(**{key: value for key, value in vars(parser.parse_args()).items() if key != "command"})
     except (OSError, ValueError) as error:
         sys.exit(f"data.py: {error}")
     sys.exit(1 if bad else 0)

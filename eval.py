@@ -38,9 +38,10 @@ from tqdm import tqdm
 
 import data
 import losses
-from losses import leave_ranks, on_every_rank, rank, say, start_ranks, world_size
+from data import find_image
+from losses import command, on_every_rank, rank, say, start_ranks, world_size
 from projector import VLM, choose_dtype
-from vit import read_json, resolve_model
+from vit import named, read_json, resolve_model, whole
 
 # ------------------------------------------------------------------------------------------------------------
 # Asking
@@ -51,11 +52,15 @@ def load_run(folder, device) -> tuple:
     folder gets Vicuna's: its own template takes pictures in another form than our marker.)"""
     folder = resolve_model(folder)
     config = read_json(folder / "config.json")
-    vlm = VLM.from_pretrained(folder, choose_dtype(device, config.get("dtype", "")), device)
+    with named(folder / "config.json"):
+        dtype = choose_dtype(device, config.get("dtype") or "")
+    if config.get("template", "plain") not in [*data.TEMPLATES]:
+        raise ValueError(f"{folder}/config.json: template is {config['template']!r}")
+    vlm = VLM.from_pretrained(folder, dtype, device)
     tokenizer = data.load_tokenizer(vlm.sources["llm"])
     data.check_vocabulary(tokenizer, vlm.llm.config.vocab_size)  # a wrong one would answer nonsense, quietly
     if config.get("template", "plain") == "plain":
-        has_own = tokenizer.chat_template and config.get("model_type") != "llava"
+        has_own = tokenizer.chat_template and not str(config.get("model_type")).startswith("llava")
         config["template"] = "chat" if has_own else "v1"
     return vlm, tokenizer, config
 
@@ -65,7 +70,7 @@ def to_samples(vlm, tokenizer, question: dict, template: str, *answers) -> list:
     `answers`, the question with that, without end token and picture."""
     name, has_image, samples = f"question {question['id']!r}", question["image"] is not None, []
     name = f"{question['file']}: {name}" if "file" in question else name
-    try:
+    with named(name):
         for answer in (None, *answers):
             turns = [("human", question["prompt"])] + ([] if answer is None else [("gpt", answer)])
             pieces = [piece for piece in data.TEMPLATES[template](turns, tokenizer) if piece[1] != data.END]
@@ -75,8 +80,6 @@ def to_samples(vlm, tokenizer, question: dict, template: str, *answers) -> list:
             # "pad", whatever the run was trained with: a question may be about the picture's edge
             picture = data.load_image(question["image"])
             samples[0]["pixels"] = data.preprocess(picture, vlm.vit.config, "pad")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
     return samples
 
 
@@ -93,8 +96,9 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
     """Answers, as stripped text, to [{"id", "prompt", "image" path, base64 bytes or None}]: greedy, or
     sampled with `temperature` and `top_p`. `file`: see `in_batches`."""
     room = vlm.llm.config.max_position_embeddings - max_new_tokens  # the answer needs positions too
-    # a run learns to end with its tokenizer's end token, whatever its LLM's config says
-    how["end_tokens"] = [tokenizer.eos_token_id]
+    # what a run learns to end with, whatever its LLM's config says
+    ids, roles = data.tokenise(data.TEMPLATES[template]([("human", "?"), ("gpt", "!")], tokenizer), tokenizer, False)
+    how["end_tokens"] = [tokenizer.eos_token_id, ids[-1]]
 
     def answer(rows):
         samples = [to_samples(vlm, tokenizer, row, template)[0] for row in rows]
@@ -141,18 +145,23 @@ def likelihoods(vlm, tokenizer, questions, template: str, batch: int = 16, file=
     return in_batches(questions, answer, batch, file)
 
 
+MOST_TOKENS = 2**15  # in a batch of questions, about: long prompts go in smaller batches
+
+
 def in_batches(questions, answer, batch: int, file=None) -> list:
     """`answer(some questions) -> [what JSON can hold]` for all questions, in their order.
 
-    Batches hold questions of similar length, and are the same on any number of ranks, which take turns: so
-    are the answers, to the last bit. With `file`, each rank appends to FILE.RANK.jsonl as they come, and
-    what such files hold already is not asked again. The ranks' first error is raised on all of them.
+    Batches hold at most `batch` questions, of similar length, and MOST_TOKENS. They are the same on any
+    number of ranks, which take turns: so are the answers, to the last bit. With `file`, each rank appends to
+    FILE.RANK.jsonl as they come, and what such files hold already is not asked again. The ranks' first error
+    is raised on all of them.
     """
     def length(i):  # a picture is longer than most texts; in characters, which is near enough
         return questions[i]["image"] is None, -len(questions[i]["prompt"])
 
     order = sorted(range(len(questions)), key=length)  # longest first: what needs too much memory fails soon
-    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+    tokens = [600 * (row["image"] is not None) + len(row["prompt"]) // 4 for row in questions]
+    batches = data.cut_by_tokens(order, tokens, batch, MOST_TOKENS)
     # rank 0 reads alone: the files of the others are about to grow
     answers = on_every_rank(lambda: read_answers(file, questions) if file and rank() == 0 else {})[0]
     left = [indices for indices in batches if not set(indices) <= answers.keys()]
@@ -189,10 +198,10 @@ def read_answers(file, questions) -> dict:
     answers, index = {}, {question["id"]: i for i, question in enumerate(questions)}
     for part in sorted(Path(file).parent.glob(f"{Path(file).name}.*.jsonl")):
         text = part.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            part.write_text(whole)
-        for row in data.read_entries(part, id=data.ID, prompt=str, answer=object) if whole else []:
+        lines = text[: text.rfind("\n") + 1]
+        if lines != text:
+            part.write_text(lines)
+        for row in data.read_entries(part, id=data.ID, prompt=str, answer=object) if lines else []:
             i = index.get(row["id"])
             if i is None or questions[i]["prompt"] != row["prompt"]:
                 raise ValueError(f"{part}: question {row['id']!r} is not asked now, or reads otherwise; "
@@ -320,7 +329,7 @@ def load_pope(folder, split: str):
     is_llavas = not any(folder.glob(pattern)) and (folder / "coco").is_dir()
     for file, row in data.find_entries(folder / "coco" if is_llavas else folder, pattern, **kinds):
         category = file.stem.rsplit("pope_", 1)[1]
-        yield to_question(file, f"{category}-{row['question_id']}", row["text"], images / row["image"],
+        yield to_question(file, f"{category}-{row['question_id']}", row["text"], find_image(images, row["image"]),
                           row["label"], category, options=["yes", "no"])
 
 
@@ -414,7 +423,7 @@ def load_seed(folder, split: str):
     for row in rows:
         if row["data_type"] == split:
             kind, text = row.get("question_type_id"), lettered(row["question"], [row[key] for key in choices])
-            yield to_question(file, row["question_id"], text, folder / "SEED-Bench-image" / row["data_id"],
+            yield to_question(file, row["question_id"], text, find_image(folder / "SEED-Bench-image", row["data_id"]),
                               row["answer"], names.get(kind, kind), data.LETTER_ANSWER, options=list("ABCD"))
 
 
@@ -484,7 +493,7 @@ def load_gqa(folder, split: str):
     """{split}_questions.json of GQA: question id -> question, answer, imageId; pictures in images/."""
     kinds = {"id": str, "question": str, "answer": str, "imageId": str}
     for file, row in data.find_entries(folder, f"**/{split}_questions.json", **kinds):
-        yield to_question(file, row["id"], row["question"], folder / "images" / f"{row['imageId']}.jpg",
+        yield to_question(file, row["id"], row["question"], find_image(folder / "images", f"{row['imageId']}.jpg"),
                           row["answer"], (row.get("types") or {}).get("structural"))
 
 
@@ -507,7 +516,7 @@ def load_textvqa(folder, split: str):
         if tokens[image]:
             text += f"\nReference OCR token: {', '.join(tokens[image])}"
         answers = [parse_vqa(answer) for answer in row["answers"]]
-        yield to_question(file, name, text, folder / "train_images" / f"{image}.jpg", answers)
+        yield to_question(file, name, text, find_image(folder / "train_images", f"{image}.jpg"), answers)
 
 
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
@@ -576,7 +585,7 @@ def load_mmmu(folder, split: str):
         image = pictures[0] if pictures else None
         if isinstance(image, dict):
             image = image["bytes"].encode() if image.get("bytes") else image.get("path")
-        image = file.parent / image if isinstance(image, str) else image
+        image = find_image(file.parent, image) if isinstance(image, str) else image
         asked, ending, answer, more = row["question"], data.SHORT_ANSWER, as_list(row["answer"]), {}
         if row["question_type"] != "open":  # multiple-choice
             choices, answer, ending = as_list(row["options"]), row["answer"], data.LETTER_ANSWER
@@ -664,7 +673,7 @@ def score_mmmu(questions, choices) -> dict:
 def load_mmvet(folder, split: str):
     """mm-vet.json: id -> imagename, question; pictures in images/. A language model judges."""
     for file, row in data.find_entries(folder, "mm-vet.json", id=str, imagename=str, question=str):
-        yield to_question(file, row["id"], row["question"], folder / "images" / row["imagename"], ending="")
+        yield to_question(file, row["id"], row["question"], find_image(folder / "images", row["imagename"]), ending="")
 
 
 def submit_mmvet(questions, answers, file):
@@ -705,10 +714,8 @@ BENCHES = {
 def load_questions(name: str, folder, split=None, limit=None) -> list:
     """A benchmark's questions, checked; of `limit` the first so many, with what counts together with them."""
     split = BENCHES[name].split if split is None else split
-    try:
+    with named(folder, f"not in the layout of {name}"):
         questions = list(BENCHES[name].load(Path(folder), split))
-    except (KeyError, TypeError, AttributeError) as error:  # something is of another kind
-        raise ValueError(f"{folder}: not in the layout of {name}: {error!r}") from None
     if not questions:
         raise ValueError(f"{folder}: no questions of {name} in split {split!r}")
     seen, is_scored = set(), any(question["answer"] is not None for question in questions)
@@ -789,6 +796,9 @@ def run_bench(name, ckpt, run: tuple, folder, args) -> dict:
     template, split = config["template"], bench.split if args.split is None else args.split
     scores, questions, answers, choices = answer_bench(vlm, tokenizer, template, name, folder, split,
                                                        args.limit, partial_file)
+    file, result = Path(ckpt) / f"{name}.json", {"ckpt": str(ckpt), "bench": name, "split": split}
+    if rank() == 0:  # before anything that may fail; once more with what stands beside the score
+        write_predictions(file, result | scores, questions, answers, choices)
     is_scored = "accuracy" in scores
     if args.score and is_scored and any(question.get("options") for question in questions):
         found = likeliest(vlm, tokenizer, template, questions, choices, f"{partial_file}-likelihood")
@@ -798,9 +808,9 @@ def run_bench(name, ckpt, run: tuple, folder, args) -> dict:
         _, blind = ask_bench(vlm, tokenizer, template, bench, without_picture(questions),
                              f"{partial_file}-blind")
         scores["floors"] = score_floors(bench, questions, blind)
-    result = {"ckpt": str(ckpt), "bench": name, "split": split, **scores}
+    result |= scores
     if rank() == 0:
-        write_predictions(Path(ckpt) / f"{name}.json", result, questions, answers, choices)
+        write_predictions(file, result, questions, answers, choices)
         told = [f"{key} {scores[key]} ± {scores[f'{key}_se']}" for key in scores if f"{key}_se" in scores]
         if likely := scores.get("likelihood"):
             told.append(f"by likelihood {likely['accuracy']} ± {likely['accuracy_se']}")
@@ -821,9 +831,8 @@ def write_predictions(file: Path, result: dict, questions, answers, choices):
         image = "in the table" if isinstance(question["image"], bytes) else question["image"]
         kept = {key: value for key, value in question.items() if key != "row"}
         predictions.append(kept | {"image": image and str(image), "text": text, "choice": choice})
-    building = file.with_suffix(".building")
-    building.write_text(json.dumps({"scores": result, "predictions": predictions}, indent=1))
-    building.replace(file)
+    with whole(file) as building:
+        building.write_text(json.dumps({"scores": result, "predictions": predictions}, indent=1))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -837,7 +846,7 @@ def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000, bat
     of. ValueError if all captions are one."""
     benchmarks, c = Path(config.get("benchmarks") or ""), vlm.vit.config
     file, images = file or benchmarks / "captions.json", images or benchmarks / "images"
-    samples = data.Conversations(data.load_records(file)[:limit], images, tokenizer, "plain", c, "crop")
+    samples = data.Conversations(data.load_records(file, "align")[:limit], images, tokenizer, "plain", c, "crop")
     image, text, keys, batches = [], [], [], []
     for start in tqdm(range(0, len(samples), batch), desc="captions", unit=" batches"):
         rows = [samples[i] for i in range(start, min(start + batch, len(samples)))]
@@ -879,7 +888,8 @@ def run_retrieval(ckpt, file, images, device) -> dict:
     result = {"ckpt": str(ckpt), "bench": "retrieval", "pairs": len(keys),
               "distinct_captions": len(keys.unique()), **score_retrieval(image, text, keys)}
     if rank() == 0:
-        (Path(ckpt) / "retrieval.json").write_text(json.dumps(result, indent=1))
+        with whole(Path(ckpt) / "retrieval.json") as building:
+            building.write_text(json.dumps(result, indent=1))
     return result
 
 
@@ -963,13 +973,15 @@ def main(argv=None):
     if {("--bench", "gap"), ("--bench", "heatmap")} & set(zip(argv, argv[1:])):
         sys.exit("eval.py: gap and heatmap have moved; `python -m lab.spaces --help` shows how to call them")
     args = parse_args(argv)
-    try:
+    with command("eval.py"):
         device = start_ranks()
         for ckpt in [resolve_model(run) for run in args.ckpt] if args.ckpt else [last_run()]:
             if args.ask:
                 vlm, tokenizer, config = load_run(ckpt, device)
                 image, text = args.ask
-                question = {"id": image, "prompt": f"{data.IMAGE}\n{text}", "image": image}
+                turn = {"from": "human", "value": f"{data.IMAGE}\n{text}"}  # which may have a marker already
+                (_, prompt), = data.clean_turns({"image": image, "conversations": [turn]})
+                question = {"id": image, "prompt": prompt, "image": image}
                 answer, = ask(vlm, tokenizer, [question], config["template"], args.max_new_tokens,
                               temperature=args.temperature, top_p=args.top_p)
                 results = [{"ckpt": str(ckpt), "image": image, "question": text, "answer": answer}]
@@ -979,10 +991,6 @@ def main(argv=None):
                 results = run_benches(ckpt, args, device)
             for result in results:
                 say(json.dumps(result))
-    except (OSError, ValueError) as error:
-        sys.exit(f"eval.py: {error}" if rank() == 0 else 1)  # every rank has this error; one says it
-    finally:
-        leave_ranks()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit import (config_from_dict, load_strictly, read_config, read_json, read_weights, resolve,
+from vit import (config_from_dict, load_strictly, named, read_config, read_json, read_weights, resolve,
                  resolve_model, write_weights)
 
 
@@ -163,7 +163,8 @@ class Attention(nn.Module):
         q, k, v = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # now start + S keys, the cached ones first
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None,
+        is_causal = visible is None and (cache is None or S > 1)  # one query behind others sees them all
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal,
                                            enable_gqa=k.shape[1] != q.shape[1])  # (B, H, S, head_dim)
         return self.o_proj(x.transpose(1, 2).reshape(B, S, -1))  # (B, S, C)
 
@@ -268,23 +269,22 @@ class LLM(nn.Module):
         behind it.
         """
         B, S, _ = embeds.shape
-        if mask is None:
-            mask = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
+        if mask is not None:  # without padding attention needs none, and is faster
+            mask = None if mask.all() else F.pad(mask, (0, max_new_tokens), value=True)  # (B, S + max)
         ends = self.config.eos_token_id
         ends = [*(ends if isinstance(ends, list) else [ends]), *end_tokens]
         ends = torch.tensor(ends, device=embeds.device)
         cache = KVCache(self.config, B, S + max_new_tokens, embeds.dtype, embeds.device)
         done = torch.zeros(B, dtype=torch.bool, device=embeds.device)
         new = []
-        for _ in range(max_new_tokens):
-            hidden = self.hidden(embeds, mask, cache)[:, -1]  # (B, C)
+        for length in range(S, S + max_new_tokens):
+            hidden = self.hidden(embeds, None if mask is None else mask[:, :length], cache)[:, -1]  # (B, C)
             token = choose(self.logits(hidden), temperature, top_p)  # (B,)
             new.append(token.masked_fill(done, NO_TOKEN))
             done |= torch.isin(token, ends)
             if done.all():
                 break
             embeds = self.embed(token)[:, None]  # (B, 1, C): the cache knows the rest
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)  # (B, positions so far)
         return torch.stack(new, dim=1)  # (B, <= max_new_tokens)
 
     def hidden_behind(self, embeds, mask, ends) -> list:
@@ -330,12 +330,12 @@ def choose(logits, temperature: float, top_p: float):
 
 def visible_positions(mask, start: int, S: int, device):
     """What each of S new queries may see, (B or 1, 1, S, start + S) boolean; None means plain causal
-    attention.
+    attention, which of a single query is all.
 
     One explicit mask or `is_causal`, never both: where the two meet, a padded row can lose all its keys and
     turn to NaN. For the same reason every position may see itself, padding included.
     """
-    if mask is None and start == 0:
+    if mask is None and (start == 0 or S == 1):
         return None
     query = torch.arange(start, start + S, device=device)[:, None]  # (S, 1)
     key = torch.arange(start + S, device=device)[None]  # (1, start + S)
@@ -417,7 +417,8 @@ def compile_blocks(blocks):
 def load_llm_config(folder_or_id) -> LLMConfig:
     """The sizes of the LLM in a folder or on the Hub, without its weights."""
     folder = resolve(folder_or_id, ["*.json"])
-    return llm_config_from_dict(read_config(folder, FAMILIES), folder)
+    with named(folder):
+        return llm_config_from_dict(read_config(folder, FAMILIES), folder)
 
 
 def llm_config_from_dict(config: dict, folder: Path) -> LLMConfig:
@@ -440,7 +441,9 @@ def llm_config_from_dict(config: dict, folder: Path) -> LLMConfig:
         values["eos_token_id"] = values.get("eos_token_id") if ends is None else ends
     if values.get("eos_token_id") is None:
         raise ValueError(f"{folder}: neither config.json nor generation_config.json has an eos_token_id")
-    return config_from_dict(LLMConfig, values, folder)
+    config = config_from_dict(LLMConfig, values, folder)
+    rope_frequencies(config, "cpu")  # an error now, not in the first step
+    return config
 
 
 def llm_config_to_dict(config: LLMConfig) -> dict:

@@ -42,6 +42,10 @@ Read next: data.py; then train.py, which adds the losses up.
 import gc
 import math
 import os
+import sys
+import time
+import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -362,6 +366,31 @@ def leave_ranks():
     if dist.is_initialized():
         gc.collect()  # what still holds a message's end: else, two of eight processes aborted at exit
         dist.destroy_process_group()
+
+
+@contextmanager
+def command(program: str):
+    """The frame of a command. What is wrong with its input ends it in one line. One of several ranks says so
+    first and then is gone at once: to leave politely is to wait for the others, who wait for it. Rank 0 has
+    the first word: where all fail alike, the others are ended before their turn."""
+    try:
+        yield
+    except SystemExit:
+        leave_ranks()
+        raise
+    except BaseException as error:
+        ours = (OSError, ValueError, MemoryError, KeyboardInterrupt, torch.OutOfMemoryError)
+        is_known = isinstance(error, ours) or any(word in str(error) for word in ("gloo", "NCCL", "DataLoader"))
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]  # a loader process sends a traceback
+        if not dist.is_initialized() and not is_known:
+            raise
+        if not dist.is_initialized():
+            sys.exit(f"{program}: {reason}")
+        time.sleep(3 * (rank() > 0))
+        text = f"{program}: rank {rank()}: {reason}" if is_known else traceback.format_exc()
+        print(text, file=sys.stderr, flush=True)
+        os._exit(1)
+    leave_ranks()
 
 
 def say(*words):

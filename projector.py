@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm import LLM, llm_config_from_dict, llm_config_to_dict, our_llm_name
-from vit import (TOKENIZER_FILES, ViT, load_strictly, read_config, read_json, read_shard, read_weights,
+from vit import (TOKENIZER_FILES, ViT, load_strictly, named, read_config, read_json, read_shard, read_weights,
                  resolve, resolve_model, vit_config_from_dict, vit_config_to_dict, write_preprocessor_config,
                  write_weights)
 
@@ -106,7 +106,7 @@ class VLM(nn.Module):
         self.projector = build_projector(projector_kind, vit.num_patches, vit.config.hidden_size,
                                          llm.config.hidden_size)
         self.sources = sources or {}  # where the towers came from: {"vit": folder or id, "llm": folder or id}
-        self.image_token_id = IMAGE_TOKEN_ID
+        self.image_token_id, self.template = IMAGE_TOKEN_ID, None  # the template that it was tuned with
 
     @property
     def num_image_tokens(self) -> int:
@@ -170,8 +170,11 @@ class VLM(nn.Module):
         llava-hf/llava-1.5-7b-hf. Frozen."""
         folder = resolve_model(folder)
         config = read_json(folder / "config.json")
-        load = load_llava if config.get("model_type") == "llava" else load_run_directory
-        return load(folder, config, dtype, device).requires_grad_(False).eval()
+        with named(folder, "cannot be opened"):
+            is_llava = str(config.get("model_type")).startswith("llava")
+            load = load_original if is_llava and "text_config" not in config else load_llava
+            load = load if is_llava else load_run_directory
+            return load(folder, config, dtype, device).requires_grad_(False).eval()
 
     def save(self, folder, config: dict, with_llm: bool):
         """Write a run directory that `from_pretrained` opens, config.json last. `config` is kept there beside
@@ -186,15 +189,24 @@ class VLM(nn.Module):
         write_weights(dict(self.projector.named_parameters()), folder, config | ours, "projector.safetensors")
 
     def load_projector(self, folder, dtype=torch.float32, device="cpu") -> list:
-        """Load projector.safetensors of a run directory, strictly; return the names of the tensors loaded."""
-        file = Path(folder) / "projector.safetensors"
-        load_strictly(self.projector, read_shard(file), file, dtype, device)
+        """Load projector.safetensors of a run directory, or LLaVA's mm_projector.bin (that file, or in its
+        folder), strictly; return the names of the tensors loaded."""
+        file = find_projector(folder)
+        load_strictly(self.projector, read_shard(file), file, dtype, device,
+                      lambda name: name.rpartition("mm_projector.")[2])
         return [f"projector.{name}" for name, _ in self.projector.named_parameters()]
 
     def export(self, folder):
         """Write what transformers opens as a LlavaForConditionalGeneration: weights, config, tokenizer,
         processor. ValueError for a projector or a tower that this class does not know."""
         export_llava(self, Path(folder))
+
+
+def find_projector(folder) -> Path:
+    """The file with the projector's weights; our own run directories have another than LLaVA's."""
+    theirs = Path(folder) / "mm_projector.bin"
+    return Path(folder) if Path(folder).is_file() else theirs if theirs.exists() else (
+        Path(folder) / "projector.safetensors")
 
 
 def choose_dtype(device, name: str = "") -> torch.dtype:
@@ -218,6 +230,31 @@ def load_run_directory(folder: Path, config: dict, dtype, device) -> VLM:
     llm = folder / "llm" if has_llm else config["llm"]
     vlm = VLM.from_towers(config["vit"], llm, config["projector"], config["feature_layer"], dtype, device)
     vlm.load_projector(folder, dtype, device)
+    vlm.template = config.get("template")
+    return vlm
+
+
+def load_original(folder: Path, config: dict, dtype, device) -> VLM:
+    """LLaVA's own checkpoints, such as liuhaotian/llava-v1.5-7b: the LLM's config.json with `mm_` fields, the
+    projector among the LLM's weights, the vision tower named and not contained. ValueError for what version
+    1.5 does not have: tiles, marks around an image, a tuned tower."""
+    from transformers import AutoConfig  # imported late: it takes seconds
+    family, tiles = config["model_type"].partition("_")[2] or "llama", config.get("mm_patch_merge_type", "flat")
+    if config.get("mm_use_im_start_end") or tiles != "flat" or not config.get("mm_vision_tower"):
+        raise ValueError(f"{folder}: of LLaVA's own checkpoints only those like version 1.5's are supported")
+    values = AutoConfig.for_model(family, **{k: v for k, v in config.items() if k != "model_type"}).to_dict()
+    vit = ViT.from_pretrained(config["mm_vision_tower"], config["mm_vision_select_layer"], dtype, device)
+    with torch.device("meta"):  # shapes only; the weights come from the files
+        llm = LLM(llm_config_from_dict(values, folder))
+        vlm = VLM(vit, llm, config.get("mm_projector_type", "linear"),
+                  {"vit": config["mm_vision_tower"], "llm": str(folder)})
+    parts = nn.ModuleDict({"llm": llm, "projector": vlm.projector})
+
+    def rename(name):
+        ours = name.removeprefix("model.mm_")
+        return ours if ours != name else our_llm_name(f"llm.{name}", llm.config.tie_word_embeddings)
+
+    load_strictly(parts, read_weights(folder), folder, dtype, device, rename)
     return vlm
 
 
@@ -268,6 +305,21 @@ def their_name(name: str) -> str:
     return name
 
 
+# Jinja. Messages, as servers send them, hold lists of pictures and texts; an LLM's own template wants text.
+MESSAGES = """{%- set flat = namespace(messages=[]) -%}{%- for m in messages -%}
+{%- set said = namespace(image='', text='') -%}
+{%- if m.content is string -%}{%- set said.text = m.content -%}{%- else -%}{%- for part in m.content -%}
+{%- if part.type == 'text' -%}{%- set said.text = said.text + part.text -%}
+{%- else -%}{%- set said.image = said.image + '<image>GAP\n' -%}{%- endif -%}{%- endfor -%}{%- endif -%}
+{%- set text = said.image + said.text.strip() if said.image else said.text -%}
+{%- set flat.messages = flat.messages + [{'role': m.role, 'content': text}] -%}{%- endfor -%}
+{%- set messages = flat.messages -%}{%- set enable_thinking = false -%}"""
+VICUNA = """{{- 'A chat between a curious user and an artificial intelligence assistant. The assistant gives \
+helpful, detailed, and polite answers to the user\\'s questions. ' -}}
+{%- for m in messages -%}{%- if m.role == 'user' -%}{{- 'USER: ' + m.content + ' ASSISTANT:' -}}
+{%- elif m.role == 'assistant' -%}{{- ' ' + m.content + eos_token -}}{%- endif -%}{%- endfor -%}"""
+
+
 def export_llava(vlm: VLM, folder: Path):
     """Write `vlm` in that format. There, the placeholder is a token of its own, `<image>`, with a row in the
     embedding table that is never read; where the table has no spare row for it, it grows by one."""
@@ -277,9 +329,22 @@ def export_llava(vlm: VLM, folder: Path):
         raise ValueError(f"transformers' LLaVA has no projector {vlm.projector_kind!r}, only mlp2x_gelu")
     if vit.family.architecture is None:
         raise ValueError("a DINOv2 tower is read, not written")
-    tokenizer = AutoTokenizer.from_pretrained(resolve(vlm.sources["llm"], TOKENIZER_FILES))
+    source = resolve(vlm.sources["llm"], TOKENIZER_FILES)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     tokenizer.add_tokens("<image>", special_tokens=True)
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    own = None if vlm.template == "v1" else tokenizer.chat_template
+    # SentencePiece opens the text behind an image with a space of its own; some of its tokenizers do not
+    # where a special token stands there
+    behind = tokenizer("<image>\n", add_special_tokens=False).input_ids[1:]
+    gap = "" if behind == tokenizer("\n", add_special_tokens=False).input_ids else " "
+    adds_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]  # then the template must not
+    no_bos = "{%- set bos_token = '' -%}" if adds_bos else ""
+    tokenizer.chat_template = MESSAGES.replace("GAP", gap) + no_bos + (own or VICUNA)
+    said = [{"role": role, "content": "?"} for role in ("user", "assistant")]
+    said = tokenizer(tokenizer.apply_chat_template(said, tokenize=False)).input_ids
+    end = [i for i in said if i in tokenizer.added_tokens_decoder][-1:]  # what an answer of the template ends with
+    ends = llm.eos_token_id if isinstance(llm.eos_token_id, list) else [llm.eos_token_id]
     vocab_size, tensors = max(llm.vocab_size, image_token_id + 1), {}
     for name, parameter in vlm.named_parameters():
         tensor = parameter.detach()
@@ -295,7 +360,7 @@ def export_llava(vlm: VLM, folder: Path):
         "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
         "vision_feature_layer": vlm.vit.feature_layer, "tie_word_embeddings": llm.tie_word_embeddings,
         "vision_feature_select_strategy": strategy})
-    generation = {"bos_token_id": llm.bos_token_id, "eos_token_id": llm.eos_token_id,
+    generation = {"bos_token_id": llm.bos_token_id, "eos_token_id": sorted({*ends, *end}),
                   "pad_token_id": tokenizer.pad_token_id}
     processor = {"processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": vit.patch_size,
                  "num_additional_image_tokens": int(vit.family.class_token),

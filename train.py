@@ -20,13 +20,14 @@ import gc
 import json
 import math
 import os
-import resource
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,13 +36,18 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
+
 import data
 import losses
 from llm import (LLM, checkpoint_blocks, compile_blocks, load_llm_config, random_state,
                  set_random_state)
-from losses import barrier, leave_ranks, rank, say, start_ranks, sum_over_ranks, world_size
-from projector import VLM, choose_dtype
-from vit import ViT, load_vit_config, read_json
+from losses import barrier, command, leave_ranks, rank, say, start_ranks, sum_over_ranks, world_size
+from projector import VLM, choose_dtype, find_projector
+from vit import ViT, load_vit_config, named, read_json, whole
 
 ROOT = Path(__file__).parent
 
@@ -55,9 +61,11 @@ def option(default, help, choices=None, heading=None):
 @dataclass
 class Config:
     stage: str = option("all", "what to run", ("align", "instruct", "all"), heading="the run")
-    preset: str = option("", "defaults (empty: 7b with CUDA, else tiny)", ("", "tiny", "small", "speedrun", "7b", "13b"))
+    preset: str = option("", "defaults (empty: 7b with CUDA, else tiny)",
+                         ("", "tiny", "small", "speedrun", "7b", "13b"))
     out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
-    init: str = option("", "instruct: the align run to start from; empty: runs/PRESET/align")
+    init: str = option("", "instruct: the align run, or LLaVA's mm_projector.bin, to start from; empty: "
+                       "runs/PRESET/align")
     seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
     dry_run: bool = option(False, "3 steps at full shape: random weights and data, nothing read or written")
     save_every: int = option(0, "steps between checkpoints that --resume continues from; 0: none")
@@ -181,10 +189,14 @@ def configure(stage: str, given: dict) -> Config:
         raise ValueError("--contrastive_balance: nothing to balance with --contrastive none")
     if config.contrastive_first and "patch" not in losses.CONTRASTIVE[config.contrastive]:
         raise ValueError("--contrastive_first needs the patch loss: --contrastive patch or both")
-    config.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
+    config.resume |= is_restart()
     config.out = config.out or f"runs/{preset}/{stage}"
     config.init = config.init or (f"runs/{preset}/align" if stage == "instruct" else "")
     return config
+
+
+def is_restart() -> bool:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -426,7 +438,7 @@ def choose_learning(config, vlm) -> VLM:
 
 def outline(config, vit_config, llm_config) -> VLM:
     """The model of this run without weights (on the meta device): for the plan, before anything is loaded."""
-    with torch.device("meta"):
+    with named("the model"), torch.device("meta"):
         vlm = VLM(ViT(vit_config, config.feature_layer), LLM(llm_config), config.projector,
                   {"vit": config.vit, "llm": config.llm})
     return choose_learning(config, vlm)
@@ -438,7 +450,8 @@ def load_model(config, device, dtype) -> VLM:
     torch.manual_seed(config.seed)
     vlm = VLM.from_towers(config.vit, config.llm, config.projector, config.feature_layer, dtype, device)
     if config.stage == "instruct":
-        before = read_json(Path(config.init) / "config.json")
+        is_ours = find_projector(config.init).suffix == ".safetensors"  # of LLaVA's, the shapes must do
+        before = read_json(Path(config.init) / "config.json") if is_ours else asdict(config)
         for name in ("preset", "vit", "llm", "projector", "feature_layer"):
             if before.get(name) != getattr(config, name):
                 raise ValueError(f"{config.init}: made with {name} {before.get(name)!r}, "
@@ -481,8 +494,9 @@ def memory_sum(config, vlm, dtype, rows: int, length: int) -> dict:
     c, v, e, learns = vlm.llm.config, vlm.vit.config, dtype.itemsize, config.stage == "instruct"
     learning, share = count_weights(vlm, only_learning=True), config.batch // world_size()
     ranks, contrastive = world_size() if config.shard else 1, losses.CONTRASTIVE[config.contrastive]
-    # What a block keeps of a token: two residuals; q and what attention makes of it, k and v; the gated MLP's
-    # three factors; where it learns, what else went into its matrices. Its backward: three of the MLP's width.
+    # What a block keeps of a token: two residuals; q and what attention makes of it, k and v; the gated
+    # MLP's three factors; where it learns, what else went into its matrices. Its backward makes three
+    # gradients of the MLP's width.
     C, I, blocks, numbers = c.hidden_size, c.intermediate_size, c.num_hidden_layers, rows * length * e
     heads = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
     block, sweep = numbers * (2 * C + 2 * heads + 3 * I + learns * (2 * C + I)), numbers * (3 * I + 2 * C)
@@ -497,11 +511,12 @@ def memory_sum(config, vlm, dtype, rows: int, length: int) -> dict:
     vectors = 2 * sum(isinstance(m, nn.Linear) for m in vlm.projector.modules()) + len(contrastive)
     images = share * (v.image_size**2 * 3 * 4 + v.hidden_size * vlm.vit.num_patches * e
                       + C * vlm.num_image_tokens * vectors * e)
-    gradients, head = learning * 4 / ranks, learns * c.vocab_size * C * (4 + e)  # head's or table's: on its way
+    gradients, head = learning * 4 / ranks, learns * c.vocab_size * C * (4 + e)  # the head's, on its way
     begins = held * (kept + logits) + max(2 * logits, sweep + again - logits)
     begins += gradients if passes > 1 else head  # those of the earlier passes are there
     ends = gradients + learns * max(block + sweep, head * (ranks > 1))
-    sums = {"weights": count_weights(vlm) * e, "masters and moments": learning * (8 if e == 4 else 12) / ranks,
+    sums = {"weights": count_weights(vlm) * e,
+            "masters and moments": learning * (8 if e == 4 else 12) / ranks,
             "activations and gradients": max(begins, ends) + images}
     return {name: size / 2**30 for name, size in sums.items()}
 
@@ -520,7 +535,9 @@ def print_plan(config, vlm, device, dtype, steps, largest):
         part = getattr(vlm, name)
         say(f"{name:<12}{count_weights(part):>16,}{count_weights(part, True):>16,}  {getattr(config, name)}")
     say(f"{str(dtype).removeprefix('torch.')}; norms, softmax, losses and optimizer in float32")
-    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.getenv("LOCAL_WORLD_SIZE", 1))
+    has = math.inf  # where nobody tells, as on Windows
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.getenv("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":  # 2 GiB go to CUDA, NCCL and what is between the tensors
         has = torch.cuda.get_device_properties(device).total_memory - 2 * 2**30
     memory, has = memory_sum(config, vlm, dtype, *largest), has / 2**30
@@ -532,12 +549,26 @@ def print_plan(config, vlm, device, dtype, steps, largest):
                          "more ranks with --shard, a smaller --micro_batch or preset, --checkpointing every")
 
 
+def check_disk(config, vlm, dtype, steps: int):
+    """ValueError where the disk cannot hold the run: what learned, and at most three checkpoints of fp32
+    masters and moments, two that are kept and one that is being written. (Those of a resumed run are there.)"""
+    learning, saved = count_weights(vlm, only_learning=True), (steps - 1) // max(1, config.save_every)
+    checkpoints = min(3, saved) * (1 if config.shard else world_size()) if config.save_every else 0
+    out = Path(config.out).absolute()
+    needs = learning * (dtype.itemsize + 12 * (0 if config.resume else checkpoints)) / 2**30
+    has = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free / 2**30
+    say(f"on disk, GiB: {needs:.3g} of {has:.3g} that are free")
+    if needs > has:
+        raise ValueError(f"{config.out}: the run and its checkpoints take {needs:.3g} GiB, on its disk "
+                         f"{has:.3g} are free: another --out, or a larger --save_every (0: no checkpoints)")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 4. The data of a stage is there, or it is said how to get it
 
 def ensure_data(config):
     """The toy world is made, by one rank, where it is missing; for other data, FileNotFoundError."""
-    if config.stage == "instruct" and not Path(config.init).is_dir():
+    if config.stage == "instruct" and not Path(config.init).exists():
         raise FileNotFoundError(f"{config.init}: no align run to start from; "
                                 f"`python train.py --stage align --preset {config.preset}` makes one")
     if rank() == 0 and config.annotations.startswith("data/toy/") and not Path("data/toy").exists():
@@ -635,48 +666,104 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 # ------------------------------------------------------------------------------------------------------------
 # 6. On disk: a run that was stopped goes on as if it had not been
 
-def save_checkpoint(config, step: int, optimizer, terms):
+def save_checkpoint(config, step: int, optimizer, terms, made_of: dict):
     """Write OUT/checkpoint-STEP, complete or not at all; keep the last two. Each rank has its own file."""
     final = Path(config.out) / f"checkpoint-{step:07d}"
     partial = final.with_suffix(".partial")
     barrier()  # no rank writes into OUT before rank 0 has made it ready (open_run)
-    partial.mkdir(parents=True, exist_ok=True)  # of a run that was stopped while saving: written over
-    with open(partial / f"rank-{rank()}.pt", "wb") as file:
-        torch.save({"step": step, "ranks": world_size(), "config": asdict(config),
-                    "optimizer": optimizer.state_dict(), "random": random_state(),
-                    "squares": {name: term.squares for name, term in terms.items()}}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with named(final, "not saved"):
+            partial.mkdir(parents=True, exist_ok=True)  # of a run stopped while saving: written over
+            (partial / MADE_OF).write_text(json.dumps(made_of))
+            with open(partial / f"rank-{rank()}.pt", "wb") as file:
+                torch.save({"step": step, "ranks": world_size(), "config": asdict(config),
+                            "optimizer": optimizer.state_dict(), "random": random_state(),
+                            "squares": {name: term.squares for name, term in terms.items()}}, file)
+                file.flush()
+                os.fsync(file.fileno())
+    except ValueError:
+        shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint on a full disk is in everybody's way
+        raise
     barrier()
     if rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        folder = os.open(final.parent, os.O_RDONLY)  # the rename itself must reach the disk too
-        os.fsync(folder)
-        os.close(folder)
+        if hasattr(os, "O_DIRECTORY"):  # not on Windows
+            folder = os.open(final.parent, os.O_RDONLY)  # the rename itself must reach the disk too
+            os.fsync(folder)
+            os.close(folder)
         for old in sorted(final.parent.glob("checkpoint-???????"))[:-2]:
             shutil.rmtree(old)
     barrier()
 
 
-def load_checkpoint(config, optimizer, terms) -> int:
-    """Restore this rank from the run's last checkpoint; return the step to go on with, 0 if there is none."""
+MADE_OF = "made_of.json"  # of a checkpoint: fingerprints of what the run is made of, beside its options
+
+
+def refuse_changes(saved: dict, now: dict, where):
+    """ValueError naming the first option that differs from those a run was saved with."""
+    for name in sorted(now.keys() - {"resume", "save_every", "workers", "cache", "out"}):
+        if saved.get(name) != now[name]:
+            raise ValueError(f"{where}: saved with {name} {saved.get(name)!r}, resumed with {now[name]!r}")
+
+
+def is_finished(config) -> bool:
+    """Of a run that is to be resumed. ValueError where there is none, or one of other options."""
+    if not (Path(config.out) / "log.jsonl").exists() and not is_restart():
+        raise ValueError(f"{config.out}: no run to resume; without --resume one begins there")
+    finished = Path(config.out) / "config.json"
+    if finished.exists():
+        refuse_changes(read_json(finished), asdict(config), finished)
+    return finished.exists()
+
+
+def load_checkpoint(config, optimizer, terms, made_of: dict) -> int:
+    """Restore this rank from the run's last checkpoint, of any number of ranks; return the step to go on
+    with, 0 if there is none. ValueError where options, records, tokenizer or towers are others now."""
     last = max(Path(config.out).glob("checkpoint-???????"), default=None)
     if last is None:
         say(f"{config.out}: no checkpoint to resume from; starting at step 0")
         return 0
-    first = torch.load(last / "rank-0.pt", map_location="cpu", mmap=True, weights_only=True)
-    saved, now = first["config"] | {"ranks": first["ranks"]}, asdict(config) | {"ranks": world_size()}
-    for name in now.keys() - {"resume", "save_every", "workers", "cache", "out"}:
-        if saved.get(name) != now[name]:
-            raise ValueError(f"{last}: saved with {name} {saved.get(name)!r}, resumed with {now[name]!r}")
-    state = torch.load(last / f"rank-{rank()}.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    set_random_state(state["random"])
-    for name, term in terms.items():
-        term.squares = state["squares"][name]
+    read = partial(torch.load, map_location="cpu", weights_only=True)
+    with named(last, "not a complete checkpoint"):
+        first = read(last / "rank-0.pt", mmap=True)
+        refuse_changes(first["config"], asdict(config), last)
+        saved = read_json(last / MADE_OF) if (last / MADE_OF).exists() else made_of
+        if changed := [name for name in made_of if saved.get(name) != made_of[name]]:
+            raise ValueError(f"{last}: saved with another {' and '.join(changed)}; to go on with what is there "
+                             f"now, which is no longer the same run, remove {last / MADE_OF}")
+        if first["ranks"] == world_size():
+            state = read(last / f"rank-{rank()}.pt")
+        else:
+            states = [read(last / f"rank-{i}.pt", mmap=True) for i in range(first["ranks"])]
+            is_sharded = config.shard and len(states) > 1
+            state = states[rank() % len(states)] | {"optimizer": cut_anew(optimizer, states, is_sharded)}
+        optimizer.load_state_dict(state["optimizer"])
+        set_random_state(state["random"])
+        for name, term in terms.items():
+            term.squares = state["squares"][name]
     say(f"resumed from {last}: step {state['step']}")
     return state["step"]
+
+
+def cut_anew(optimizer, states: list, is_sharded: bool) -> dict:
+    """This rank's optimizer state out of the checkpoints `states` of another number of ranks: each bucket's
+    parts are laid end to end, padded for the ranks of now and cut for them."""
+    old = [state["optimizer"] for state in states]
+
+    def cut(parts, bucket):
+        if parts[0].ndim == 0:  # the count of steps
+            return parts[0]
+        flat, n = torch.cat(parts) if is_sharded else parts[0], sum(p.numel() for p in bucket.parameters)
+        padded = flat.new_zeros(len(bucket.weight))  # (n,)
+        padded[:n] = flat[:n]
+        return bucket.own(padded).clone()
+
+    masters = [cut(parts, bucket) for parts, bucket in zip(zip(*(o["masters"] for o in old)), optimizer.buckets)]
+    in_order, moments = sorted(optimizer.buckets, key=lambda bucket: bucket.parameters[0].ndim <= 1), {}
+    for i, kept in old[0]["adamw"]["state"].items():  # AdamW has the matrices first
+        moments[i] = {key: cut([o["adamw"]["state"][i][key] for o in old], in_order[i]) for key in kept}
+    return old[0] | {"masters": masters, "adamw": old[0]["adamw"] | {"state": moments}}
 
 
 def open_run(config, start: int):
@@ -698,8 +785,19 @@ def save_run(config, vlm, results: dict):
     """The finished run directory. config.json comes last: only with it is this a run, never half of one."""
     out = Path(config.out)
     shutil.rmtree(out / "llm", ignore_errors=True)  # of a run that was stopped right here
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    with whole(out / "results.json") as building:
+        building.write_text(json.dumps(results, indent=2) + "\n")
     vlm.save(out, asdict(config), with_llm=config.stage == "instruct")
+
+
+def save_somewhere(config, vlm, results: dict):
+    """Save the run; where that fails, among temporary files: a full disk must not cost it."""
+    try:
+        save_run(config, vlm, results)
+    except (OSError, ValueError) as error:
+        elsewhere = tempfile.mkdtemp(prefix=f"{config.stage}-")
+        save_run(replace(config, out=elsewhere), vlm, results)
+        raise OSError(f"{error}; the finished run is in {elsewhere}") from None
 
 
 def set_last_run(folder):
@@ -714,6 +812,8 @@ def set_last_run(folder):
 
 def train_stage(config: Config, device):
     """Run align or instruct, from the files on disk to the run directory `config.out`."""
+    if config.resume and is_finished(config):
+        return say(f"{config.out}: this run is finished; nothing is left to do")
     ensure_data(config)
     dtype, began = choose_dtype(device, config.dtype), time.time()
     if device.type == "cuda":
@@ -723,32 +823,31 @@ def train_stage(config: Config, device):
     steps = data.count_steps(config, len(samples))
     dealt, lengths = data.deal(config, samples, plan, steps, world_size())
     print_plan(config, plan, device, dtype, steps, data.largest_micro_batch(dealt, lengths))
+    check_disk(config, plan, dtype, steps)
     vlm = load_model(config, device, dtype)
     for is_turn in (rank() == 0, True) if config.features else ():  # one rank makes the file, all read it
         if is_turn:
             samples.features = data.feature_file(config, samples, vlm.vit, device)
         barrier()
+    needs_prints = config.resume or config.save_every
+    made_of = data.fingerprints(config, vlm, samples.tokenizer) if needs_prints else {}
     optimizer, terms = build_optimizer(config, vlm, device)
-    start = load_checkpoint(config, optimizer, terms) if config.resume else 0
+    start = load_checkpoint(config, optimizer, terms, made_of) if config.resume else 0
     loader = data.make_loader(config, samples, vlm, [ranks[rank()] for ranks in dealt[start:]], device)
     say("first sample:", repr(data.marked_text(samples[0], samples.tokenizer)))
 
-    knows_nothing, waited = 0, 0.0  # steps on end; seconds for the loader, from the second step on
+    knows_nothing, line = 0, None  # steps on end; the last of the log
+    signals = []
+    let_go = catch_signals(signals) if config.save_every else lambda: None
     bar = tqdm(range(start, steps), desc=config.stage, initial=start, total=steps, disable=rank() > 0)
     for step in bar:
         step_began, lr = time.time(), learning_rate(step, steps, config)
         micro_batches = next(loader)
-        waited += time.time() - step_began if step > start else 0.0
         if step == config.contrastive_first:
             optimizer.adamw.state.clear()  # moments of a loss whose gradients were a hundredth of these
         line = {"step": step, **train_step(vlm, terms, optimizer, micro_batches, config, lr, step)}
         line |= {"ms": round(1000 * (time.time() - step_began), 1), "memory_mib": peak_memory(device)}
         bar.set_postfix(shown(line, terms))
-        if step == start:
-            first_ended = time.time()
-        if step == start + 20 and waited > 0.1 * (seconds := time.time() - first_ended):
-            say(f"warning: the loader is slower than the step: {20 * config.batch / seconds:.1f} samples/s, "
-                f"the step alone {20 * config.batch / (seconds - waited):.1f}. More --workers, or --features")
         stuck = [name for name in terms if (line.get(f"{name}_relative") or 0) > 0.98]
         knows_nothing = knows_nothing + 1 if stuck and step > config.warmup_ratio * steps else 0
         if knows_nothing == 50:
@@ -764,13 +863,35 @@ def train_stage(config: Config, device):
                 vlm.save(Path(config.out) / "unaligned", asdict(config), with_llm=False)
             with open(Path(config.out) / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
-        if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < steps:
-            save_checkpoint(config, step + 1, optimizer, terms)
+        is_due = config.save_every and (step + 1) % config.save_every == 0
+        is_stopped = config.save_every and sum_over_ranks([len(signals)], device).any()  # on any rank
+        if (is_due or is_stopped) and step + 1 < steps:
+            save_checkpoint(config, step + 1, optimizer, terms, made_of)
+        if is_stopped and step + 1 < steps:
+            stopped = f"train.py: stopped, and saved at step {step + 1}: the same command and --resume go on"
+            sys.exit(stopped if rank() == 0 else 1)
+    let_go()
 
     if rank() == 0:
         seconds = round(time.time() - began, 1)
-        save_run(config, vlm, {"stage": config.stage, "steps": steps, "seconds": seconds, "last_step": line})
+        save_somewhere(config, vlm, {"stage": config.stage, "steps": steps, "seconds": seconds,
+                                     "last_step": line})
     barrier()
+
+
+def catch_signals(caught: list):
+    """From now on the first SIGINT or SIGTERM is added to the list, so that the step can end and be saved;
+    the next one ends the process as ever."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(*signal_and_frame):
+        caught.append(signal_and_frame)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, catch)
+    return lambda: [signal.signal(number, handler) for number, handler in before.items()]
 
 
 def shown(line: dict, terms) -> dict:
@@ -782,11 +903,12 @@ def shown(line: dict, terms) -> dict:
     return {key: f"{line[key]:.3g}" for key in keys if line.get(key) is not None}
 
 
-def peak_memory(device) -> int:
-    """The most memory in use so far, in MiB: of the GPU, or of the process."""
+def peak_memory(device) -> int | None:
+    """The most memory in use so far, in MiB: of the GPU, or of the process, where the system tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    unit = 20 if sys.platform == "darwin" else 10  # macOS counts bytes, Linux KiB
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> unit
 
 
 def run_all(given: dict, device):
@@ -795,6 +917,8 @@ def run_all(given: dict, device):
     of_align = "contrastive", "contrastive_weight", "contrastive_balance", "contrastive_first", "prompt"
     others = {"align": ("data_fraction", "init"), "instruct": of_align}
     for stage in ("align", "instruct"):  # each without the options that are the other's alone
+        if stage == "instruct" and not (root / stage / "log.jsonl").exists():
+            given = given | {"resume": False}  # --resume finds a run that was stopped before this stage
         options = {key: value for key, value in given.items() if key not in others[stage]}
         where = {"out": str(root / stage), "init": str(root / "align")}
         train_stage(configure(stage, options | where), device)
@@ -814,7 +938,7 @@ def main(argv=None):
     given = parse_args(argv)
     if given.get("dry_run"):  # a benchmark, and so a script beside the others
         os.execv(sys.executable, [sys.executable, str(ROOT / "tests/bench_step.py"), *map(str, argv)])
-    try:
+    with command("train.py"):
         device, stage = start_ranks(), given.get("stage", "all")
         if stage == "all":
             run_all(given, device)
@@ -822,14 +946,6 @@ def main(argv=None):
             config = configure(stage, given)
             train_stage(config, device)
             set_last_run(config.out)
-    except (OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError) and rank() > 0:
-            sys.exit(1)  # every rank misses the same file; rank 0 says so
-        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")  # a loader process sends a traceback
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; --resume goes on from the last checkpoint, if there is one")
-    finally:
-        leave_ranks()
 
 
 if __name__ == "__main__":

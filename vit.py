@@ -23,7 +23,8 @@ Read next: llm.py (the language tower), then projector.py (the bridge between th
 import json
 import re
 import zipfile
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -235,8 +236,9 @@ class ViT(nn.Module):
 def load_vit_config(folder_or_id) -> ViTConfig:
     """The sizes of the tower in a folder or on the Hub, without its weights."""
     folder = resolve(folder_or_id, ["*.json"])
-    config = read_config(folder, ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2"))
-    return vit_config_from_dict(config.get("vision_config", config), folder)  # a whole CLIP wraps two towers
+    with named(folder):
+        config = read_config(folder, ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2"))
+        return vit_config_from_dict(config.get("vision_config", config), folder)  # a whole CLIP has two towers
 
 
 def vit_config_from_dict(config: dict, folder: Path) -> ViTConfig:
@@ -318,16 +320,50 @@ def resolve_model(folder_or_id) -> Path:
     return folder if has_weights else resolve(folder_or_id, ("*.json", "pytorch_model*.bin"))
 
 
-def read_json(path: Path):
-    """The file's content; an error that names the file if it is missing or is not JSON."""
+@contextmanager
+def named(what, problem: str = ""):
+    """Whatever a decoder, a tokenizer or a serialiser raises within becomes a ValueError of one line: `what`,
+    a file or a record, the problem, and the error. One that begins with `what` already stays as it is."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (IsADirectoryError, NotADirectoryError):
-        raise ValueError(f"{path}: not a file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the panic of a library in Rust is no Exception
+        is_plain, text = isinstance(error, (OSError, ValueError)), " ".join(str(error).split())
+        if is_plain and text.startswith(str(what)):
+            raise
+        kind = "" if is_plain and text else f"{type(error).__name__}: "
+        raise ValueError(f"{what}: {problem and problem + ': '}{kind}{text[:400]}") from error
+
+
+@contextmanager
+def whole(path):
+    """Yield a name beside `path` to write to: what is written there becomes `path` when all of it is, and is
+    gone when it cannot be, as on a full disk."""
+    building = Path(f"{path}.partial")
+    try:
+        with named(path, "not written"):
+            yield building
+            building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def read_text(path) -> str:
+    """A file in UTF-8, with or without the mark that some editors put first; an error names it."""
+    if not Path(path).is_file():
+        if Path(path).exists():
+            raise ValueError(f"{path}: not a file")  # a folder; or a pipe, which would be waited for
+        raise FileNotFoundError(f"{path}: no such file")
+    with named(path, "not UTF-8"):
+        return Path(path).read_text(encoding="utf-8-sig")
+
+
+def read_json(path):
+    """The file's content; an error that names the file if it is missing or is not JSON."""
+    text = read_text(path)
+    with named(path, "not JSON"):
+        return json.loads(text)
 
 
 def read_config(folder: Path, families) -> dict:
@@ -340,18 +376,23 @@ def read_config(folder: Path, families) -> dict:
     if family not in families:
         raise ValueError(f"{folder}: model_type is {family!r}; known here: {', '.join(families)}")
     try:
-        return AutoConfig.from_pretrained(folder).to_dict()
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     except Exception as error:  # transformers raises several kinds for a field of the wrong type
         raise ValueError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
 
 
 def config_from_dict(config_class, values: dict, folder):
     """The dataclass, from those of `values` that are set and that it has a field for."""
-    known = {key: values[key] for key in config_class.__dataclass_fields__ if values.get(key) is not None}
-    try:
-        return config_class(**known)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+    known = {field: values[field.name] for field in fields(config_class) if values.get(field.name) is not None}
+    for field, value in known.items():
+        kind = {tuple: list | tuple, float: int | float}.get(field.type, field.type)
+        is_count = field.name.startswith("num_") or field.name.endswith("_size")
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind | list if is_count else kind):
+            raise ValueError(f"{folder}: {field.name} is {value!r:.60}")
+        if is_count and isinstance(value, int) and not 0 < value < 2**31:
+            raise ValueError(f"{folder}: {field.name} is {value}")
+    with named(folder):
+        return config_class(**{field.name: value for field, value in known.items()})
 
 
 def read_weights(folder: Path):
@@ -421,6 +462,8 @@ def write_weights(tensors: dict, folder, config: dict | None = None, file: str =
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(weights, folder / file, {"format": "pt"})
+    with whole(folder / file) as building:
+        save_file(weights, building, {"format": "pt"})
     if config is not None:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        with whole(folder / "config.json") as building:
+            building.write_text(json.dumps(config, indent=2) + "\n")

@@ -44,7 +44,7 @@ from lab import score, toy_world
 from lab.report import report
 from vit import read_json, resolve_model
 
-WEIGHTS = ({"contrastive_weight": 1.0}, {"contrastive_weight": 0.3}, {"contrastive_weight": 3.0})
+WEIGHTS = tuple({"contrastive_weight": weight} for weight in (1.0, 0.3, 3.0, 0.1, 10.0))
 # name: the options of the align stage that make the recipe, and those among which its strength is tuned, the
 # first of them where nothing is tuned. `first` and `longer` stand for parts of the captioning steps, which
 # the size of the comparison knows.

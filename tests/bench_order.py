@@ -1,7 +1,7 @@
 """What padding and waiting cost: the batches of a run as they are dealt to ranks and micro-batches, by the
 lengths of the rows alone. Nothing is trained.
 
-    python tests/bench_order.py [RECORDS.json ...]    # also the lengths of such files, tokens by 4.4 characters
+    python tests/bench_order.py [RECORDS.json ...]    # also the lengths of such files, 4.4 characters a token
 
 A rank's time is taken to be its positions, padding included; a step ends with its slowest rank. Printed: the
 part of all positions that is padding, the part of the ranks' time that is padding or waiting, rows a second
@@ -53,13 +53,15 @@ def costs(way: dict, text, has_image) -> dict:
 
 def show(name: str, text, has_image):
     print(f"\n{name}: {len(text)} rows, {STEPS} steps of {BATCH} on {WORLD} ranks\n"
-          "| order, most rows | passes | padding | padding or waiting | rows/s | largest |\n|---|---|---|---|---|---|")
+          "| order, most rows | passes | padding | padding or waiting | rows/s | largest |\n"
+          "|---|---|---|---|---|---|")
     base = None
     for way, options in WAYS.items():
         found = costs(options, text, has_image)
         base = base or 1 - found["padding or waiting"]
-        print(f"| {way} | {found['passes']:.1f} | {found['padding']:.1%} | {found['padding or waiting']:.1%} | "
-              f"{(1 - found['padding or waiting']) / base:.2f} | {found['largest']} |")
+        lost = found["padding or waiting"]
+        print(f"| {way} | {found['passes']:.1f} | {found['padding']:.1%} | {lost:.1%} | "
+              f"{(1 - lost) / base:.2f} | {found['largest']} |")
 
 
 def main():

@@ -109,7 +109,7 @@ def flops_per_step(config, vlm) -> dict:
 def projector_flops(vlm, B: int) -> int:
     """Of B images, forward and backward; no gradient is asked of the ViT's features."""
     P, N, total = vlm.vit.num_patches, vlm.num_image_tokens, 0
-    for number, layer in enumerate(layer for layer in vlm.projector.modules() if isinstance(layer, nn.Linear)):
+    for number, layer in enumerate(m for m in vlm.projector.modules() if isinstance(m, nn.Linear)):
         on_patches = vlm.projector_kind == "resampler" and number < 2  # its keys and values
         total += (4 if number == 0 else 6) * (P if on_patches else N) * layer.weight.numel()
     return B * total

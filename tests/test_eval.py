@@ -443,7 +443,7 @@ ART = "Art_Theory/validation-00000-of-00001.json"
      "problems.json: question '7' is there twice"),
     (broken("scienceqa", "problems.json", lambda x: x["8"].update(answer="B")),
      "problems.json: entry .* has 'B' as its 'answer'"),
-    (broken("scienceqa", "problems.json", lambda x: x["8"].update(image="")),
+    (broken("scienceqa", "problems.json", lambda x: x["8"].update(image="none.png")),
      "problems.json: question '8' asks about a picture that is not there"),
     (broken("scienceqa", "pid_splits.json", lambda x: x.update(test=["7", "99"])),
      "problems.json: problem '99' is missing; is it of another split"),

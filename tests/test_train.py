@@ -391,6 +391,7 @@ def test_compiled_blocks_equal_plain_ones(llama_folder, monkeypatch, backend):
     """Logits and gradients in fp64, of two lengths, checkpointed or not; all blocks are one graph."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     found = {}
     for is_compiled, which in ((False, "none"), (True, "none"), (True, "every")):
         llm = LLM.from_pretrained(llama_folder, torch.float64).requires_grad_()
@@ -401,7 +402,8 @@ def test_compiled_blocks_equal_plain_ones(llama_folder, monkeypatch, backend):
         for S in (20, 33):
             logits = llm(torch.arange(4 * S).view(4, S) % 75)  # (B, S, V)
             logits.square().sum().backward()
-            results.append(torch.cat([logits.flatten().detach(), *(p.grad.flatten() for p in llm.parameters())]))
+            gradients = [p.grad.flatten() for p in llm.parameters()]
+            results.append(torch.cat([logits.detach().flatten(), *gradients]))
             llm.zero_grad()
         found[is_compiled, which] = torch.cat(results)
     plain = found.pop((False, "none"))
@@ -515,8 +517,8 @@ def test_ranks_change_nothing(clip_folder, llama_folder, ranks, name, world, sha
 
 
 @pytest.mark.parametrize("name, world, shard, budget", [
-    ("instruct", 1, False, 200), ("instruct", 2, True, 150), ("instruct", 4, False, 100), ("both", 2, False, 40),
-    ("patch", 4, False, 1), ("instruct", 4, True, 1)])
+    ("instruct", 1, False, 200), ("instruct", 2, True, 150), ("instruct", 4, False, 100),
+    ("both", 2, False, 40), ("patch", 4, False, 1), ("instruct", 4, True, 1)])
 def test_spreading_by_length_changes_nothing(clip_folder, llama_folder, ranks, name, world, shard, budget):
     """Ranks with other numbers of samples, in micro-batches of other sizes, by any budget of tokens."""
     text_only, folders = (4, 5, 6, 7) if name == "instruct" else (), (clip_folder, llama_folder)
