@@ -17,6 +17,7 @@ Read next: train.py, where the batches go.
 
 import argparse
 import base64
+import contextlib
 import csv
 import glob
 import hashlib
@@ -35,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from vit import TOKENIZER_FILES, named, read_json, read_text, resolve, whole
@@ -49,24 +50,20 @@ CONTEXT, ANSWER, END = "context", "answer", "end"  # roles of text: given; to be
 # Images
 
 MAX_PIXELS = 178_956_970  # of a picture; Pillow's own limit. A larger one may be a bomb, and takes gigabytes
-UPRIGHT = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
-                                 Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-                                 Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-                                 Image.Transpose.ROTATE_90)))  # by EXIF's orientation; 1 is upright
 
 
 def existing(path: Path) -> Path:
     """The path, or, where no file is there, one of the same stem: OCR-VQA's .gif files are often kept as
     .jpg, and the other way round."""
-    others = () if path.is_file() else sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
+    others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*")) if path.stem and not path.is_file() else ()
     return next((other for other in others if other.is_file()), path)
 
 
 def find_image(folder, name: str) -> Path:
     """Where the picture that a record names lies. ValueError for a name that leads out of the folder, by
     itself or by a link: whoever wrote the record could have any file of this machine read."""
-    path, root = existing(Path(folder, name)), Path(folder).resolve()
-    if not path.resolve().is_relative_to(root):
+    path = existing(Path(folder, name))
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{name!r} leads out of the folder of images, {folder}")
     return path
 
@@ -86,15 +83,19 @@ def load_image(source) -> Image.Image:
         warnings.simplefilter("ignore")  # Pillow's do not name the file
         Image.MAX_IMAGE_PIXELS = None  # ours is checked here, and says what to do
         with Image.open(io.BytesIO(base64.b64decode(source)) if isinstance(source, bytes) else name) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels; data.py's MAX_PIXELS, {MAX_PIXELS}, "
-                                 "may be raised for files that are trusted")
+            if math.prod(image.size) > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels; raise data.py's MAX_PIXELS, "
+                                 f"{MAX_PIXELS}, for files that you trust")
             image.load()
-            return upright(to_eight_bits(image), image)
+            picture = to_rgb(image)
+            picture.info = {}  # of the EXIF data only this, where they are not damaged
+            with contextlib.suppress(Exception):
+                picture.getexif()[0x0112] = image.getexif().get(0x0112, 1)
+            return ImageOps.exif_transpose(picture)
 
 
-def to_eight_bits(image: Image.Image) -> Image.Image:
-    """As RGB: greys of more than 8 bits scaled to 8, what is transparent over white."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Greys of more than 8 bits scaled to 8, what is transparent over white."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         tops = (1, 255, 65535) if image.mode == "F" else (65535,)
@@ -104,15 +105,6 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def upright(picture: Image.Image, image: Image.Image) -> Image.Image:
-    """The picture turned as the EXIF data of the file say; where they are damaged, as it is."""
-    try:
-        turn = UPRIGHT.get(image.getexif().get(0x0112))
-    except Exception:  # any kind: they are nested binary tables
-        turn = None
-    return picture if turn is None else picture.transpose(turn)
 
 
 def preprocess(image: Image.Image, tower, fit: str) -> torch.Tensor:
@@ -134,8 +126,8 @@ def preprocess(image: Image.Image, tower, fit: str) -> torch.Tensor:
     elif fit != "crop":
         raise ValueError(f"fit {fit!r} is neither 'crop' nor 'pad'")
     short = min(image.size)
-    left, top = (max(0, length - 64 * short) // 2 for length in image.size)  # a strip: scaled whole, gigabytes
-    image = image.crop((left, top, image.width - left, image.height - top))
+    left, top = (max(0, length - 64 * short) // 2 for length in image.size)  # whole, a strip would fill the
+    image = image.crop((left, top, image.width - left, image.height - top))  # memory once it is scaled
     # int, not round: so CLIP's own processor has it, and a pixel more would shift every patch
     image = image.resize((int(size * image.width / short), int(size * image.height / short)), tower.resample)
     left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -166,7 +158,7 @@ def find_problem(record, stage=None) -> str | None:
         return "has turns that do not alternate between human and gpt"
     if not all(turn["value"].strip() for turn in turns):
         return "has an empty turn"
-    image, marked = image_of(record), [turn["from"] for turn in turns if IMAGE in turn["value"]]
+    marked, image = [turn["from"] for turn in turns if IMAGE in turn["value"]], tidy(record).get("image")
     if not isinstance(image, (str, type(None))):
         return "has an image that is not a file name"
     if image and marked != ["human"]:
@@ -174,13 +166,6 @@ def find_problem(record, stage=None) -> str | None:
     if stage == "align" and not (image and len(turns) == 2):
         return "is not an image with one caption, which is what the align stage takes"
     return None
-
-
-def image_of(record: dict):
-    """What a record has as its image; None of a text-only one. A list of one is that one, "" is nothing."""
-    image = record.get("image")
-    image = image[0] if isinstance(image, list) and len(image) == 1 else image
-    return None if image in (None, "", []) else image
 
 
 class Records:
@@ -217,7 +202,7 @@ def load_records(file, stage=None) -> Records:
             name = record.get("id") if isinstance(record, dict) else None
             raise ValueError(f"{file}: record {len(sizes)} (id {name!r}) {problem}; `data.py check` lists "
                              "all")
-        texts, has_image = [turn["value"] for turn in record["conversations"]], image_of(record) is not None
+        texts, has_image = [turn["value"] for turn in record["conversations"]], "image" in tidy(record)
         before = itertools.takewhile(lambda text: IMAGE not in text, texts) if has_image else ()
         bytes_before = sum(32 + len(text.encode(errors="replace")) for text in before)  # 32: roles, ends
         sizes.append((sum(map(len, texts)), len(texts), has_image, bytes_before))
@@ -257,9 +242,10 @@ def scan_list(file, part: int = 2**24):
 
 
 def tidy(record: dict) -> dict:
-    """The record with its image as a name, and without that key where it has none."""
-    image, rest = image_of(record), {key: value for key, value in record.items() if key != "image"}
-    return rest if image is None else rest | {"image": image}
+    """The record with a list of one image as that one, and without an image that is null or empty."""
+    image, rest = record.get("image"), {key: value for key, value in record.items() if key != "image"}
+    image = image[0] if isinstance(image, list) and len(image) == 1 else image
+    return rest if image in (None, "", []) else rest | {"image": image}
 
 
 def clean_turns(record) -> list:
@@ -346,7 +332,8 @@ def chat(turns, tokenizer) -> list:
             messages.append({"role": "assistant", "content": text.strip()})
             now = added(asked, render(messages, enable_thinking=False))
             before, end, _ = split_answer(now, text, opening, tokenizer)
-            lead, last = added(opening, before), last.strip()
+            # an opening may have empty thoughts that the answer, once given, does not
+            lead, last = "" if opening.startswith(before) else added(opening, before), last.strip()
             if thoughts.removeprefix("<think>").strip() not in lead:
                 raise ValueError("the tokenizer's chat template drops the thoughts of an answer")
             if lead.strip() and not mark:  # such as thoughts that the opening does not hold: given, not learned
@@ -369,7 +356,7 @@ def added(before: str, now: str) -> str:
 def split_answer(text: str, answer: str, opening: str, tokenizer) -> tuple:
     """(what stands before `answer`, without its thoughts, in text; its end token; what stands behind that):
     of the special tokens in text the first that is not the opening's is its end."""
-    pattern, answer = specials_of(tokenizer)[0], answer.rpartition(THOUGHTS_END)[2].strip()
+    pattern, answer = specials_of(tokenizer)[1], answer.rpartition(THOUGHTS_END)[2].strip()
     ends = list(pattern.finditer(text))[len(pattern.findall(opening)) :]
     said = text[: ends[0].start()].rstrip() if ends else ""
     if not ends or not said.endswith(answer):
@@ -414,57 +401,55 @@ def check_vocabulary(tokenizer, size: int):
     """Refuse a tokenizer of more tokens than the LLM has embeddings: it is another LLM's. (Tokens added to it
     later do not count: LLaVA's tokenizer serves Vicuna, which has no row for its <image> and <pad>. From here
     on, `special_names` keeps them out of text.)"""
-    largest = max(tokenizer.vocab_size - 1, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    largest = max(tokenizer.vocab_size - 1, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0)
     if largest >= size:
         raise ValueError(f"{tokenizer.name_or_path}: ids up to {largest}, the LLM has {size} embeddings")
     tokenizer.rows = size
 
 
 # A special token is one only where a template writes it. Who types its name, in a question or an answer, means
-# the text: else data could end a turn, forge one, or name an embedding that is not there. Both are told apart
-# by private characters of Unicode, which stand for the names from the template to the tokenizer.
-TYPED, WRITTEN = 0xF0000, 0x100000  # the first of those for names that were typed, and for a template's own
-PRIVATE = re.compile("[\U000F0000-\U0010FFFF]")
-
+# the text: else data could end a turn, forge one, or name an embedding that is not there. From the template
+# to the tokenizer, private characters of Unicode stand for both kinds of names: these and the ones behind.
+TYPED, WRITTEN = 0xF0000, 0x100000
 
 @lru_cache(8)
-def special_names(tokenizer, rows) -> tuple:
-    """(a pattern of the names of special tokens; a tokenizer that knows these tokens by their private
-    characters alone; {its id: the real id} where they differ; the names).
-
-    <image> and what the LLM has no row for count as special, whatever the tokenizer says of them.
-    """
-    spec, names = json.loads(tokenizer.backend_tokenizer.to_str()), []
-    spec["truncation"] = spec["padding"] = None
-    model, renamed = spec["model"], {}
+def special_names(tokenizer, rows=math.inf) -> tuple:
+    """(the names of special tokens, a pattern of them, a tokenizer that knows these tokens by their private
+    characters alone, {its id: the real id}). Special are also <image> and what has no row of the LLM's."""
+    spec, renamed = json.loads(tokenizer.backend_tokenizer.to_str()), {}
     for token in spec["added_tokens"]:
         name = token["content"]
-        if token["special"] or name in (IMAGE, *tokenizer.all_special_tokens) or token["id"] >= rows:
-            token["content"] = renamed[name] = chr(WRITTEN + len(names))
-            names.append(name)
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {renamed.get(name, name): i for name, i in model["vocab"].items()}
+        is_mark = re.search(r"\w", name) and re.search(r"[^\w\s]", name)  # an ordinary word or sign stays one
+        is_special = is_mark and (token["special"] or name in tokenizer.all_special_tokens)
+        if is_special or name == IMAGE or token["id"] >= rows:
+            token["content"] = renamed[name] = chr(WRITTEN + len(renamed))
+    model, vocabulary = spec["model"], spec["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {renamed.get(name, name): i for name, i in vocabulary.items()}
         model["unk_token"] = renamed.get(model.get("unk_token"), model.get("unk_token"))
     else:
-        model["vocab"] = [[renamed.get(name, name), score] for name, score in model["vocab"]]
+        model["vocab"] = [[renamed.get(name, name), score] for name, score in vocabulary]
+    spec["truncation"] = spec["padding"] = None
     private = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
     real = {private.token_to_id(token["content"]): token["id"] for token in spec["added_tokens"]}
-    by_length = sorted(names, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, by_length)) or "(?!)"), private, real, names
+    pattern = "|".join(map(re.escape, sorted(renamed, key=len, reverse=True))) or "(?!)"
+    return list(renamed), re.compile(pattern), private, real
 
 
 def specials_of(tokenizer) -> tuple:
     return special_names(tokenizer, getattr(tokenizer, "rows", math.inf))
 
 
+def disguised(text: str, tokenizer, first: int) -> str:
+    """The text with private characters, from `first` on, for the names in it; our own marker stays."""
+    names, pattern, _, _ = specials_of(tokenizer)
+    return pattern.sub(lambda found: IMAGE if found[0] == IMAGE else chr(first + names.index(found[0])), text)
+
+
 def typed(turns, tokenizer) -> list:
-    """The turns with typed names of special tokens in disguise; the marker of an image is our own."""
-    pattern, _, _, names = specials_of(tokenizer)
-
-    def disguise(match):
-        return IMAGE if match[0] == IMAGE else chr(TYPED + names.index(match[0]))
-
-    return [(role, pattern.sub(disguise, PRIVATE.sub("\ufffd", text))) for role, text in turns]
+    """The turns, for a template, with the names in them as text. Private characters of their own are lost."""
+    return [(role, disguised(re.sub("[\U000F0000-\U0010FFFF]", "\ufffd", text), tokenizer, TYPED))
+            for role, text in turns]
 
 
 def tokenise(pieces, tokenizer, has_image: bool) -> tuple:
@@ -492,13 +477,11 @@ def tokenise(pieces, tokenizer, has_image: bool) -> tuple:
 def tokenise_text(pieces, tokenizer) -> tuple:
     """(ids, roles) of pieces in a row. A token over two of them is harmless between an answer and its end,
     which both carry loss (Llama 3 and Qwen have one token for ".\\n"). Elsewhere it is an error."""
-    pattern, private, real, names = specials_of(tokenizer)
+    names, _, private, real = specials_of(tokenizer)
     text, role_of, roles, end = "", [], [], 0  # role_of: of each character
     for part, role in pieces:
-        # what still bears its name was written by the template
-        part = pattern.sub(lambda match: match[0] if match[0] == IMAGE
-                           else chr(WRITTEN + names.index(match[0])), part)
-        part = re.sub("[\U000F0000-\U000FFFFF]", lambda match: names[ord(match[0]) - TYPED], part)
+        part = disguised(part, tokenizer, WRITTEN)  # what still bears its name is the template's
+        part = re.sub("[\U000F0000-\U000FFFFF]", lambda found: names[ord(found[0]) - TYPED], part)
         text, role_of = text + part, role_of + [role] * len(part)
     tokens = private.encode(text, add_special_tokens=False)
     ids = [real.get(i, i) for i in tokens.ids]
@@ -511,8 +494,8 @@ def tokenise_text(pieces, tokenizer) -> tuple:
             raise ValueError(f"the tokenizer joins {text[start:stop]!r}: no boundary for labels")
         roles.append(ANSWER if ANSWER in covered else covered.pop())
     if max(ids, default=0) >= getattr(tokenizer, "rows", math.inf):
-        raise ValueError(f"the template writes {tokenizer.convert_ids_to_tokens(max(ids))!r}, for which the "
-                         f"LLM has no embedding: it has {tokenizer.rows}")
+        name = tokenizer.convert_ids_to_tokens(max(ids))
+        raise ValueError(f"the LLM has no embedding for {name!r}: it has {tokenizer.rows}")
     return ids, roles
 
 
@@ -531,7 +514,8 @@ class Conversations(torch.utils.data.Dataset):
     def __init__(self, records, images, tokenizer, template: str, tower, fit: str, prompts=("", None),
                  cache: bool = False):
         self.records, self.images, self.tokenizer = records, Path(images), tokenizer
-        self.tower, self.fit, self.pad_id, self.text_prompt = tower, fit, tokenizer.pad_token_id, prompts[1]
+        self.tower, self.fit, self.text_prompt = tower, fit, prompts[1]
+        self.pad_id = tokenizer and tokenizer.pad_token_id
         self.template = partial(plain, prompt=prompts[0]) if template == "plain" else TEMPLATES[template]
         self.cache, self.seen, self.features = cache, {}, None  # or what `feature_file` returns
 
@@ -892,6 +876,13 @@ def deal(config, samples, vlm, steps: int, world: int) -> tuple:
     return micro_batches(config, by, steps, world), lengths
 
 
+def leave_group(_):
+    """In a loader's process: signals to the group of a run are for the one that trains, which needs this
+    one."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
 def make_loader(config, samples, vlm, mine: list, device):
     """Yield, step by step, the collated micro-batches of a rank; `mine` are their indices."""
     to_batch = partial(collate, num_image_tokens=vlm.num_image_tokens, image_token_id=vlm.image_token_id,
@@ -901,7 +892,7 @@ def make_loader(config, samples, vlm, mine: list, device):
     workers = min(config.workers, max(1, cores))  # more would take turns, and the ranks' own threads wait
     loader = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=list(itertools.chain(*mine)), collate_fn=to_batch, num_workers=workers,
-        pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0, worker_init_fn=leave_group,
         generator=torch.Generator().manual_seed(config.seed)))  # its own: not the run's random state
     waited, began = 0.0, time.perf_counter()
     for number, parts in enumerate(mine):
@@ -1047,25 +1038,27 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
     if not isinstance(records, list) or not records:
         raise ValueError(f"{file}: not a JSON list of records")
     template, tokenizer = template or ("plain" if stage == "align" else "v1"), llm and load_tokenizer(llm)
-    pattern = specials_of(tokenizer)[0] if llm else LOOKS_SPECIAL
+    pattern = specials_of(tokenizer)[1] if llm else LOOKS_SPECIAL
     for number, record in enumerate(tqdm(records, desc="check", unit=" records")):
-        name, problem = record.get("id") if isinstance(record, dict) else None, find_problem(record, stage)
+        name = f"record {record.get('id', 0)!r}" if isinstance(record, dict) else "record"  # as a sample has it
         try:
-            tidied = record if problem else tidy(record)
-            if not problem and "image" in tidied:
-                load_image(find_image(images, tidied["image"]))
-            if not problem and llm:
-                sample = Conversations([tidied], images, tokenizer, template, None, "").read(0, False)
-                if (expand(sample, image_tokens, IMAGE_MARKER, max_length, "right")["labels"] == IGNORE).all():
-                    problem = f"has no word of an answer within {max_length} tokens"
-        except (OSError, ValueError) as error:
-            problem = str(error)
-        if problem:
-            tqdm.write(f"record {number} (id {name!r}): {problem}".encode(errors="backslashreplace").decode())
+            with named(name):
+                if problem := find_problem(record, stage):
+                    raise ValueError(problem)
+                samples = Conversations([tidy(record)], images, tokenizer, template, None, "")
+                if image := samples.records[0].get("image"):
+                    load_image(find_image(images, image))
+                if llm:
+                    row = expand(samples.read(0, False), image_tokens, IMAGE_MARKER, max_length, "right")
+                    if (row["labels"] == IGNORE).all():
+                        raise ValueError(f"has no word of an answer within {max_length} tokens")
+        except ValueError as error:
+            told = f"record {number} (id {name[7:]}): {str(error).removeprefix(name + ': ')}"
+            tqdm.write(told.encode(errors="backslashreplace").decode())
         else:
             good.append(record)
-            texts = [text.removeprefix(IMAGE if "image" in tidied else "") for _, text in clean_turns(tidied)]
-            has_special += any(map(pattern.search, texts))
+            texts = [text.removeprefix(IMAGE if image else "") for _, text in clean_turns(samples.records[0])]
+            has_special += any(IMAGE in text or pattern.search(text) for text in texts)
     bad = len(records) - len(good)
     print(f"{len(good)} of {len(records)} records are good")
     print(f"{has_special} of them have the name of a special token in their text; it is read as text")
@@ -1087,7 +1080,7 @@ def main():
     checker.add_argument("images")
     add = checker.add_argument
     add("--stage", choices=["align", "instruct"], help="also list what this stage of training does not take")
-    add("--llm", help="also tokenise, as for this LLM (a folder or a Hub id): list what makes no row with loss")
+    add("--llm", help="also tokenise, as for this LLM (folder or Hub id): list what makes no row with loss")
     add("--template", choices=[*TEMPLATES], help="with --llm (default: align's is plain, instruct's v1)")
     add("--image_tokens", type=int, default=576, help="with --llm: of an image")
     add("--max_length", type=int, default=2048, help="with --llm: most tokens in a row")

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import weakref
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -725,19 +726,22 @@ def load_checkpoint(config, optimizer, terms, made_of: dict) -> int:
         say(f"{config.out}: no checkpoint to resume from; starting at step 0")
         return 0
     read = partial(torch.load, map_location="cpu", weights_only=True)
-    with named(last, "not a complete checkpoint"):
+    with named(last, "damaged; without it, the one before is taken"):
         first = read(last / "rank-0.pt", mmap=True)
         refuse_changes(first["config"], asdict(config), last)
         saved = read_json(last / MADE_OF) if (last / MADE_OF).exists() else made_of
         if changed := [name for name in made_of if saved.get(name) != made_of[name]]:
             raise ValueError(f"{last}: saved with another {' and '.join(changed)}; to go on with what is there "
                              f"now, which is no longer the same run, remove {last / MADE_OF}")
-        if first["ranks"] == world_size():
-            state = read(last / f"rank-{rank()}.pt")
-        else:
-            states = [read(last / f"rank-{i}.pt", mmap=True) for i in range(first["ranks"])]
+        is_same = first["ranks"] == world_size()
+        files = [last / f"rank-{i}.pt" for i in ([rank()] if is_same else range(first["ranks"]))]
+        if any(zipfile.ZipFile(file).testzip() for file in files):  # by its sums; torch does not look at them
+            raise ValueError("some of its bits are not those that were written")
+        states = [read(file, mmap=not is_same) for file in files]
+        state = states[rank() % len(states)]
+        if not is_same:
             is_sharded = config.shard and len(states) > 1
-            state = states[rank() % len(states)] | {"optimizer": cut_anew(optimizer, states, is_sharded)}
+            state = state | {"optimizer": cut_anew(optimizer, states, is_sharded)}
         optimizer.load_state_dict(state["optimizer"])
         set_random_state(state["random"])
         for name, term in terms.items():

@@ -5,8 +5,10 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from contextlib import contextmanager, redirect_stdout
@@ -20,16 +22,19 @@ from PIL import Image
 
 import data
 import eval as evaluation
+import kills
+import layouts
 import train
-from conftest import ROOT
+from conftest import ROOT, llama_config, shaken
 from lab import toy_world
 from llm import load_llm_config
 from projector import VLM
 from test_data import CAPTION, CHAT_TURNS, TEXT, TOWER, byte_level, chat_tokenizer, llama2, record
 from test_data import CHATML, THINKING
+from test_eval import copy, model, root, run  # noqa: F401 (fixtures)
 from test_train import asked, called, how_it_ends, log_of, script, start, trained, wait_for_checkpoint
 from test_train import HERE, kill, world  # noqa: F401 (a fixture)
-from vit import ViT, load_vit_config
+from vit import ViT, ViTConfig, load_vit_config, read_weights
 
 CPU = torch.device("cpu")
 
@@ -254,3 +259,789 @@ def test_bad_inputs_end_in_a_line_and_lose_nothing(tmp_path, world, clip_folder,
                                [("kind", "cases", "silent losses", "tracebacks", "hangs"), *rows]))
     assert not faults, "\n".join(faults)
     assert rows[-1][1] >= 300
+
+
+# ---- 1, 8, 17: files of pictures ---------------------------------------------------------------------------
+
+
+def check_command(capsys, monkeypatch, *args):
+    """(exit status, what it prints) of `python data.py check`."""
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        data.main()
+    return end.value.code, capsys.readouterr().out
+
+
+def write_records(file, *records):
+    file.write_text(json.dumps(records))
+    return file
+
+
+def pictured(image, question="<image>\nWhat color is it?", answer="red"):
+    return record(question, answer, image=image)
+
+
+def test_check_lists_whatever_a_decoder_raises_and_goes_on(tmp_path, toy, monkeypatch, capsys):
+    """A bomb, a picture of which Pillow says something that is no OSError, an unknown mode, text that a tokenizer
+    refuses; in training, too, each is a line."""
+    good = sorted((toy / "images").iterdir())[0]
+    shutil.copy(good, tmp_path / "good.png")
+    Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")
+    for name, error in (("runtime", RuntimeError), ("index", IndexError), ("struct", EOFError)):
+        (tmp_path / f"{name}.png").write_bytes(good.read_bytes())
+    real = Image.open
+
+    def opened(file):
+        errors = {"runtime.png": RuntimeError("decoder"), "index.png": IndexError(), "struct.png": EOFError()}
+        if Path(file).name in errors:
+            raise errors[Path(file).name]
+        return real(file)
+
+    monkeypatch.setattr(Image, "open", opened)
+    names = ["good.png", "bomb.png", "runtime.png", "index.png", "struct.png"]
+    file = write_records(tmp_path / "d.json", *map(pictured, names), record("q", "\ud800 a"))
+    status, printed = check_command(capsys, monkeypatch, file, tmp_path, "--llm", ROOT / "lab/towers/tiny-llm")
+    assert status == 1 and "1 of 6 records are good" in printed
+    assert len(data.load_records(tmp_path / "d.clean.json")) == 1
+    for part in ("14000 x 14000 pixels; raise data.py's MAX_PIXELS", "runtime.png: not a readable image: RuntimeError: dec",
+                 "IndexError", "EOFError", "record 5 (id 'r'): TypeError"):
+        assert part in printed
+    samples = data.Conversations(data.load_records(file), tmp_path, llama2(False), "v1", TOWER, "pad")
+    for number in range(1, 6):
+        with pytest.raises(ValueError, match="^record 'r': [^\n]*$"):
+            samples[number]
+
+
+def test_a_loader_process_names_the_record_too(tmp_path, world):
+    Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")
+    file = write_records(tmp_path / "d.json", *[pictured("bomb.png")] * 8)
+    for workers in ("0", "1"):
+        last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", "--annotations", file, "--images",
+                           tmp_path, "--workers", workers, "--out", tmp_path / "out")
+        assert re.match(r"train.py: .*record 'r': .*bomb.png: not a readable image: 14000 x 14000", last)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "avif"])
+def test_pictures_stand_upright(tmp_path, orientation, ending):
+    upright = Image.new("RGB", (64, 32), "white")
+    upright.paste((255, 0, 0), (0, 0, 16, 8))  # a red corner
+    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)  # the inverse of what a viewer does
+    stored = upright if turn is None else upright.transpose(Image.Transpose(turn))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"x.{ending}", exif=exif)
+    found = np.asarray(data.load_image(tmp_path / f"x.{ending}"), dtype=int)
+    assert found.shape == (32, 64, 3) and np.abs(found - np.asarray(upright)).mean() < 4
+
+
+def test_damaged_exif_data_leave_the_picture_as_it_is(tmp_path):
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 20)
+    assert data.load_image(tmp_path / "x.jpg").size == (8, 4)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_scaled(tmp_path, ending):
+    values = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / f"x.{ending}")
+    found = np.asarray(data.load_image(tmp_path / f"x.{ending}"))
+    assert np.abs(found[..., 0].astype(int) - values / 257).max() <= 1
+
+
+def test_transparent_ground_is_white(tmp_path):
+    for mode, clear, ink in (("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)), ("LA", (0, 0), (0, 255))):
+        image = Image.new(mode, (4, 4), clear)
+        image.putpixel((1, 1), ink)
+        image.save(tmp_path / "x.png")
+        found = data.load_image(tmp_path / "x.png")
+        assert found.getpixel((0, 0)) == (255, 255, 255) and found.getpixel((1, 1)) == (0, 0, 0)
+    for mode, color in (("L", 7), ("RGB", (1, 2, 3)), ("P", 0)):  # one color stands for "nothing"
+        Image.new(mode, (4, 4), color).save(tmp_path / "x.png", transparency=color)
+        assert data.load_image(tmp_path / "x.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("size", [(2, 10000), (10000, 2), (1, 65500), (400, 1), (1, 400)])
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_strips_take_no_gigabytes(size, fit, monkeypatch):
+    """No picture on the way has more pixels than the limit, whatever its sides."""
+    largest, resize, new = [], Image.Image.resize, Image.new
+
+    def seen(make):
+        def made(*args, **kwargs):
+            image = make(*args, **kwargs)
+            largest.append(image.width * image.height)
+            return image
+        return made
+
+    strip = new("RGB", size, "red")
+    monkeypatch.setattr(Image.Image, "resize", seen(resize))
+    monkeypatch.setattr(Image, "new", seen(new))
+    assert data.preprocess(strip, ViTConfig(), fit).shape == (3, 336, 336)
+    assert max(largest) <= data.MAX_PIXELS
+
+
+NAMES_THAT_LEAVE = ["/etc/passwd", "../secret.png", "a/../../secret.png", "link.png", "folder/secret.png", "loop.png"]
+
+
+@pytest.mark.parametrize("name", NAMES_THAT_LEAVE)
+def test_an_image_lies_in_its_folder(tmp_path, monkeypatch, capsys, name):
+    images = tmp_path / "images"
+    (images / "a").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    shutil.copy(tmp_path / "secret.png", images / "a/inside.png")
+    (images / "link.png").symlink_to("../secret.png")
+    (images / "folder").symlink_to("..")
+    (images / "loop.png").symlink_to("loop.png")
+    (images / "within.png").symlink_to("a/inside.png")
+    file = write_records(tmp_path / "d.json", *map(pictured, ["within.png", "a/../within.png", name]))
+    status, printed = check_command(capsys, monkeypatch, file, images)
+    assert "2 of 3 records are good" in printed
+    assert f"record 2 (id 'r'): {name!r} leads out" in printed or "no such image" in printed and "loop" in name
+    samples = data.Conversations(data.load_records(file), images, llama2(False), "v1", TOWER, "pad")
+    assert samples[0]["pixels"].shape == (3, 32, 32)
+    with pytest.raises(ValueError, match="record 'r': .*(leads out of|no such image)"):
+        samples[2]
+
+
+def test_the_pictures_of_a_benchmark_lie_in_its_folder(tmp_path):
+    layouts.write_all(tmp_path)
+    file = tmp_path / "SEED-Bench/SEED-Bench.json"
+    content = json.loads(file.read_text())
+    content["questions"][0] |= {"data_id": "../../../../../../../etc/passwd"}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="etc/passwd' leads out of the folder"):
+        evaluation.load_questions("seed", tmp_path / "SEED-Bench")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
+def test_pipes_and_folders_are_no_files(tmp_path, make):
+    """A pipe would be waited for."""
+    for name, read in (("x.png", data.load_image), ("x.json", data.load_records)):
+        make(tmp_path / name)
+        with limited(5), pytest.raises((OSError, ValueError), match=f"{name}: (no such image|not a file)"):
+            read(tmp_path / name)
+
+
+def test_no_code_of_a_folder_is_run(tmp_path, llama_folder, clip_folder):
+    folder = shutil.copytree(llama_folder, tmp_path / "llm")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for name, classes in (("config.json", {"AutoConfig": "evil.C"}),
+                          ("tokenizer_config.json", {"AutoTokenizer": ["evil.T", "evil.T"]})):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"auto_map": classes, "tokenizer_class": "Evil"}))
+    with limited(10):  # to ask, and wait for an answer, would be too long
+        for load in (data.load_tokenizer, load_llm_config):
+            outcome(load, folder)
+        outcome(lambda: VLM.from_towers(clip_folder, folder).export(tmp_path / "out"))
+    torch.save({"a": os.system}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="not a file of weights"):
+        list(read_weights(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- 5, 6, 7, 9, 12: records and their tokens --------------------------------------------------------------
+
+
+TOKENIZERS = {"llama2": lambda: llama2(False), "legacy": lambda: llama2(True),
+              **{name: (lambda name=name: chat_tokenizer(name)) for name in ("chatml", "llama3", "thinking", "mistral")}}
+
+
+@pytest.mark.parametrize("template", ["plain", "v1", "chat"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_typed_special_tokens_are_text(name, template):
+    """In questions and answers, also as the whole text and in private characters: the special tokens of a row are as
+    many as without them, at the same places; what is learned is what was typed."""
+    tokenizer = TOKENIZERS[name]()
+    if template == "chat" and tokenizer.chat_template is None:
+        return
+    eos, special = tokenizer.eos_token, set(tokenizer.all_special_ids)
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for typed in (eos, f"red {eos} blue {eos}", f"{eos}<image>{eos}", tokenizer.all_special_tokens[-1], "\U00100000"):
+        rows = []
+        for text in (typed, "red"):
+            turns = [("human", f"<image>\n{text}"), ("gpt", text), ("human", text), ("gpt", text)]
+            turns = turns[:2] if template == "plain" else turns
+            ids, roles = data.tokenise(data.TEMPLATES[template](turns, tokenizer), tokenizer, True)
+            rows.append([(i, role) for i, role in zip(ids, roles) if i in special or i == data.IMAGE_MARKER])
+            said = tokenizer.decode([i for i, role in zip(ids, roles) if role == data.ANSWER])
+            if text.isascii() and template == "plain":
+                assert said.replace(" ", "").strip() == text.replace(" ", "")
+        assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("is_special", [False, True])
+def test_ids_without_a_row_are_text(is_special, tmp_path):
+    """LLaVA's tokenizer for Vicuna has <image> and more behind the vocabulary, which a record may say."""
+    tokenizer = llama2(False)
+    rows = max(tokenizer.get_vocab().values()) + 1
+    tokenizer.add_tokens(["<image>", "<video>"], special_tokens=is_special)
+    data.check_vocabulary(tokenizer, rows)
+    for text in ("What is <image>?", "<video>", "<image>"):
+        ids, _ = data.tokenise(data.v1([("human", text), ("gpt", text)], tokenizer), tokenizer, False)
+        assert max(ids) < rows and text in tokenizer.decode(ids)
+        ids, _ = data.tokenise(data.v1([("human", f"<image>\n{text}"), ("gpt", text)], tokenizer), tokenizer, True)
+        assert max(ids) < rows and ids.count(data.IMAGE_MARKER) == 1
+
+
+def test_a_template_whose_tokens_have_no_row_is_refused_before_loading(tmp_path, world, llama_folder):
+    """A base model with somebody's chat template: its <|im_end|> lies behind the embedding table."""
+    folder = shutil.copytree(llama_folder, tmp_path / "llm")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()  # no weight is looked for
+    last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", "--contrastive", "none", "--llm", folder,
+                       "--template", "chat", "--out", tmp_path / "out")
+    assert "the LLM has no embedding for '<|im_" in last
+
+
+def test_check_counts_typed_special_tokens(tmp_path, toy, llama_folder, monkeypatch, capsys):
+    file = write_records(tmp_path / "d.json", TEXT, record("What is </s>?", "an end"), record("q", "red </s> blue"),
+                         record("What is <image>?", "a marker"))
+    for more in ([], ["--llm", llama_folder]):
+        status, printed = check_command(capsys, monkeypatch, file, toy / "images", *more)
+        assert status == 0 and "3 of them have the name of a special token in their text" in printed
+
+
+def test_check_and_the_start_of_a_run_know_the_stage(tmp_path, world, llama_folder, monkeypatch, capsys):
+    images = world[0] / "data/toy/images"
+    good = pictured(sorted(images.iterdir())[0].name)
+    many = good | {"conversations": good["conversations"] * 1 + record("more?", "no")["conversations"]}
+    long = record("red " * 300, "a", "<image> b", "c", image=good["image"])
+    unsaid = record("<image>\n" + "red " * 300, "a", image=good["image"])
+    file = write_records(tmp_path / "d.json", *[good] * 8, TEXT, many, long, unsaid)
+    _, printed = check_command(capsys, monkeypatch, file, images)
+    assert "12 of 12" in printed
+    _, printed = check_command(capsys, monkeypatch, file, images, "--stage", "align")
+    assert "9 of 12" in printed and printed.count("not an image with one caption") == 3
+    for stage, bad in (("align", "8 of 12"), ("instruct", "10 of 12")):
+        options = ["--stage", stage, "--llm", llama_folder, "--image_tokens", "16", "--max_length", "256"]
+        _, printed = check_command(capsys, monkeypatch, file, images, *options)
+        assert ("the image does not fit into 256 tokens" in printed) == (stage == "instruct")
+        assert "record 11 (id 'r'): has no word of an answer within 256 tokens" in printed or stage == "align"
+    options = ["--annotations", file, "--max_length", "256", "--out", tmp_path / "out", "--batch", "1", "--micro_batch", "1"]
+    started = []
+    monkeypatch.setattr(train, "load_model", lambda *_: started.append(1))
+    last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", *options)
+    assert "d.json: record 8 (id 'r') is not an image with one caption" in last
+    last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", "--contrastive", "none", "--template", "v1",
+                       *options)
+    assert "record 'r': the image does not fit into 256 tokens" in last and not started
+
+
+@pytest.mark.parametrize("image, found", [(None, None), ("", None), ([], None), (["a.png"], "a.png"), ([""], None),
+                                          ([None], None), ("a.png", "a.png")])
+def test_an_image_may_be_null_empty_or_a_list_of_one(tmp_path, monkeypatch, capsys, image, found):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    text = "<image>\nWhat?" if found else "What is <image>?"
+    file = write_records(tmp_path / "d.json", record(text, "red", image=image))
+    status, printed = check_command(capsys, monkeypatch, file, tmp_path)
+    assert status == 0 and "1 of 1 records are good" in printed
+    loaded, = data.load_records(file)
+    assert loaded.get("image") == found
+    sample = data.Conversations([loaded], tmp_path, llama2(False), "v1", TOWER, "pad")[0]
+    assert (sample["pixels"] is not None) == bool(found)
+
+
+@pytest.mark.parametrize("image", [["a.png", "b.png"], 5, {"x": 1}, [5], True, [["a.png"]]])
+def test_other_images_are_refused(tmp_path, image):
+    with pytest.raises(ValueError, match="not a file name"):
+        data.load_records(write_records(tmp_path / "d.json", record("<image>\nq", "a", image=image)))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, llama_folder):
+    folder = shutil.copytree(llama_folder, tmp_path / "llm")
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(content | {"eos_token": None}))
+    with pytest.raises(ValueError, match="names no end token"):
+        data.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("question", ["What color?", "<image>\nWhat color?", "<image> <image> What color?", "What color?\n<image>"])
+def test_a_question_may_bring_its_marker(model, toy, monkeypatch, capsys, question):
+    image, seen = sorted((toy / "images").iterdir())[0], []
+    monkeypatch.setattr(evaluation, "load_run", lambda *_: (*model, {"template": "v1"}))
+    monkeypatch.setattr(evaluation, "resolve_model", Path)
+    real = evaluation.data.tokenise
+    monkeypatch.setattr(evaluation.data, "tokenise", lambda *args: seen.append(real(*args)) or seen[-1])
+    evaluation.main(["--ask", str(image), question, "--ckpt", "x", "--max_new_tokens", "2"])
+    assert json.loads(capsys.readouterr().out)["question"] == question
+    expected = real(data.v1([("human", "<image>\nWhat color?")], model[1]), model[1], True)
+    assert "<" in question and seen[-1][0].count(data.IMAGE_MARKER) == 1 and expected in seen or expected in seen
+
+
+@pytest.mark.parametrize("change", [{"choices": "red"}, {"choices": None}, {"answer": "0"}, {"answer": None}, {"answer": 1.0},
+                                    {"question": 5}, {"hint": 5}, {"image": 5}, {"image": ["x"]}, {"split": ["x"]}])
+@pytest.mark.parametrize("where", ["problem", "problems", "splits", "split"])
+def test_scienceqa_of_other_types_ends_in_a_line(tmp_path, toy, change, where):
+    shutil.copytree(toy / "ScienceQA", tmp_path / "ScienceQA")
+    name = "problems.json" if "problem" in where else "pid_splits.json"
+    content, value = json.loads((tmp_path / "ScienceQA" / name).read_text()), next(iter(change.values()))
+    if where == "problem":
+        content[json.loads((tmp_path / "ScienceQA/pid_splits.json").read_text())["test"][0]] |= change
+    elif where == "split":
+        content["test"] = value
+    (tmp_path / "ScienceQA" / name).write_text(json.dumps(value if where in ("problems", "splits") else content))
+    how, found = outcome(evaluation.load_questions, "scienceqa", tmp_path / "ScienceQA")
+    assert how == "line", found
+
+
+# ---- 10: ScienceQA's own splits ----------------------------------------------------------------------------
+
+
+def test_scienceqas_other_splits_find_their_pictures(tmp_path, toy):
+    folder = shutil.copytree(toy / "ScienceQA", tmp_path / "ScienceQA")
+    splits, problems = (json.loads((folder / name).read_text()) for name in ("pid_splits.json", "problems.json"))
+    for name in ("train", "val", "test"):
+        for pid in splits[name]:
+            problems[pid]["split"] = name
+    splits |= {"minitest": splits["test"][:5], "trainval": splits["train"] + splits["val"]}
+    problems[splits["test"][0]]["image"] = ""  # text alone
+    for name, content in (("pid_splits.json", splits), ("problems.json", problems)):
+        (folder / name).write_text(json.dumps(content))
+    assert len(evaluation.load_questions("scienceqa", folder, "minitest")) == 5
+    assert len(evaluation.load_questions("scienceqa", folder, "trainval")) == len(splits["trainval"])
+    first = evaluation.load_questions("scienceqa", folder, "minitest")[0]
+    assert first["image"] is None and "<image>" not in first["prompt"]
+
+
+# ---- 2: what was computed is kept --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["likelihoods", "score_floors", "submit"])
+def test_a_score_is_written_before_what_may_fail(run, root, tmp_path, monkeypatch, what):
+    """Likelihoods, floors and a server's table come after the answers are in BENCH.json."""
+    def fail(*_, **__):
+        raise ValueError("height and width must be > 0")
+
+    own = shutil.copytree(run, tmp_path / "own")
+    if what == "submit":
+        monkeypatch.setitem(evaluation.BENCHES, "mmbench", evaluation.BENCHES["mmbench"]._replace(submit=fail))
+    else:
+        monkeypatch.setattr(evaluation, what, fail)
+    argv = ["--bench", "mmbench", "--ckpt", own, "--data", root / "MMBench", "--score", "likelihood", "--floors"]
+    assert "height and width" in how_it_ends(evaluation.main, tmp_path, *argv)
+    kept = json.loads((own / "mmbench.json").read_text())
+    assert "accuracy" in kept["scores"] and len(kept["predictions"]) == kept["scores"]["rotations"]
+    assert list(own.glob("mmbench.partial*.jsonl"))  # and the same command asks nothing again
+
+
+# ---- 3: a resumed run knows what it is made of -------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(world, tmp_path):
+    """(options of an align run of 6 steps, its folder as a kill would leave it after step 4, whole.safetensors)."""
+    own = tmp_path / "align.json"
+    shutil.copy(world[0] / "data/toy/align.json", own)
+    options = [*world[1], "--stage", "align", "--annotations", own, "--save_every", "2", "--out", tmp_path / "cut"]
+    called(train.main, world[0], *options)
+    shutil.copy(tmp_path / "cut/projector.safetensors", tmp_path / "whole.safetensors")
+    for name in ("config.json", "projector.safetensors"):
+        (tmp_path / "cut" / name).unlink()
+    return options, tmp_path / "cut", own
+
+
+def change_caption(records):
+    records[-1]["conversations"][1]["value"] = "a red circle"
+    return records
+
+
+@pytest.mark.parametrize("change", [lambda records: records[:-1], lambda records: records[:4], change_caption,
+                                    lambda records: records[::-1], lambda records: records * 2])
+def test_other_records_are_refused_on_resume(world, stopped, change):
+    options, out, file = stopped
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    log = (out / "log.jsonl").read_text()
+    last = how_it_ends(train.main, world[0], *options, "--resume")
+    assert re.match(r"train.py: .*checkpoint-0000004: saved with another records; .*, remove .*made_of.json$", last)
+    assert (out / "log.jsonl").read_text() == log
+    (out / "checkpoint-0000004/made_of.json").unlink()  # on purpose; also where nothing is left to do
+    called(train.main, world[0], *options, "--resume")
+    assert (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("part", ["vit", "llm", "tokenizer"])
+def test_other_towers_are_refused_on_resume(world, stopped, clip_folder, llama_folder, tmp_path, part):
+    """One bit of one weight; a chat template."""
+    options, _, _ = stopped
+    folder = clip_folder if part == "vit" else llama_folder
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    try:
+        if part == "tokenizer":
+            file = folder / "tokenizer_config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": CHATML}))
+        else:
+            content = bytearray((folder / "model.safetensors").read_bytes())
+            content[-4] ^= 1
+            (folder / "model.safetensors").write_bytes(content)
+        assert f"saved with another {part};" in how_it_ends(train.main, world[0], *options, "--resume")
+    finally:
+        for file, content in before.items():
+            file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_does(world, stopped):
+    options, out, _ = stopped
+    file = out / "checkpoint-0000004/rank-0.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of a tensor
+    file.write_bytes(content)
+    last = how_it_ends(train.main, world[0], *options, "--resume")
+    assert "checkpoint-0000004: damaged; without it, the one before is taken" in last
+    shutil.rmtree(file.parent)
+    called(train.main, world[0], *options, "--resume")
+    assert (out / "projector.safetensors").read_bytes() == (out.parent / "whole.safetensors").read_bytes()
+
+
+def test_resume_of_a_finished_run_and_of_none(world, stopped, tmp_path):
+    options, out, _ = stopped
+    called(train.main, world[0], *options, "--resume")
+    weights, log = (out / "projector.safetensors").read_bytes(), (out / "log.jsonl").read_text()
+    assert "is finished; nothing is left to do" in called(train.main, world[0], *options, "--resume")
+    assert ((out / "projector.safetensors").read_bytes(), (out / "log.jsonl").read_text()) == (weights, log)
+    assert not Path(f"{out}.old").exists()
+    other = how_it_ends(train.main, world[0], *options, "--resume", "--lr", "0.5")
+    assert "config.json: saved with lr 0.002, resumed with 0.5" in other
+    last = how_it_ends(train.main, world[0], *options[:-1], tmp_path / "none", "--resume")
+    assert last == f"train.py: {tmp_path}/none: no run to resume; without --resume one begins there"
+    assert not (tmp_path / "none").exists()
+
+
+def test_both_stages_resume_where_the_first_is_finished(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0))
+    with pytest.raises(SystemExit):
+        trained(world, "--steps", "2", "--out", tmp_path)
+    shutil.rmtree(tmp_path / "instruct")
+    before = (tmp_path / "align/log.jsonl").read_text()
+    with pytest.raises(SystemExit) as end:
+        trained(world, "--steps", "2", "--out", tmp_path, "--resume")
+    assert end.value.code == 0 and (tmp_path / "instruct/config.json").exists()
+    assert (tmp_path / "align/log.jsonl").read_text() == before
+
+
+def saved_and_cut_anew(rank, ranks, folder, old, shard, clip_folder, llama_folder):
+    """On `old` ranks: two steps, a checkpoint. Then, on all, the checkpoint of these: masters and moments."""
+    config = train.Config(stage="instruct", out=str(folder), shard=shard, batch=4, micro_batch=4)
+    vlm = train.choose_learning(config, VLM.from_towers(clip_folder, llama_folder))
+    optimizer, terms = train.build_optimizer(config, vlm, CPU)
+    if ranks == old:
+        for step in range(2):
+            for number, parameter in enumerate(p for p in vlm.parameters() if p.requires_grad):
+                generator = torch.Generator().manual_seed(100 * step + number)
+                (parameter * torch.randn(parameter.shape, generator=generator)).sum().backward()
+            optimizer.step(1e-2)
+        train.save_checkpoint(config, 2, optimizer, terms, {})
+    else:
+        assert train.load_checkpoint(config, optimizer, terms, {}) == 2
+    found, order = {}, sorted(optimizer.buckets, key=lambda bucket: bucket.parameters[0].ndim <= 1)
+    for number, bucket in enumerate(order):  # what belongs to real parameters, of all ranks together
+        n, kept = sum(p.numel() for p in bucket.parameters), optimizer.adamw.state[bucket.master]
+        for name, flat in (("master", bucket.master), ("m", kept["exp_avg"]), ("v", kept["exp_avg_sq"])):
+            if optimizer.shard:
+                parts = [torch.empty_like(flat) for _ in range(ranks)]
+                torch.distributed.all_gather(parts, flat.detach().contiguous())
+                flat = torch.cat(parts)
+            found[number, name] = flat.detach()[:n].clone()
+        found[number, "step"] = kept["step"]
+    return found, {name: p.detach().clone() for name, p in vlm.named_parameters()}
+
+
+@pytest.mark.parametrize("old, new, shard", [(1, 2, True), (2, 1, True), (2, 3, True), (3, 2, False), (1, 3, False)])
+def test_a_checkpoint_goes_on_on_another_number_of_ranks(ranks, tmp_path, clip_folder, llama_folder, old, new, shard):
+    """Masters, moments, counts and weights: every bit, whatever the padding of the buckets is."""
+    args = (tmp_path, old, shard, clip_folder, llama_folder)
+    before = ranks(old, saved_and_cut_anew, *args)[0]
+    for after in ranks(new, saved_and_cut_anew, *args):
+        for ours, theirs in zip(after, before):
+            ratio = old if not shard else 1  # unsharded sums over equal ranks: the gradients above add up
+            assert ours.keys() == theirs.keys() and ratio
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_run_goes_on_on_another_number_of_ranks(world, tmp_path):
+    """One process, two, sharded, and one again: to rounding, the log of an undisturbed run; and resumed twice from
+    one checkpoint on two ranks, the same to the bit."""
+    options = ["--stage", "align", "--epochs", "4", "--save_every", "3", "--shard", "True", "--out"]
+    called(train.main, world[0], *world[1], *options, tmp_path / "whole")
+    for name in ("a", "b"):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        (tmp_path / name / "config.json").unlink()
+        for old in sorted((tmp_path / name).glob("checkpoint-*"))[1:]:
+            shutil.rmtree(old)
+        script(world, *options, tmp_path / name, "--resume", launch=["--nproc_per_node=2", *HERE])
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+    for ours, theirs in zip(log_of(tmp_path / "a"), log_of(tmp_path / "whole"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
+# ---- 4: a full disk ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """`small_disk(KiB)`: a folder that holds no more."""
+    made = []
+
+    def mount(size):
+        folder = tmp_path / f"disk-{size}"
+        folder.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder], capture_output=True).returncode:
+            pytest.skip("may not mount")
+        made.append(folder)
+        return folder
+
+    yield mount
+    for folder in made:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_the_plan_compares_the_run_with_the_free_space(world, small_disk):
+    disk = small_disk(12)
+    last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", "--save_every", "2", "--out", disk / "a")
+    assert re.search(r"disk-12/a: the run and its checkpoints take .* GiB, on its disk .* are free", last)
+    assert not (disk / "a").exists()
+
+
+@pytest.mark.parametrize("save_every", ["0", "2"])
+def test_a_disk_that_fills_up_costs_no_finished_work(world, small_disk, monkeypatch, tmp_path, save_every):
+    """The plan found room, and then somebody else wrote. Without checkpoints the run is kept elsewhere; with them, half
+    of one is removed, and the last complete one goes on."""
+    disk, name = small_disk(240), "save_run" if save_every == "0" else "save_checkpoint"
+    filler, save, calls = disk / "filler", getattr(train, name), []
+    (tmp_path / "elsewhere").mkdir()
+
+    def saved(*args):
+        calls.append(args)
+        if len(calls) == (1 if save_every == "0" else 2):
+            filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - 8192))
+        return save(*args)
+
+    monkeypatch.setattr(train, name, saved)
+    monkeypatch.setattr(train.tempfile, "mkdtemp", lambda **_: str(tmp_path / "elsewhere"))
+    options = [*world[1], "--stage", "align", "--save_every", save_every, "--out", disk / "a"]
+    last = how_it_ends(train.main, world[0], *options)
+    assert "\n" not in last and "disk-240/a/" in last and not list(disk.rglob("*.partial"))
+    if save_every == "0":
+        assert last.endswith(f"the finished run is in {tmp_path}/elsewhere")
+        assert VLM.from_pretrained(tmp_path / "elsewhere") and not (disk / "a/config.json").exists()
+    else:
+        filler.unlink()
+        assert "checkpoint-0000004: not saved" in last
+        assert "checkpoint-0000002: step 2" in called(train.main, world[0], *options, "--resume")
+        assert (disk / "a/config.json").exists()
+
+
+# ---- 11, 13: in and out ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, clip_folder, llama_folder):
+    """(our model, the folder as LLaVA's own code would have saved it): the LLM's config.json with `mm_` fields, the
+    projector among its weights, the tower named."""
+    folder, vlm = tmp_path_factory.mktemp("original") / "llava-v1.5", VLM.from_towers(clip_folder, llama_folder)
+    shutil.copytree(llama_folder, folder)
+    (folder / "model.safetensors").unlink()
+    projector = {f"model.mm_projector.{name}": p.detach() for name, p in vlm.projector.named_parameters()}
+    torch.save({name: p.detach() for name, p in vlm.llm.named_parameters()} | projector, folder / "pytorch_model.bin")
+    torch.save(projector, folder.parent / "mm_projector.bin")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {
+        "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "image_aspect_ratio": "pad",
+        "mm_hidden_size": 32, "mm_projector_type": "mlp2x_gelu", "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False, "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
+        "mm_vision_tower": str(clip_folder), "use_mm_proj": True}))
+    return vlm.eval(), folder
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_llama"])
+def test_llavas_own_checkpoint_opens(original, tmp_path, kind):
+    vlm, folder = original[0], shutil.copytree(original[1], tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    theirs, _, config = evaluation.load_run(folder, CPU)
+    ids, pixels = torch.tensor([[1] + [-200] * 16 + [5, 6]]), torch.randn(1, 3, 32, 32)
+    assert torch.equal(theirs(ids, pixels), vlm(ids, pixels)) and config["template"] == "v1"
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"mm_use_im_start_end": True}, "only those like version 1.5's"), ({"mm_vision_tower": None}, "only those like"),
+    ({"mm_patch_merge_type": "spatial_unpad"}, "only those like version 1.5's"),
+    ({"model_type": "llava_mpt"}, "model_type is 'mpt'"), ({"mm_projector_type": "abstractor"}, "projector 'abstractor'"),
+    ({"mm_projector_type": "mlp3x_gelu"}, "projector.4.weight"), ({"mm_vision_select_layer": "x"}, "llava-v1.5: ")])
+def test_what_llava_1_5_does_not_have_is_refused_by_name(original, tmp_path, change, message):
+    folder = shutil.copytree(original[1], tmp_path / "llava-v1.5")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        VLM.from_pretrained(folder)
+
+
+def test_llavas_projector_starts_the_instruct_stage(original, world, tmp_path):
+    options = ["--stage", "instruct", "--steps", "1", "--lr", "0", "--out"]
+    for number, init in enumerate((original[1].parent / "mm_projector.bin", original[1].parent)):
+        printed = trained(world, *options, tmp_path / str(number), "--init", init)
+        assert "loaded projector.0.weight, projector.0.bias, projector.2.weight" in printed
+        ours = VLM.from_pretrained(tmp_path / str(number)).projector.state_dict()
+        assert all(torch.equal(ours[name], p) for name, p in original[0].projector.state_dict().items())
+    last = how_it_ends(train.main, world[0], *world[1], *options, tmp_path / "x", "--init", init, "--projector", "linear")
+    assert "mm_projector.bin" in last
+
+
+@pytest.mark.parametrize("name, template", [("toy", "v1"), ("llama2", "v1"), ("legacy", "v1"), ("chatml", "v1"),
+                                            ("chatml", "chat"), ("llama3", "chat"), ("thinking", "chat"), ("mistral", "chat")])
+def test_an_exported_folder_has_our_prompts(name, template, clip_folder, llama_folder, tmp_path):
+    """Messages as an OpenAI-style server gets them, through transformers' processor: our ids, to the last; through its
+    pipeline: our answer."""
+    folder = llama_folder if name == "toy" else tmp_path / "llm"
+    if name != "toy":
+        tokenizer = TOKENIZERS[name]()
+        tokenizer.save_pretrained(folder)
+        size = max(tokenizer.get_vocab().values()) + 1
+        config = llama_config(vocab_size=size, eos_token_id=tokenizer.eos_token_id, max_position_embeddings=1024)
+        shaken(transformers.LlamaForCausalLM(config)).save_pretrained(folder)
+    tokenizer, vlm = data.load_tokenizer(folder), VLM.from_towers(clip_folder, folder).eval()
+    vlm.template = template
+    vlm.export(tmp_path / "out")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "x.png")
+    question = "What color is it?"
+    messages = [{"role": "user", "content": [{"type": "image", "url": str(tmp_path / "x.png")},
+                                             {"type": "text", "text": question}]}]
+    theirs = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
+    turns = [("human", f"<image>\n{question}")]
+    ids, _ = data.tokenise(data.TEMPLATES[template](turns, tokenizer), tokenizer, True)
+    place = processor.tokenizer.convert_tokens_to_ids("<image>")
+    at = ids.index(data.IMAGE_MARKER)
+    assert theirs["input_ids"][0] == ids[:at] + [place] * 16 + ids[at + 1 :]
+    pipeline = transformers.pipeline("image-text-to-text", model=str(tmp_path / "out"))
+    said = pipeline(text=messages, max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
+    asked = {"id": 1, "prompt": turns[0][1], "image": tmp_path / "x.png"}
+    assert evaluation.ask(vlm, tokenizer, [asked], template, 6) == [said.strip()]
+
+
+# ---- 14: other chat templates ------------------------------------------------------------------------------
+
+
+def test_a_turn_may_end_with_another_token_than_the_tokenizers(monkeypatch, clip_folder, tmp_path):
+    """As of Qwen's base models. What is learned ends with it, and so does an answer."""
+    tokenizer = byte_level(CHATML, None, "<|endoftext|>", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    ids, roles = data.tokenise(data.chat(CHAT_TURNS, tokenizer), tokenizer, True)
+    assert [tokenizer.convert_ids_to_tokens(i) for i, role in zip(ids, roles) if role == data.END] == ["<|im_end|>"] * 2
+    tokenizer.save_pretrained(tmp_path)
+    config = llama_config(vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=None)
+    shaken(transformers.LlamaForCausalLM(config)).save_pretrained(tmp_path)
+    vlm, ends = VLM.from_towers(clip_folder, tmp_path), []
+    generate = vlm.llm.generate
+    monkeypatch.setattr(vlm.llm, "generate", lambda *args, **how: ends.append(how["end_tokens"]) or generate(*args, **how))
+    evaluation.ask(vlm, data.load_tokenizer(tmp_path), [{"id": 1, "prompt": "?", "image": None}], "chat", 2)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends[0]
+
+
+REAL_THOUGHTS = """{% for m in messages %}{% set last = loop.last %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and '</think>' in m.content %}{% if last %}<think>
+{{ m.content.split('</think>')[0].split('<think>')[-1].strip() }}
+</think>
+
+{% endif %}{{ m.content.split('</think>')[-1].strip() }}{% else %}{{ m.content }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+
+
+def test_answers_may_have_thoughts():
+    """Under a template like Qwen3's, which drops those of earlier turns: each answer is learned with its own."""
+    tokenizer = byte_level(REAL_THOUGHTS, None, "<|im_end|>", ["<|im_start|>", "<|im_end|>"])
+    turns = [("human", "What?"), ("gpt", "<think>\nred or blue</think> red"), ("human", "Sure?"), ("gpt", "yes"),
+             ("human", "And?"), ("gpt", "<think>it is </think>\n\na circle")]
+    ids, roles = data.tokenise(data.chat(turns, tokenizer), tokenizer, False)
+    said = tokenizer.decode([i for i, role in zip(ids, roles) if role != data.CONTEXT])
+    assert said == ("<think>\nred or blue\n</think>\n\nred<|im_end|>yes<|im_end|>"
+                    "<think>\nit is\n</think>\n\na circle<|im_end|>")
+    whole = tokenizer.decode(ids)
+    assert whole.count("<|im_start|>") == 6 and "assistant\n<think>\n\n</think>\n\nyes" in whole
+
+
+def test_templates_that_drop_thoughts_or_fit_no_labels_are_refused_before_loading(world, tmp_path, llama_folder):
+    for template, reason in ((CHATML.replace("m.content", "m.content.split('</think>')[-1]"), "drops the thoughts"),
+                             ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "does not end an answer")):
+        folder = shutil.copytree(llama_folder, tmp_path / reason)
+        (folder / "model.safetensors").unlink()
+        content = json.loads((folder / "tokenizer_config.json").read_text())
+        template = template.replace("<|im_end|>", "</s>")
+        (folder / "tokenizer_config.json").write_text(json.dumps(content | {"chat_template": template}))
+        file = write_records(tmp_path / "d.json", *[record("What?", "<think>x</think> red")] * 8)
+        last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", "--contrastive", "none", "--llm", folder,
+                           "--template", "chat", "--annotations", file, "--out", tmp_path / "out")
+        assert reason in last
+
+
+# ---- 15, 16: systems, ranks, signals -----------------------------------------------------------------------
+
+
+def test_no_module_or_call_that_windows_lacks_is_needed(world, tmp_path):
+    code = ("import os, sys; sys.modules['resource'] = None; del os.sysconf, os.sysconf_names, os.O_DIRECTORY\n"
+            "import vit, llm, projector, losses, data, eval, train; train.main(sys.argv[1:])")
+    argv = [*world[1], "--stage", "align", "--steps", "3", "--save_every", "1", "--out", tmp_path / "a"]
+    subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=world[0], check=True, timeout=120,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert log_of(tmp_path / "a")[2] == log_of_kept(world, tmp_path)[2]
+
+
+def log_of_kept(world, tmp_path):
+    trained(world, "--stage", "align", "--steps", "3", "--out", tmp_path / "b")
+    assert all(json.loads(line)["memory_mib"] > 100 for line in (tmp_path / "b/log.jsonl").read_text().splitlines())
+    return log_of(tmp_path / "b")
+
+
+def test_macos_counts_bytes(monkeypatch):
+    on_linux = train.peak_memory(CPU)
+    monkeypatch.setattr(train.sys, "platform", "darwin")
+    assert train.peak_memory(CPU) == on_linux >> 10
+
+
+def test_an_error_of_one_rank_comes_first_and_ends_all(world, tmp_path):
+    """A broken picture, which one of two ranks meets in the third step: its line comes before all others', soon."""
+    records = json.loads((world[0] / "data/toy/align.json").read_text())
+    order = data.micro_batches(train.Config(batch=8, micro_batch=4, seed=0), [1] * len(records), 3, 1, 2)
+    bad = records[order[-1][0]]
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    images = shutil.copytree(world[0] / "data/toy/images", tmp_path / "images")
+    shutil.move(tmp_path / "bad.png", images / bad["image"])
+    began = time.monotonic()
+    run = script(world, "--stage", "align", "--steps", "6", "--images", images, "--out", tmp_path / "out",
+                 launch=["--nproc_per_node=2", *HERE], check=False)
+    said = [line for line in run.stderr.splitlines() if "train.py: " in line or "Traceback" in line]
+    assert run.returncode and time.monotonic() - began < 60
+    assert re.search(f"train.py: rank 1: record '{bad['id']}': .*not a readable image", said[0])
+
+
+@pytest.mark.parametrize("number, world_size", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_says_how_to_go_on(world, tmp_path, number, world_size):
+    """With loader processes, which torchrun ends too; and the run goes on to the same bits."""
+    options = ["--stage", "align", "--epochs", "30", "--save_every", "1000", "--workers", "1", "--out", tmp_path / "a"]
+    launch = ["--nproc_per_node=2", *HERE] if world_size == 2 else []
+    process = start(world, *options, launch=launch, stderr=subprocess.PIPE)
+    while not (tmp_path / "a/log.jsonl").exists() or len((tmp_path / "a/log.jsonl").read_text().splitlines()) < 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1].decode()
+    step = int(re.search(r"train.py: stopped, and saved at step (\d+): the same command and --resume go on", said)[1])
+    assert process.returncode != 0 and [f.name for f in (tmp_path / "a").glob("checkpoint-*")] == [f"checkpoint-{step:07d}"]
+    assert len(log_of(tmp_path / "a")) == step
+    if world_size == 1 and number == signal.SIGTERM:
+        assert f"step {step}" in called(train.main, world[0], *world[1], *options, "--resume")
+        called(train.main, world[0], *world[1], *options[:-1], tmp_path / "b")
+        assert (tmp_path / "a/projector.safetensors").read_bytes() == (tmp_path / "b/projector.safetensors").read_bytes()
+
+
+@pytest.mark.kills
+def test_kills_at_random_instants_cost_nothing():
+    """Minutes: run with -m kills."""
+    result = kills.main(20)
+    assert result["kills"] == result["equal"] == 20 and result["while saving"] > 0

@@ -938,10 +938,10 @@ def script(world, *args, launch=(), check=True):
     return run
 
 
-def start(world, *args, launch=()):
+def start(world, *args, launch=(), stderr=subprocess.DEVNULL):
     """Run in the background, in a process group of its own."""
     return subprocess.Popen(**command(world, *args, launch=launch), start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                            stdout=subprocess.DEVNULL, stderr=stderr)
 
 
 def wait_for_checkpoint(folder):
