@@ -869,6 +869,12 @@ def check_rows(samples, num_image_tokens: int, max_length: int):
             head = head or (sample["ids"].index(IMAGE_MARKER) if has_image else 0)
 
 
+def leave_group(_):
+    """In a loader's process: signals to the group of a run are for the one that trains, which needs this one."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
 def deal(config, samples, vlm, steps: int, world: int) -> tuple:
     """(what `micro_batches` returns, the tokens of each record)."""
     lengths = samples.lengths(vlm.num_image_tokens, config.max_length)
@@ -876,19 +882,13 @@ def deal(config, samples, vlm, steps: int, world: int) -> tuple:
     return micro_batches(config, by, steps, world), lengths
 
 
-def leave_group(_):
-    """In a loader's process: signals to the group of a run are for the one that trains, which needs this
-    one."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-
-
 def make_loader(config, samples, vlm, mine: list, device):
     """Yield, step by step, the collated micro-batches of a rank; `mine` are their indices."""
     to_batch = partial(collate, num_image_tokens=vlm.num_image_tokens, image_token_id=vlm.image_token_id,
                        pad_id=samples.pad_id, image_size=vlm.vit.config.image_size,
                        max_length=min(config.max_length, vlm.llm.config.max_position_embeddings))
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = min(config.workers, max(1, cores))  # more would take turns, and the ranks' own threads wait
     loader = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=list(itertools.chain(*mine)), collate_fn=to_batch, num_workers=workers,
