@@ -23,7 +23,7 @@ from vit import read_json
 
 
 def load_problems(folder, split: str) -> list:
-    """The questions of `data.load_scienceqa`, open, with two keys more: "options" in words, and "category"."""
+    """The questions of `data.load_scienceqa`, open: "options" in words; and a key more, "category"."""
     folder, questions = Path(folder), []
     problems = read_json(folder / "problems.json")
     for question in data.load_scienceqa(folder, split):

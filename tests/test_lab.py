@@ -231,7 +231,7 @@ def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_
     for run, loss in ("none", "none"), ("both", "both"), ("share-0.3", "patch"):
         config = json.loads(next(Path("c/runs").glob(f"{run}-4-seed0-*/config.json")).read_text())
         assert config["contrastive"] == loss
-    assert len(first) == 16 + 4 and "generative" not in first[15] and "patch_ratio" in first[16]
+    assert len(first) == 4 + 4 and "generative" not in first[3] and "patch_ratio" in first[4]
 
     cells = Path("c/cells.jsonl").read_text().splitlines(True)
     lost = next(line for line in cells if "instruct1.0" in line and " test" in line)
