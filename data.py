@@ -28,6 +28,7 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 from collections import Counter
 from functools import lru_cache, partial
@@ -169,18 +170,77 @@ def find_problem(record, stage=None) -> str | None:
     return None
 
 
-def load_records(file, stage=None) -> list:
-    """The records of a LLaVA JSON file, "image" a name or left out; the first that is bad, or not for this
-    stage, is an error naming file, position and id."""
-    records = read_json(file)
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{file}: not a JSON list of records")
-    for number, record in enumerate(records):
+class Records:
+    """The records of a LLaVA JSON file, by number or slice, "image" a name or left out. They stay on disk,
+    and are parsed when they are asked for: in memory is where each stands, however many processes read them.
+
+    places (n + 1,)   where in the file, in bytes, each record begins
+    sizes (n, 4)      of each: its characters of text, its turns, whether it has an image, and the bytes of
+                      the turns before that
+    """
+
+    def __init__(self, file, places, sizes):
+        self.file, self.places, self.sizes = file, np.array(places), np.array(sizes, dtype=np.int32)
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, i):
+        number = range(len(self))[i]  # also from the end; IndexError behind it
+        if isinstance(i, slice):
+            return [self[j] for j in number]
+        first, stop = self.places[number : number + 2]
+        with open(self.file, "rb") as file:
+            file.seek(first)
+            return tidy(json.JSONDecoder().raw_decode(file.read(stop - first).decode())[0])
+
+
+def load_records(file, stage=None) -> Records:
+    """The records of a LLaVA JSON file; the first that is bad, or not for this stage, is an error naming
+    file, position and id."""
+    places, sizes = [], []
+    for record, start, stop in scan_list(file):
         if problem := find_problem(record, stage):
             name = record.get("id") if isinstance(record, dict) else None
-            raise ValueError(f"{file}: record {number} (id {name!r}) {problem}; `data.py check` lists all")
-        records[number] = tidy(record)
-    return records
+            raise ValueError(f"{file}: record {len(sizes)} (id {name!r}) {problem}; `data.py check` lists "
+                             "all")
+        texts, has_image = [turn["value"] for turn in record["conversations"]], "image" in tidy(record)
+        before = itertools.takewhile(lambda text: IMAGE not in text, texts) if has_image else ()
+        bytes_before = sum(32 + len(text.encode(errors="replace")) for text in before)  # 32: roles, ends
+        sizes.append((sum(map(len, texts)), len(texts), has_image, bytes_before))
+        places.append(start)
+    return Records(file, [*places, stop], sizes)
+
+
+def scan_list(file, part: int = 2**24):
+    """Yield (entry, its first byte, the byte behind it) of each entry of a JSON list on disk, of which some
+    `part` characters at a time are in memory. ValueError for what is not such a list, or an empty one."""
+    decode, mark = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*([\[,\]])[ \t\n\r]*")
+    try:
+        with open(file, encoding="utf-8", newline="") as opened:
+            text, at, place, before = opened.read(part), 0, 0, "["  # place: of text[at], in bytes
+            while True:
+                found = mark.match(text, at)
+                if found and found[1] == "]" != before:
+                    break
+                try:
+                    if not found or found[1] != before:
+                        raise ValueError
+                    entry, end = decode(text, found.end())
+                except ValueError:  # wrong, or cut off: with more of the file it may be right
+                    more = opened.read(part)
+                    if not more:
+                        raise
+                    text, at = text[at:] + more, 0
+                    continue
+                start = place + len(text[at : found.end()].encode())
+                place, at, before = start + len(text[found.end() : end].encode()), end, ","
+                yield entry, start, place
+            if text[found.end() :] or opened.read().strip():
+                raise ValueError
+    except (OSError, ValueError, RecursionError):
+        read_json(file)  # says what is wrong
+        raise ValueError(f"{file}: not a JSON list of records") from None
 
 
 def tidy(record: dict) -> dict:
@@ -464,13 +524,23 @@ class Conversations(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.records)
 
-    def lengths(self) -> list:
+    def lengths(self, num_image_tokens: int, max_length: int, samples: int = 256) -> list:
+        """The tokens of each record's row, by its characters and turns: what one costs is fitted to some
+        records, evenly spaced. Batches are dealt by these, so nothing but time depends on them."""
+        sizes, step = self.records.sizes, max(1, len(self) // samples)
+        tokens = [len(self.read(i, with_pixels=False)["ids"]) for i in range(0, len(self), step)]
+        known = np.c_[sizes[::step, :2], np.ones(len(tokens))]  # (samples, 3)
+        per_size = np.linalg.lstsq(known, np.array(tokens) - sizes[::step, 2], rcond=None)[0]  # (3,)
+        tokens = np.c_[sizes[:, :2], np.ones(len(self))] @ per_size + sizes[:, 2] * num_image_tokens
+        return tokens.round().clip(1, max_length).astype(int).tolist()
+
+    def words(self) -> list:
         """Of each record: the words of all turns, negative for a text-only one, as in LLaVA's code."""
-        lengths = []
+        words = []
         for record in self.records:
-            words = sum(len(turn["value"].split()) for turn in record["conversations"])
-            lengths.append(words if "image" in record else -words)
-        return lengths
+            count = sum(len(turn["value"].split()) for turn in record["conversations"])
+            words.append(count if "image" in record else -count)
+        return words
 
     def __getitem__(self, i):
         sample = self.seen.get(i) or self.read(i)
@@ -655,12 +725,13 @@ def count_steps(config, n: int) -> int:
     return config.contrastive_first + (config.steps or max(1, math.ceil(kept * config.epochs / config.batch)))
 
 
-def micro_batches(config, lengths: list, steps: int, rank: int, world: int) -> list:
-    """The indices of every micro-batch of a rank, in time order; `lengths` are those of all records. Step k
-    takes the same `batch` records on any number of ranks; a batch that runs short at a pass's end starts the
-    next."""
+def micro_batches(config, lengths: list, steps: int, world: int) -> list:
+    """The indices of every micro-batch: [step][rank][number in the step]. `lengths` are those of all records:
+    tokens or, with `group_by_length`, LLaVA's words. Step k takes the same `batch` records on any number of
+    ranks, and its gradient does not depend on how they are dealt; a batch that runs short at a pass's end
+    starts the next."""
     size, parts = split_batch(config, world)
-    kept, order, mine = subset(len(lengths), config.data_fraction, config.seed), [], []
+    kept, order, dealt = subset(len(lengths), config.data_fraction, config.seed), [], []
     kept_lengths, epoch = [lengths[i] for i in kept], 0
     while len(order) < steps * config.batch:
         if config.group_by_length:
@@ -668,18 +739,73 @@ def micro_batches(config, lengths: list, steps: int, rank: int, world: int) -> l
         else:
             order += epoch_order(len(kept), config.seed, epoch)
         epoch += 1
-    for step in range(steps):
-        first = step * config.batch + rank * parts * size  # a rank's share of a step is consecutive
-        for start in range(first, first + parts * size, size):
-            mine.append([kept[i] for i in order[start : start + size]])
-    return mine
+    for first in range(0, steps * config.batch, config.batch):
+        batch = [kept[i] for i in order[first : first + config.batch]]
+        if config.group_by_length:  # LLaVA's own order: a rank's share of a step is consecutive
+            cut = [batch[start : start + size] for start in range(0, config.batch, size)]
+            dealt.append([cut[rank * parts : (rank + 1) * parts] for rank in range(world)])
+        else:
+            dealt.append(spread(batch, lengths, size, config.micro_tokens, world,
+                                has_equal_shares=config.contrastive != "none"))
+    return dealt
+
+
+def spread(batch: list, lengths, size: int, budget: int, world: int, has_equal_shares: bool) -> list:
+    """The samples of a step, dealt so that nobody pads much or waits long: [rank][micro-batch].
+
+    Micro-batches hold samples of similar length: at most `size` of them and, with a `budget` above 0, about
+    as many tokens, padding included (one sample at least). Every rank gets as many micro-batches, and about
+    as many tokens, as any other; where it must have as many samples, too (the contrastive losses exchange
+    one vector of each), micro-batches are of one size.
+    """
+    longest_first = sorted(batch, key=lambda i: -lengths[i])
+    longest = lengths[longest_first[0]]
+    if has_equal_shares and budget:
+        fitting = max(1, budget // longest)
+        size, budget = max(n for n in range(1, size + 1) if size % n == 0 and n <= fitting), 0
+    cut = cut_by_tokens(longest_first, lengths, size, budget)
+    if budget:  # the least budget that needs no further round of the ranks fills all of them evenly
+        most, low = math.ceil(len(cut) / world) * world, longest
+        while low < budget:
+            middle = (low + budget) // 2
+            fewer = cut_by_tokens(longest_first, lengths, size, middle)
+            low, budget, cut = (low, middle, fewer) if len(fewer) <= most else (middle + 1, budget, cut)
+
+    def cost(part):
+        return len(part) * lengths[part[0]]
+
+    while len(cut) % world:  # one more micro-batch: the dearest is halved
+        part = max((part for part in cut if len(part) > 1), key=cost)
+        cut.remove(part)
+        cut += [part[: len(part) // 2], part[len(part) // 2 :]]
+    cut.sort(key=cost, reverse=True)
+    place = {i: number for number, i in enumerate(batch)}
+    cut_of = even_chunks(range(len(cut)), list(map(cost, cut)), world)
+    return [[sorted(cut[number], key=place.get) for number in numbers] for numbers in cut_of]
+
+
+def cut_by_tokens(longest_first, lengths, size: int, budget: int) -> list:
+    """In order, lists of at most `size` and, with a budget, of so many tokens (of one at least)."""
+    cut = []
+    for i in longest_first:
+        if not cut or len(cut[-1]) == size or 0 < budget < lengths[cut[-1][0]] * (len(cut[-1]) + 1):
+            cut.append([])
+        cut[-1].append(i)
+    return cut
+
+
+def largest_micro_batch(dealt: list, lengths: list) -> tuple:
+    """(samples, tokens of the longest) of the one with most tokens, padding included, among [step][rank]."""
+    parts = (part for ranks in dealt for parts in ranks for part in parts)
+    sizes = {(len(part), max(lengths[i] for i in part)) for part in parts}
+    return max(sizes, key=math.prod)
 
 
 def grouped_order(lengths: list, batch: int, chunks: int, seed: int, epoch: int) -> list:
     """LLaVA's group_by_modality_length: an order in which each batch is of one modality and of similar
     lengths.
 
-    `lengths` are signed (see `Conversations.lengths`). Per modality: shuffle, cut into batches. Then shuffle
+    `lengths` are signed (see `Conversations.words`). Per modality: shuffle, cut into batches. Then shuffle
     the batches, and deal each, longest first, into even chunks; what is left over comes last.
     """
     rng, batches, rest, order = np.random.default_rng([seed, epoch]), [], [], []
@@ -736,16 +862,14 @@ def check_rows(samples, num_image_tokens: int, max_length: int):
     """ValueError for the first record whose image does not fit into a row behind the turns before it; and
     where the template cannot be used at all. In seconds: only what has many bytes before its image, and the
     first record of each kind, is tokenised."""
-    head, kinds = None, set()  # tokens before the first image; the kinds of records so far
-    for i, record in enumerate(samples.records):
-        before = itertools.takewhile(lambda turn: IMAGE not in turn["value"], record["conversations"])
-        most = sum(32 + len(turn["value"].encode(errors="replace")) for turn in before)  # 32: roles, ends
-        kind = "image" in record, len(record["conversations"]) > 2
-        if kind not in kinds or ("image" in record and head + most + num_image_tokens > max_length):
+    head, kinds = 0, set()  # tokens before the image of the first that has one; the kinds of records so far
+    for i, (_, turns, has_image, before) in enumerate(samples.records.sizes.tolist()):
+        kind = has_image, turns > 2
+        if kind not in kinds or (has_image and head + before + num_image_tokens > max_length):
             kinds.add(kind)
             sample = samples.read(i, with_pixels=False)
             expand(sample, num_image_tokens, IMAGE_MARKER, max_length, "right")
-            head = sample["ids"].index(IMAGE_MARKER) if "image" in record and head is None else head
+            head = head or (sample["ids"].index(IMAGE_MARKER) if has_image else 0)
 
 
 def leave_group(_):
@@ -754,17 +878,38 @@ def leave_group(_):
         os.setpgrp()
 
 
-def make_loader(config, samples, vlm, start: int, steps: int, rank: int, world: int, device):
-    """A DataLoader over this rank's micro-batches, from step `start` on."""
+def deal(config, samples, vlm, steps: int, world: int) -> tuple:
+    """(what `micro_batches` returns, the tokens of each record)."""
+    lengths = samples.lengths(vlm.num_image_tokens, config.max_length)
+    by = samples.words() if config.group_by_length else lengths
+    return micro_batches(config, by, steps, world), lengths
+
+
+def make_loader(config, samples, vlm, mine: list, device):
+    """Yield, step by step, the collated micro-batches of a rank; `mine` are their indices."""
     to_batch = partial(collate, num_image_tokens=vlm.num_image_tokens, image_token_id=vlm.image_token_id,
                        pad_id=samples.pad_id, image_size=vlm.vit.config.image_size,
                        max_length=min(config.max_length, vlm.llm.config.max_position_embeddings))
-    mine = micro_batches(config, samples.lengths(), steps, rank, world)
-    mine = mine[start * split_batch(config, world)[1] :]
-    return torch.utils.data.DataLoader(
-        samples, batch_sampler=mine, collate_fn=to_batch, num_workers=config.workers,
-        pin_memory=device.type == "cuda", persistent_workers=config.workers > 0, worker_init_fn=leave_group,
-        generator=torch.Generator().manual_seed(config.seed))  # its own: the run's random state is not for it
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = min(config.workers, max(1, cores))  # more would take turns, and the ranks' own threads wait
+    loader = iter(torch.utils.data.DataLoader(
+        samples, batch_sampler=list(itertools.chain(*mine)), collate_fn=to_batch, num_workers=workers,
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0, worker_init_fn=leave_group,
+        generator=torch.Generator().manual_seed(config.seed)))  # its own: not the run's random state
+    waited, began = 0.0, time.perf_counter()
+    for number, parts in enumerate(mine):
+        asked = time.perf_counter()
+        batches = [next(loader) for _ in parts]
+        if number == 0:  # it had to start
+            asked = began = time.perf_counter()
+        waited += time.perf_counter() - asked
+        total = time.perf_counter() - began
+        if number == 20 and waited > 0.1 * total and os.environ.get("RANK", "0") == "0":
+            tqdm.write(f"warning: the loader is slower than the step: {20 * config.batch / total:.1f} "
+                       f"samples/s, the step alone {20 * config.batch / (total - waited):.1f}. More "
+                       "--workers (up to a rank's cores), or --features")
+        yield batches
 
 
 # ------------------------------------------------------------------------------------------------------------

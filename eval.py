@@ -145,18 +145,23 @@ def likelihoods(vlm, tokenizer, questions, template: str, batch: int = 16, file=
     return in_batches(questions, answer, batch, file)
 
 
+MOST_TOKENS = 2**15  # in a batch of questions, about: long prompts go in smaller batches
+
+
 def in_batches(questions, answer, batch: int, file=None) -> list:
     """`answer(some questions) -> [what JSON can hold]` for all questions, in their order.
 
-    Batches hold questions of similar length, and are the same on any number of ranks, which take turns: so
-    are the answers, to the last bit. With `file`, each rank appends to FILE.RANK.jsonl as they come, and
-    what such files hold already is not asked again. The ranks' first error is raised on all of them.
+    Batches hold at most `batch` questions, of similar length, and MOST_TOKENS. They are the same on any
+    number of ranks, which take turns: so are the answers, to the last bit. With `file`, each rank appends to
+    FILE.RANK.jsonl as they come, and what such files hold already is not asked again. The ranks' first error
+    is raised on all of them.
     """
     def length(i):  # a picture is longer than most texts; in characters, which is near enough
         return questions[i]["image"] is None, -len(questions[i]["prompt"])
 
     order = sorted(range(len(questions)), key=length)  # longest first: what needs too much memory fails soon
-    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+    tokens = [600 * (row["image"] is not None) + len(row["prompt"]) // 4 for row in questions]
+    batches = data.cut_by_tokens(order, tokens, batch, MOST_TOKENS)
     # rank 0 reads alone: the files of the others are about to grow
     answers = on_every_rank(lambda: read_answers(file, questions) if file and rank() == 0 else {})[0]
     left = [indices for indices in batches if not set(indices) <= answers.keys()]

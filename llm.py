@@ -102,19 +102,19 @@ def rope_frequencies(config: LLMConfig, device):
 
 
 def rope_tables(positions, frequencies, dtype):
-    """cos and sin (B or 1, 1, S, head_dim / 2) of the angles at `positions` (B or 1, S), computed in fp32."""
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, S, head_dim / 2)
+    """cos and sin (B or 1, S, 1, head_dim / 2) of the angles at `positions` (B or 1, S), computed in fp32."""
+    angles = positions[..., None, None].float() * frequencies  # (B, S, 1, head_dim / 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + half]) of x (B, H, S, head_dim) by its angle.
+    """Turn each pair (x[i], x[i + half]) of x (B, S, H, head_dim) by its angle.
 
     This half-split layout is that of the Hugging Face weights. (Meta's own files pair 2i with 2i + 1: the
     same rotation of permuted weights.)
     """
-    first, second = x.chunk(2, dim=-1)  # each (B, H, S, head_dim / 2)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)  # (B, H, S, head_dim)
+    first, second = x.chunk(2, dim=-1)  # each (B, S, H, head_dim / 2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)  # (B, S, H, head_dim)
 
 
 class KVCache:
@@ -156,13 +156,15 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, visible, cache):
         B, S, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, S, -1, self.head_dim)).transpose(1, 2)  # (B, H, S, head_dim)
-        k = self.k_norm(self.k_proj(x).view(B, S, -1, self.head_dim)).transpose(1, 2)  # (B, key heads, S, ..)
-        v = self.v_proj(x).view(B, S, -1, self.head_dim).transpose(1, 2)  # (B, key heads, S, head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = self.q_norm(self.q_proj(x).view(B, S, -1, self.head_dim))  # (B, S, H, head_dim)
+        k = self.k_norm(self.k_proj(x).view(B, S, -1, self.head_dim))  # (B, S, key heads, head_dim)
+        v = self.v_proj(x).view(B, S, -1, self.head_dim)  # (B, S, key heads, head_dim)
+        # turned before they are transposed: so attention's result lies in memory as the last line needs it
+        q, k, v = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # now start + S keys, the cached ones first
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None,
+        is_causal = visible is None and (cache is None or S > 1)  # one query behind others sees them all
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal,
                                            enable_gqa=k.shape[1] != q.shape[1])  # (B, H, S, head_dim)
         return self.o_proj(x.transpose(1, 2).reshape(B, S, -1))  # (B, S, C)
 
@@ -267,23 +269,22 @@ class LLM(nn.Module):
         behind it.
         """
         B, S, _ = embeds.shape
-        if mask is None:
-            mask = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
+        if mask is not None:  # without padding attention needs none, and is faster
+            mask = None if mask.all() else F.pad(mask, (0, max_new_tokens), value=True)  # (B, S + max)
         ends = self.config.eos_token_id
         ends = [*(ends if isinstance(ends, list) else [ends]), *end_tokens]
         ends = torch.tensor(ends, device=embeds.device)
         cache = KVCache(self.config, B, S + max_new_tokens, embeds.dtype, embeds.device)
         done = torch.zeros(B, dtype=torch.bool, device=embeds.device)
         new = []
-        for _ in range(max_new_tokens):
-            hidden = self.hidden(embeds, mask, cache)[:, -1]  # (B, C)
+        for length in range(S, S + max_new_tokens):
+            hidden = self.hidden(embeds, None if mask is None else mask[:, :length], cache)[:, -1]  # (B, C)
             token = choose(self.logits(hidden), temperature, top_p)  # (B,)
             new.append(token.masked_fill(done, NO_TOKEN))
             done |= torch.isin(token, ends)
             if done.all():
                 break
             embeds = self.embed(token)[:, None]  # (B, 1, C): the cache knows the rest
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)  # (B, positions so far)
         return torch.stack(new, dim=1)  # (B, <= max_new_tokens)
 
     def hidden_behind(self, embeds, mask, ends) -> list:
@@ -329,12 +330,12 @@ def choose(logits, temperature: float, top_p: float):
 
 def visible_positions(mask, start: int, S: int, device):
     """What each of S new queries may see, (B or 1, 1, S, start + S) boolean; None means plain causal
-    attention.
+    attention, which of a single query is all.
 
     One explicit mask or `is_causal`, never both: where the two meet, a padded row can lose all its keys and
     turn to NaN. For the same reason every position may see itself, padding included.
     """
-    if mask is None and start == 0:
+    if mask is None and (start == 0 or S == 1):
         return None
     query = torch.arange(start, start + S, device=device)[:, None]  # (S, 1)
     key = torch.arange(start + S, device=device)[None]  # (1, start + S)
@@ -345,7 +346,7 @@ def visible_positions(mask, start: int, S: int, device):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Gradient checkpointing, by hand; the modules above know nothing of it
+# For training: blocks that are compiled, and that compute again in backward what they did not keep
 
 def checkpointed(function):
     """`function`, keeping only its arguments for backward: the rest is computed again when backward first
@@ -401,6 +402,13 @@ def checkpoint_blocks(blocks, which: str):
     for i, block in enumerate(blocks):
         if which == "every" or (which == "every-other" and i % 2 == 0):
             block.forward = checkpointed(block.forward)
+
+
+def compile_blocks(blocks):
+    """One graph for all blocks and all lengths; before `checkpoint_blocks`, which runs it twice."""
+    compiled = torch.compile(type(blocks[0]).forward, dynamic=True)
+    for block in blocks:
+        block.forward = partial(compiled, block)
 
 
 # ------------------------------------------------------------------------------------------------------------

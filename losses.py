@@ -71,17 +71,23 @@ def unit(x):
 # ------------------------------------------------------------------------------------------------------------
 # The generative loss
 
-def generative_loss(hidden, labels, head_weight):
+def generative_loss(hidden, labels, head_weight, places=None):
     """Summed next-token cross-entropy of the supervised tokens: a scalar in nats; divide by their number.
 
     hidden (B, S, C) last hidden states, labels (B, S) with -100 where nothing is supervised, head_weight (V,
     C). Position s predicts token s + 1. Only supervised positions go through the head: at 16 x 700 tokens and
-    32,000 words the fp32 logits of all of them would take 1.4 GB, those of the captions some 30 MB.
+    32,000 words the fp32 logits of all of them would take 1.4 GB, those of the captions some 30 MB. `places`:
+    those of `supervised_places`, where they are known.
     """
-    labels = labels[:, 1:]  # (B, S - 1)
-    supervised = labels != -100
-    logits = at_least_fp32(F.linear(hidden[:, :-1][supervised], head_weight))  # (supervised tokens, V)
-    return F.cross_entropy(logits, labels[supervised], reduction="sum")
+    places = supervised_places(labels) if places is None else places
+    logits = at_least_fp32(F.linear(hidden.flatten(0, 1)[places], head_weight))  # (supervised tokens, V)
+    return F.cross_entropy(logits, labels.flatten()[places + 1], reduction="sum")
+
+
+def supervised_places(labels):
+    """Where, in the flattened labels (B, S), the next token is supervised. Of labels on a GPU, it must be
+    waited for."""
+    return F.pad(labels[:, 1:] != -100, (0, 1)).flatten().nonzero()[:, 0]
 
 
 def count_supervised(labels) -> int:
@@ -119,12 +125,19 @@ def last_before_labels(labels):
     return (labels != -100).int().argmax(1) - 1
 
 
+def find_places(vlm, m) -> dict:
+    """Where images and supervised tokens stand in a micro-batch: found before it goes to a GPU, nobody has to
+    wait for the GPU to say so."""
+    return {"image_places": vlm.image_places(m["ids"], len(m["pixels"])),
+            "supervised_places": supervised_places(m["labels"])}
+
+
 def caption_pass(vlm, m, patches) -> tuple:
     """Through the LLM with one micro-batch: its summed generative loss, and the hidden states (B, C) just
     before each caption begins. Attention is causal: they know the image and the prompt, and nothing of the
     caption."""
-    hidden = vlm.llm.hidden(vlm.splice(m["ids"], patches))  # (B, S, C)
-    return (generative_loss(hidden, m["labels"], vlm.llm.head_weight),
+    hidden = vlm.llm.hidden(vlm.splice(m["ids"], patches, m.get("image_places")))  # (B, S, C)
+    return (generative_loss(hidden, m["labels"], vlm.llm.head_weight, m.get("supervised_places")),
             hidden_at(hidden, last_before_labels(m["labels"])))
 
 
@@ -337,6 +350,8 @@ def start_ranks() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if is_cuda else torch.device("cpu")
     if is_cuda and local_ranks > torch.cuda.device_count():
         raise ValueError(f"{local_ranks} ranks on this machine, {torch.cuda.device_count()} GPUs")
+    # rows of every length come by: segments that grow waste less of a GPU than segments of fixed sizes
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if is_cuda:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -349,8 +364,8 @@ def start_ranks() -> torch.device:
 
 def total_memory(device) -> float:
     """The bytes that a rank may have: its GPU's, or its share of this machine's, where the system tells."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cuda":  # 2 GiB go to CUDA, NCCL and what is between the tensors
+        return torch.cuda.get_device_properties(device).total_memory - 2 * 2**30
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):  # Windows
         return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.getenv("LOCAL_WORLD_SIZE", 1))
@@ -421,13 +436,12 @@ def say(*words):
         tqdm.write(" ".join(map(str, words)))  # not through the progress bar
 
 
-def sum_over_ranks(values, device) -> list:
-    """Element-wise sum of a list of numbers or scalar tensors over all ranks, in fp64; one wait for the
-    GPU."""
+def sum_over_ranks(values, device):
+    """Element-wise sum (n,) of n numbers or scalar tensors over all ranks, in fp64, on the device."""
     total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
     if world_size() > 1:
         dist.all_reduce(total)
-    return total.tolist()
+    return total
 
 
 def on_every_rank(function) -> list:

@@ -119,24 +119,30 @@ class VLM(nn.Module):
             features = self.vit(pixels) if pixels.ndim == 4 else pixels  # (B, P, D)
         return self.projector(features)  # (B, N, C)
 
-    def splice(self, ids, patches):
+    def image_places(self, ids, I: int):
+        """(I N,) where in the flattened ids (B, S) the placeholders of I images stand, or (0,). ValueError
+        where the numbers do not fit. Of ids on a GPU, it must be waited for."""
+        is_image, N = ids == self.image_token_id, self.num_image_tokens  # (B, S)
+        counts = is_image.sum(1)  # (B,) the placeholders of each row
+        if (counts % N).any() or counts.sum() not in (0, I * N):
+            raise ValueError(f"{counts.tolist()} placeholders in the rows; {I} images of {N} tokens")
+        return is_image.flatten().nonzero()[:, 0]
+
+    def splice(self, ids, patches, places=None):
         """Embeddings (B, S, C) of `ids` (B, S), each image's N placeholders replaced by a row of patches (I,
-        N, C).
+        N, C). `places`: those of `image_places`, where they are known.
 
         The images come in reading order, I of them in the whole batch. A batch without any placeholder takes
         (and ignores) one image, so that the projector gets a gradient, of zero, from a batch of text too: in
         data parallelism every rank must take part in every sum. ValueError where the numbers do not fit. """
-        I, N, C = patches.shape
-        is_image = ids == self.image_token_id  # (B, S)
-        counts = is_image.sum(1)  # (B,) the placeholders of each row
-        is_sum = (counts.sum() == I * N) | (counts.sum() == 0)
-        if not ((counts % N == 0).all() & is_sum):  # one wait for the GPU
-            raise ValueError(f"{counts.tolist()} placeholders in the rows; {I} images of {N} tokens")
+        B, S = ids.shape
+        places = self.image_places(ids, len(patches)) if places is None else places
         # The placeholder is no row of the embedding table; any row does, as what stands there is replaced.
-        embeds = self.llm.embed(ids.masked_fill(is_image, 0))  # (B, S, C)
-        # masked_scatter fills the True places in reading order from `patches` in reading order: row by row,
-        # image by image, patch by patch. This one line is how LLaVA's LLM sees.
-        return embeds.masked_scatter(is_image[..., None], patches.to(embeds.dtype))  # (B, S, C)
+        embeds = self.llm.embed(ids.masked_fill(ids == self.image_token_id, 0)).flatten(0, 1)  # (B S, C)
+        # The places in reading order are filled from `patches` in reading order: row by row, image by image,
+        # patch by patch. This one line is how LLaVA's LLM sees.
+        embeds.index_copy_(0, places, patches.to(embeds.dtype).flatten(0, 1)[: len(places)])
+        return embeds.view(B, S, -1)  # (B, S, C)
 
     def forward(self, ids, pixels, mask=None):
         """Logits (B, S, V) at every position. Training asks `llm.hidden` instead, and needs few of them."""

@@ -10,12 +10,13 @@ learn, with the next-token loss alone. The ViT is frozen throughout. A step is o
 all ranks; each rank takes its share of it in micro-batches, as many samples as fit through the LLM at once.
 
 What people usually take from a framework is written out here, and the models know nothing of it: data
-parallelism and mixed precision (`DataParallelAdamW`), gradient checkpointing (llm.py's `checkpointed`).
+parallelism and mixed precision (`DataParallelAdamW`); gradient checkpointing is llm.py's `checkpointed`.
 
 Read next: eval.py, which asks the trained model.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -38,7 +39,8 @@ from tqdm import tqdm
 
 import data
 import losses
-from llm import LLM, checkpoint_blocks, checkpointed, load_llm_config, random_state, set_random_state
+from llm import (LLM, checkpoint_blocks, checkpointed, compile_blocks, load_llm_config, random_state,
+                 set_random_state)
 from losses import (barrier, catch_signals, command, leave_ranks, peak_memory, rank, say, start_ranks,
                     sum_over_ranks, total_memory, world_size)
 from projector import VLM, choose_dtype, find_projector
@@ -56,7 +58,8 @@ def option(default, help, choices=None, heading=None):
 @dataclass
 class Config:
     stage: str = option("all", "what to run", ("align", "instruct", "all"), heading="the run")
-    preset: str = option("", "defaults (empty: 7b with CUDA, else tiny)", ("", "tiny", "small", "7b", "13b"))
+    preset: str = option("", "defaults (empty: 7b with CUDA, else tiny)",
+                         ("", "tiny", "small", "speedrun", "7b", "13b"))
     out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
     init: str = option("", "instruct: align run or mm_projector.bin to start from; empty: runs/PRESET/align")
     seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
@@ -91,13 +94,16 @@ class Config:
     steps: int = option(0, "steps with the captioning loss; 0: as many as the epochs need")
     batch: int = option(64, "samples in a step, over all ranks and micro-batches")
     micro_batch: int = option(64, "most samples of a rank in one pass of the LLM")
+    micro_tokens: int = option(0, "most tokens of a rank in one pass, padding included; 0: any number")
     lr: float = option(1e-3, "peak learning rate: linear warm-up, then cosine to zero")
     warmup_ratio: float = option(0.03, "part of the steps that warm up")
     weight_decay: float = option(0.0, "AdamW's, for matrices only")
     clip: float = option(0.0, "largest global gradient norm; 0: no clipping, as in LLaVA's own runs")
     checkpointing: str = option("none", "of the LLM's blocks", ("none", "every", "every-other"))
+    compile: bool = option(False, "torch.compile of the LLM's blocks: faster on a GPU; needs a C++ compiler")
     shard: bool = option(False, "ZeRO: each rank keeps 1/W of gradients, master weights and moments")
-    group_by_length: bool = option(False, "batches of one modality and similar lengths (LLaVA's stage 2)")
+    group_by_length: bool = option(False, "LLaVA's own order: batches of one modality and similar lengths; "
+                                          "else random ones, spread over ranks and micro-batches by length")
 
 
 # tiny: rates that did best on the toy world's validation split. 7b, 13b: LLaVA-1.5's, the patch loss added.
@@ -106,9 +112,9 @@ LLAVA = {
                    workers=4, checkpointing="every", save_every=500),
     "align": dict(annotations="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
                   images="data/LLaVA-Pretrain/images", template="plain", fit="crop", contrastive="patch",
-                  batch=256, micro_batch=32, lr=1e-3),
+                  batch=256, micro_batch=16, checkpointing="none", lr=1e-3),
     "instruct": dict(annotations="data/LLaVA-Instruct/llava_v1_5_mix665k.json", images="data/LLaVA-Instruct",
-                     batch=128, micro_batch=16, lr=2e-5, shard=True, group_by_length=True),
+                     batch=128, micro_batch=16, micro_tokens=8192, lr=2e-5, shard=True),
 }
 PRESETS = {
     "tiny": {
@@ -124,8 +130,16 @@ PRESETS = {
         "align": LLAVA["align"],
         "instruct": LLAVA["instruct"] | dict(template="chat", lr=1e-4, shard=False),
     },
+    "speedrun": {  # the NanoVLM speedrun's recipe, whose naflex tower takes as many patches of one picture
+        "common": LLAVA["common"] | dict(vit="google/siglip2-so400m-patch16-256", llm="Qwen/Qwen3-0.6B",
+                                         checkpointing="none"),
+        "align": LLAVA["align"] | dict(contrastive="none", steps=2180),
+        "instruct": LLAVA["instruct"] | dict(annotations="data/LLaVA-NeXT/llava_next.json", template="chat",
+                                             images="data/LLaVA-NeXT", batch=64, steps=11540, shard=False),
+    },
     "7b": LLAVA,
-    "13b": LLAVA | {"common": LLAVA["common"] | dict(llm="lmsys/vicuna-13b-v1.5")},
+    "13b": LLAVA | {"common": LLAVA["common"] | dict(llm="lmsys/vicuna-13b-v1.5"),
+                    "align": LLAVA["align"] | dict(checkpointing="every")},
 }
 
 
@@ -210,17 +224,27 @@ class Bucket:
         """The part of a flat buffer that this rank updates: all of it, or the rank-th of W slices."""
         return flat.chunk(world_size())[rank()] if self.shard else flat
 
-    def zero_gradient(self):
-        self.gradient = torch.zeros(len(self.weight), dtype=self.master.dtype, device=self.weight.device)
+    def open(self):
+        self.gradient = self.weight.new_empty(len(self.weight), dtype=self.master.dtype)
+        self.gradient[-world_size() :].zero_()  # the padding; what stands before it is written over
         self.waiting = set(self.parameters)  # those whose gradient has yet to come
+        self.empty = set(self.parameters)  # those that have none at all
 
     def add(self, parameter):
-        """Move the parameter's gradient here, whatever its dtype."""
+        """Move the parameter's gradient here, whatever its dtype: the first is copied, others are added."""
         if self.gradient is None:
-            self.zero_gradient()
-        self.gradient[self.place[parameter]].view_as(parameter).add_(parameter.grad)
+            self.open()
+        place = self.gradient[self.place[parameter]].view_as(parameter)
+        (place.copy_ if parameter in self.empty else place.add_)(parameter.grad)
         parameter.grad = None
-        self.waiting.discard(parameter)
+        self.waiting.discard(parameter), self.empty.discard(parameter)
+
+    def close(self):
+        """The whole gradient: no gradient counts as zero."""
+        for parameter in self.empty:
+            self.gradient[self.place[parameter]].zero_()
+        gradient, self.gradient, self.is_sent = self.gradient, None, True
+        return gradient
 
 
 def fill_buckets(parameters, bucket_size: int, shard: bool):
@@ -295,7 +319,7 @@ class DataParallelAdamW:
     def send(self, bucket):
         """Start to sum the bucket's gradient over the ranks. Sharded, the oldest of three messages is waited
         for: memory stays bounded, and two are on their way while backward goes on."""
-        gradient, bucket.gradient, bucket.is_sent = bucket.gradient, None, True
+        gradient = bucket.close()
         total, work = gradient, None
         if self.shard:
             total = torch.empty_like(bucket.master)
@@ -321,7 +345,7 @@ class DataParallelAdamW:
         gradients. ValueError, with no weight changed, if it is not finite (float16: see above)."""
         for bucket in self.buckets:
             if bucket.gradient is None and not bucket.is_sent:
-                bucket.zero_gradient()  # nobody used its parameters, but every rank must send it
+                bucket.open()  # nobody used its parameters, but every rank must send it
             if bucket.gradient is not None:
                 self.send(bucket)
         while self.messages:
@@ -360,10 +384,14 @@ class DataParallelAdamW:
 
     def write_weights(self):
         """The model's weights, on every rank, are the rounded masters."""
+        messages = []
         for bucket in self.buckets:
-            bucket.own(bucket.weight).copy_(bucket.master)
+            own = bucket.own(bucket.weight).copy_(bucket.master)
             if self.shard:
-                dist.all_gather_into_tensor(bucket.weight, bucket.own(bucket.weight).clone())
+                own = own.clone()  # it must live until all have it
+                messages.append((own, dist.all_gather_into_tensor(bucket.weight, own, async_op=True)))
+        for _, work in messages:
+            work.wait()
 
     def state_dict(self) -> dict:
         """This rank's masters and moments, and the counters. The weights follow from the masters."""
@@ -411,6 +439,7 @@ def outline(config, vit_config, llm_config) -> VLM:
 
 def load_model(config, device, dtype) -> VLM:
     """The model with its weights on `device`: the towers and a projector, fresh (align) or `init`'s."""
+    gc.collect()  # a checkpointed block refers to itself: what an earlier stage left goes before more comes
     torch.manual_seed(config.seed)
     vlm = VLM.from_towers(config.vit, config.llm, config.projector, config.feature_layer, dtype, device)
     if config.stage == "instruct":
@@ -421,6 +450,8 @@ def load_model(config, device, dtype) -> VLM:
                 raise ValueError(f"{config.init}: made with {name} {before.get(name)!r}, "
                                  f"this run has {getattr(config, name)!r}")
         say(f"from {config.init}: loaded {', '.join(vlm.load_projector(config.init, dtype, device))}")
+    if config.compile:
+        compile_blocks(vlm.llm.model.layers)
     checkpoint_blocks(vlm.llm.model.layers, config.checkpointing)
     return choose_learning(config, vlm)
 
@@ -446,38 +477,50 @@ def count_weights(module, only_learning: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not only_learning)
 
 
-def memory_sum(config, vlm, dtype) -> dict:
-    """GiB that a rank needs, by purpose. Activations are an estimate; the rest is counted."""
-    c, e, learning = vlm.llm.config, dtype.itemsize, count_weights(vlm, only_learning=True)
-    size, parts = data.split_batch(config, world_size())
-    ranks, tokens = world_size() if config.shard else 1, size * row_length(config, vlm)
-    block = tokens * (16 * c.hidden_size + 4 * c.intermediate_size) * e  # what a block keeps for backward
-    whole = {"none": 1.0, "every-other": 0.5, "every": 0.0}[config.checkpointing]  # the part of such blocks
-    blocks = c.num_hidden_layers * (whole * block + (1 - whole) * tokens * c.hidden_size * e)
-    logits = size * TEXT_TOKENS[config.stage] * c.vocab_size * 12  # in fp32, their gradient, and once more
-    held = parts if "prompt" in losses.CONTRASTIVE[config.contrastive] else 1  # passes that await backward
-    copies = 4 + len(losses.CONTRASTIVE[config.contrastive])  # patches, leaves, a gradient of each loss
-    patches = copies * size * parts * vlm.num_image_tokens * c.hidden_size * e
-    largest = max(2**22, *(p.numel() for p in vlm.parameters() if p.requires_grad))  # elements of a bucket
-    kept = learning * (8 if e == 4 else 12) / ranks  # two moments and, unless the weights are fp32, a master
-    sums = {"weights": count_weights(vlm) * e, "masters and moments": kept,
-            "gradients": learning * 4 / ranks + (3 * 4 * largest if ranks > 1 else 0),  # see send
-            "activations": held * (blocks + logits) + block + patches}
+def memory_sum(config, vlm, dtype, rows: int, length: int) -> dict:
+    """GiB that a rank needs at the worst moment of a step whose largest micro-batch has so many rows of so
+    many tokens, by purpose. Not in it: what CUDA, NCCL and fragmentation take.
+
+    Memory grows while the LLM goes forward and falls while it goes back; the gradients of what learns grow
+    meanwhile. So the worst moment is where backward begins, or where it ends.
+    """
+    c, v, e, learns = vlm.llm.config, vlm.vit.config, dtype.itemsize, config.stage == "instruct"
+    learning, share = count_weights(vlm, only_learning=True), config.batch // world_size()
+    ranks, contrastive = world_size() if config.shard else 1, losses.CONTRASTIVE[config.contrastive]
+    # What a block keeps of a token: two residuals; q and what attention makes of it, k and v; the gated
+    # MLP's three factors; where it learns, what else went into its matrices. Its backward makes three
+    # gradients of the MLP's width.
+    C, I, blocks, numbers = c.hidden_size, c.intermediate_size, c.num_hidden_layers, rows * length * e
+    heads = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+    block, sweep = numbers * (2 * C + 2 * heads + 3 * I + learns * (2 * C + I)), numbers * (3 * I + 2 * C)
+    whole = {"none": blocks, "every-other": blocks // 2, "every": 0}[config.checkpointing]
+    kept = whole * block + (blocks - whole) * numbers * C
+    again = 0 if whole else block
+    # The generative loss keeps fp32 logits, and makes two gradients of their size.
+    logits = rows * max(1, length - 1 - vlm.num_image_tokens) * c.vocab_size * 4
+    passes = math.ceil(share / rows)
+    held = passes if "prompt" in contrastive else 1  # passes that await backward
+    # Pixels and features; of width C, what is kept in the projector and a gradient of each loss.
+    vectors = 2 * sum(isinstance(m, nn.Linear) for m in vlm.projector.modules()) + len(contrastive)
+    images = share * (v.image_size**2 * 3 * 4 + v.hidden_size * vlm.vit.num_patches * e
+                      + C * vlm.num_image_tokens * vectors * e)
+    gradients, head = learning * 4 / ranks, learns * c.vocab_size * C * (4 + e)  # the head's, on its way
+    begins = held * (kept + logits) + max(2 * logits, sweep + again - logits)
+    begins += gradients if passes > 1 else head  # those of the earlier passes are there
+    ends = gradients + learns * max(block + sweep, head * (ranks > 1))
+    sums = {"weights": count_weights(vlm) * e,
+            "masters and moments": learning * (8 if e == 4 else 12) / ranks,
+            "activations and gradients": max(begins, ends) + images}
     return {name: size / 2**30 for name, size in sums.items()}
 
 
-def print_plan(config, vlm, device, dtype, steps):
-    """What a reader wants to know before the first step. ValueError where a rank's memory cannot hold it."""
-    size, _ = data.split_batch(config, world_size())
+def print_plan(config, vlm, device, dtype, steps, largest):
+    """What a reader wants to know before the first step; `largest`: rows and their tokens of the largest
+    micro-batch. ValueError where a rank's memory cannot hold it."""
     why = "a GPU" if torch.cuda.is_available() else "no GPU"
     say(f"\nstage {config.stage}, preset {config.preset} ({why} here): {steps} steps of {config.batch} on "
-        f"{world_size()} rank(s) in micro-batches of {size}; contrastive loss: {config.contrastive}")
-    if config.contrastive_first:
-        row = row_length(config, vlm)
-        vit = 0 if config.features else 2 * count_weights(vlm.vit) * vlm.vit.num_patches
-        part = vit + 6 * count_weights(vlm.projector) * vlm.num_image_tokens
-        say(f"{config.contrastive_first} of them first, with the patch loss alone: without the LLM, "
-            f"{part / (part + 4 * count_weights(vlm.llm) * row):.1%} of the operations of a captioning step")
+        f"{world_size()} rank(s) in micro-batches of {data.split_batch(config, world_size())[0]}; "
+        f"contrastive loss: {config.contrastive}")
     if config.preset == "small":
         say("the learning rates of this preset are a guess: nobody has tuned them")
     say(f"{'module':<12}{'parameters':>16}{'learning':>16}  source")
@@ -485,9 +528,10 @@ def print_plan(config, vlm, device, dtype, steps):
         part = getattr(vlm, name)
         say(f"{name:<12}{count_weights(part):>16,}{count_weights(part, True):>16,}  {getattr(config, name)}")
     say(f"{str(dtype).removeprefix('torch.')}; norms, softmax, losses and optimizer in float32")
-    memory, has = memory_sum(config, vlm, dtype), total_memory(device) / 2**30
+    memory, has = memory_sum(config, vlm, dtype, *largest), total_memory(device) / 2**30
     parts, needs = ", ".join(f"{name} {size:.3g}" for name, size in memory.items()), sum(memory.values())
-    say(f"memory of a rank, GiB: {parts}; sum {needs:.3g} of {has:.3g}")
+    say(f"memory of a rank, GiB, with {largest[0]} rows of {largest[1]} tokens: {parts}; sum {needs:.3g} of "
+        f"{has:.3g}")
     if needs > has:
         raise ValueError(f"{config.preset} {config.stage} needs about {needs:.0f} GiB a rank, not {has:.0f}: "
                          "more ranks with --shard, a smaller --micro_batch or preset, --checkpointing every")
@@ -539,12 +583,12 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     """
     # 1. Count, over all ranks and micro-batches, what the generative loss is divided by.
     device, amplified = vlm.llm.head_weight.device, optimizer.loss_scale
-    tokens, = sum_over_ranks([sum(losses.count_supervised(m["labels"]) for m in micro_batches)], device)
-    if tokens == 0:
-        raise ValueError("no token of this step carries loss")
-    micro_batches = [data.to_device(m, device) for m in micro_batches]
+    #    A GPU is not waited for, here and below but for three times: the losses, the norm, the scales.
+    shares = {"tokens": sum(losses.count_supervised(m["labels"]) for m in micro_batches)}
+    tokens = sum_over_ranks([shares["tokens"]], device)[0]
     if len(terms) and not all((m["ids"] == vlm.image_token_id).any(1).all() for m in micro_batches):
         raise ValueError("the contrastive loss pairs each caption with one image; a record here has none")
+    micro_batches = [data.to_device(m | losses.find_places(vlm, m), device) for m in micro_batches]
     with_llm = step >= config.contrastive_first  # before: the patch loss alone, and no pass of the LLM
 
     # 2. Image -> ViT -> projector, for all micro-batches. The graph is cut behind the projector: `leaves` are
@@ -563,7 +607,8 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
     # 4. The contrastive losses, over all images and captions of the step; backward as far as the cuts.
     cuts = {name: cut for name, cut in (("patch", leaves), ("prompt", states)) if name in terms and cut}
-    shares, at_cut, of_scale = losses.contrast(vlm, micro_batches, terms, cuts, amplified)
+    contrastive, at_cut, of_scale = losses.contrast(vlm, micro_batches, terms, cuts, amplified)
+    shares |= contrastive
 
     # 5. Patches -> LLM -> generative loss, and back to the cut, one micro-batch after another. What the
     #    prompted loss left at its own cut takes the same way back, in the same sweep; in one of its own where
@@ -586,7 +631,9 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     # through the projector.
     at_cut["generative"] = [leaf.grad for leaf in leaves if is_measured]
     shares |= losses.norms(vlm, micro_batches, leaves) | losses.products(at_cut)
-    sums = dict(zip(shares, sum_over_ranks(list(shares.values()), device)))
+    sums = dict(zip(shares, sum_over_ranks(list(shares.values()), device).tolist()))
+    if sums["tokens"] == 0:
+        raise ValueError("no token of this step carries loss")
     line = losses.figures(sums, terms, amplified, config.batch)
     weights = {name: line[f"{name}_weight"] for name in terms}
     given = losses.weighted_sum([leaf.grad for leaf in leaves], at_cut, weights)
@@ -595,10 +642,12 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
     # 7. Sum over ranks, clip, update. A float16 step that was skipped has no norm.
     norm = optimizer.step(lr)
-    for name, term in terms.items():
+    for term in terms.values():
         term.clamp_()
-        line[f"{name}_scale"] = term().item()
-    return line | {"lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "tokens": int(tokens)}
+    scales = torch.stack([term() for term in terms.values()]).tolist() if len(terms) else []
+    line |= {f"{name}_scale": scale for name, scale in zip(terms, scales)}
+    norm = norm if math.isfinite(norm) else None
+    return line | {"lr": lr, "grad_norm": norm, "tokens": int(sums["tokens"])}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -742,10 +791,13 @@ def train_stage(config: Config, device):
         return say(f"{config.out}: this run is finished; nothing is left to do")
     ensure_data(config)
     dtype, began = choose_dtype(device, config.dtype), time.time()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     plan = outline(config, load_vit_config(config.vit), load_llm_config(config.llm))
     samples = data.load_samples(config, plan)
     steps = data.count_steps(config, len(samples))
-    print_plan(config, plan, device, dtype, steps)
+    dealt, lengths = data.deal(config, samples, plan, steps, world_size())
+    print_plan(config, plan, device, dtype, steps, data.largest_micro_batch(dealt, lengths))
     check_disk(config, plan, dtype, steps)
     vlm = load_model(config, device, dtype)
     for is_turn in (rank() == 0, True) if config.features else ():  # one rank makes the file, all read it
@@ -755,16 +807,15 @@ def train_stage(config: Config, device):
     made_of = data.fingerprints(config, vlm, samples.tokenizer) if config.resume or config.save_every else {}
     optimizer, terms = build_optimizer(config, vlm, device)
     start = load_checkpoint(config, optimizer, terms, made_of) if config.resume else 0
-    loader = iter(data.make_loader(config, samples, vlm, start, steps, rank(), world_size(), device))
+    loader = data.make_loader(config, samples, vlm, [ranks[rank()] for ranks in dealt[start:]], device)
     say("first sample:", repr(data.marked_text(samples[0], samples.tokenizer)))
 
     knows_nothing, line = 0, None  # steps on end; the last of the log
     signals, let_go = catch_signals(config.save_every > 0)
     bar = tqdm(range(start, steps), desc=config.stage, initial=start, total=steps, disable=rank() > 0)
     for step in bar:
-        step_began = time.time()
-        lr = learning_rate(step, steps, config)
-        micro_batches = [next(loader) for _ in range(data.split_batch(config, world_size())[1])]
+        step_began, lr = time.time(), learning_rate(step, steps, config)
+        micro_batches = next(loader)
         if step == config.contrastive_first:
             optimizer.adamw.state.clear()  # moments of a loss whose gradients were a hundredth of these
         line = {"step": step, **train_step(vlm, terms, optimizer, micro_batches, config, lr, step)}
@@ -786,7 +837,7 @@ def train_stage(config: Config, device):
             with open(Path(config.out) / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
         if config.save_every and step + 1 < steps:
-            is_stopped = sum_over_ranks([len(signals)], device) != [0]  # any rank
+            is_stopped = sum_over_ranks([len(signals)], device).any()  # any rank
             if is_stopped or (step + 1) % config.save_every == 0:
                 save_checkpoint(config, step + 1, optimizer, terms, made_of)
             if is_stopped:

@@ -22,6 +22,7 @@ Read next: llm.py (the language tower), then projector.py (the bridge between th
 
 import json
 import re
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -420,7 +421,8 @@ def read_shard(path: Path):
         raise FileNotFoundError(f"{path}: this shard of the weights is missing")
     try:
         if path.suffix == ".bin":
-            yield from torch.load(path, map_location="cpu", weights_only=True).items()
+            is_mapped = zipfile.is_zipfile(path)  # before 2020 it was a pickle alone, which is read whole
+            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped).items()
             return
         with safe_open(path, framework="pt") as file:
             for name in file.keys():

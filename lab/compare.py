@@ -1,8 +1,10 @@
 """Compares the losses: the papers' claims in miniature. Every recipe x part of the instruction data x seed.
 
-    python -m lab.compare --jobs 2                        # the toy world: many hours on 2 cores
+    python -m lab.compare --jobs 2                        # the toy world: days on 2 cores
+    python -m lab.compare --size claims --jobs 2          # 10 seeds, one number of align steps: hours
     python -m lab.compare --size quick                    # 2 seeds, short runs, no tuning: minutes
     python -m lab.compare --size emoji --world data/emoji # real towers, real pictures: lab/emoji_world.py
+    python -m lab.compare --recipes none first --seeds 3  # a part; a later call adds to it
     python -m lab.compare --clip 0.5                      # any option of train.py that is not set here
 
 A *recipe* is a way to align: a loss, and how it is weighed. It trains with train.py's stages, scores with
@@ -12,7 +14,7 @@ lab/score.py, and leaves in OUT
     results.md      the tables; beside it results.json and two charts (lab/report.py)
     runs.log        what the runs printed
 
-Interrupted, the same command goes on. `--jobs` processes of one thread each share the work; the results do
+Interrupted, the same command goes on; with more `--recipes` or `--seeds` it adds theirs. `--jobs` processes of one thread each share the work; the results do
 not depend on their number.
 
 What keeps it fair: the world and the towers were fixed by criteria that look at no alignment
@@ -42,13 +44,13 @@ from lab import score, toy_world
 from lab.report import report
 from vit import read_json, resolve_model
 
-WEIGHTS = ({"contrastive_weight": 1.0}, {"contrastive_weight": 0.3}, {"contrastive_weight": 3.0})
+WEIGHTS = tuple({"contrastive_weight": weight} for weight in (1.0, 0.3, 3.0, 0.1, 10.0))
 # name: the options of the align stage that make the recipe, and those among which its strength is tuned, the
 # first of them where nothing is tuned. `first` and `longer` stand for parts of the captioning steps, which
 # the size of the comparison knows.
 RECIPES = {
-    "none": ({}, ({},)),
-    "none, longer": ({"longer": True}, ({},)),
+    "none": ({"contrastive": "none"}, ({},)),  # a preset may have another
+    "none, longer": ({"contrastive": "none", "longer": True}, ({},)),
     "patch": ({"contrastive": "patch"}, WEIGHTS),
     "prompt": ({"contrastive": "prompt"}, WEIGHTS),
     "both": ({"contrastive": "both"}, WEIGHTS),
@@ -65,6 +67,10 @@ SIZES = {
                  fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0), lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
                  instruct_lr=(2e-4, 4e-4, 8e-4, 1.6e-3), ablations=5, first=4.0, longer=2.0, tune=True,
                  by_words=False, align={}, instruct={}),
+    "claims": dict(recipes=("none", "patch", "first", "prompt", "share 0.3", "none, longer", "both"), seeds=10,
+                   budgets=(120,), short=120, long=120, epochs=2.0, fractions=(0.1, 1.0),
+                   lr=(4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2), instruct_lr=(2e-4,), ablations=0, first=1.0,
+                   longer=1.45, tune=True, by_words=False, align={}, instruct={}),
     "quick": dict(recipes=PAPERS, seeds=2, budgets=(30, 60), short=30, long=60, epochs=1.0,
                   fractions=(0.1, 1.0), lr=(2e-3,), instruct_lr=(4e-4,), ablations=0, first=4.0, longer=2.0,
                   tune=False, by_words=False, align={}, instruct={}),
@@ -72,8 +78,8 @@ SIZES = {
 REAL = dict(vit="towers/dinov2-small", llm="towers/smollm2", projector="pixel_shuffle", dtype="bfloat16")
 SIZES["emoji"] = SIZES["quick"] | dict(  # 1,000 first steps take as long as some 11 captioning steps
     recipes=tuple(RECIPES), seeds=3, budgets=(70,), short=70, long=70, lr=(1e-3,), instruct_lr=(1e-4,),
-    first=14.3, longer=1.3, by_words=True, align=REAL | dict(batch=32, micro_batch=32),
-    instruct=REAL | dict(template="chat"))
+    first=1000 / 70, longer=1.3, by_words=True, align=REAL | dict(batch=32, micro_batch=32),
+    instruct=REAL | dict(template="chat", micro_batch=16))
 FEW_FRACTIONS = (0.1, 1.0)  # parts of the instruction data after the long alignment, and in tuning
 TUNING_SEED = 1000  # no seed of the comparison itself
 UNPROMPTED = ("none", "patch", "both")
@@ -106,7 +112,8 @@ def compare(setting: Setting, jobs: int = 1) -> str:
     """Train and score what `out` does not hold yet; returns the text of results.md. ValueError if `out` holds
     another comparison."""
     size, out = setting.size, setting.out
-    open_cells(out, [size, setting.given, fingerprint(setting)])
+    protocol = {key: value for key, value in size.items() if key not in ("recipes", "seeds")}
+    open_cells(out, [protocol, setting.given, fingerprint(setting)])
 
     # 1. Tune each recipe at the short and at the long number of align steps, on the validation split.
     pairs = [(recipe, steps) for recipe in size["recipes"] for steps in sorted({size["short"], size["long"]})]
@@ -119,7 +126,8 @@ def compare(setting: Setting, jobs: int = 1) -> str:
     # 3. Ablate: other projectors, towers and prompts in the long alignment, with what was tuned for it.
     tries = []
     for name, (_, compared) in ABLATIONS.items():
-        tries += [(name, recipe, seed) for recipe in compared for seed in range(size["ablations"])]
+        known = [recipe for recipe in compared if recipe in size["recipes"]]
+        tries += [(name, recipe, seed) for recipe in known for seed in range(size["ablations"])]
     ablations, values = {}, spread(jobs, "ablate", partial(ablate, setting, tuned), tries)
     for (name, recipe, _), value in zip(tries, values):
         ablations.setdefault((name, recipe), []).append(value)
@@ -156,7 +164,8 @@ def tune(setting: Setting, recipe: str, steps: int) -> dict:
         return total
 
     strengths = RECIPES[recipe][1] if size["tune"] else RECIPES[recipe][1][:1]
-    lr, strength = best_of([(lr, strength) for lr in size["lr"] for strength in strengths], align_score)
+    lr, _ = best_of([(lr, strengths[0]) for lr in size["lr"]], align_score)
+    lr, strength = best_of([(lr, strength) for strength in strengths], align_score)
     return {"lr": lr, "strength": strength, "instruct_lr": best_of(size["instruct_lr"], instruct_score)}
 
 
@@ -314,6 +323,9 @@ def parse_args(argv=None) -> tuple:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="full", help="what is compared (default full)")
     parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="--size quick")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, metavar="RECIPE", help="default: the size's; "
+                        f"of {', '.join(map(repr, RECIPES))}")
+    parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS - 1 (default: the size's)")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, help="folder of the comparison (default runs/compare, or -emoji)")
     parser.add_argument("--world", type=Path, help="folder of the data; a toy world is written where it is "
@@ -331,6 +343,8 @@ def main():
             raise ValueError(f"the comparison sets --{', --'.join(clash)} itself")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("the runs come one after another in --jobs processes, not on several ranks")
+        if ours.seeds is not None and ours.seeds < 1:
+            raise ValueError(f"--seeds is {ours.seeds}; at least one is needed")
         if ours.jobs < 1:
             raise ValueError(f"--jobs is {ours.jobs}; at least one process has to do the work")
         if not ours.world.exists() and ours.size == "emoji":
@@ -340,7 +354,8 @@ def main():
             print(f"writing the toy world to {ours.world}")
             toy_world.write_world(ours.world, test=1600)
         torch.set_num_threads(1)
-        print(compare(Setting(SIZES[ours.size], ours.out, ours.world, given), ours.jobs))
+        part = {key: vars(ours)[key] for key in ("recipes", "seeds") if vars(ours)[key]}
+        print(compare(Setting(SIZES[ours.size] | part, ours.out, ours.world, given), ours.jobs))
     except (OSError, ValueError) as error:
         sys.exit(f"lab.compare: {str(error).strip().splitlines()[-1]}")
     except KeyboardInterrupt:

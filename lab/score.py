@@ -38,11 +38,8 @@ def score_run(folder, world: Path, split: str, device, by_words: bool = False) -
 
     def words(below: str) -> float:
         questions = likelihood.load_problems(world / below, split)
-        right = []
-        for question in questions:
-            best = int(likelihood.choice_scores(vlm, tokenizer, question, template).argmax())
-            right.append(data.LETTERS[best] == question["answer"])
-        return evaluation.percent(right)
+        choices = likelihood.choose(vlm, tokenizer, questions, template)
+        return evaluation.percent(evaluation.grade(questions, choices))
 
     if by_words:
         line = {"likely": words("ScienceQA")}

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -33,6 +34,12 @@ SHAPES = {  # the towers of the presets whose folders are not at hand; tiny's ar
               LLMConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                         num_attention_heads=9, num_key_value_heads=3, head_dim=64, rope_theta=100000.0,
                         max_position_embeddings=8192, tie_word_embeddings=True)),
+    "speedrun": (ViTConfig(image_size=256, patch_size=16, hidden_size=1152, intermediate_size=4304,
+                           num_hidden_layers=27, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh",
+                           model_type="siglip_vision_model"),
+                 LLMConfig(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+                           num_attention_heads=16, num_key_value_heads=8, rope_theta=1e6, rms_norm_eps=1e-6,
+                           max_position_embeddings=40960, tie_word_embeddings=True, model_type="qwen3")),
     "7b": (ViTConfig(), LLMConfig()),
     "13b": (ViTConfig(), LLMConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
                                    num_attention_heads=40, num_key_value_heads=40)),
@@ -55,6 +62,8 @@ def random_model(config, shapes, device, dtype) -> VLM:
             vlm = VLM(ViT(shapes[0], config.feature_layer), LLM(shapes[1]), config.projector)
     finally:
         torch.set_default_dtype(default)
+    if config.compile:
+        train.compile_blocks(vlm.llm.model.layers)
     train.checkpoint_blocks(vlm.llm.model.layers, config.checkpointing)
     return train.choose_learning(config, vlm)
 
@@ -78,19 +87,40 @@ def flops_per_step(config, vlm) -> dict:
     counted.
 
     A weight costs 2 operations per token forward, 2 for the gradient of its input, 2 more for its own if it
-    learns; causal attention costs 2 S^2 C a layer forward and twice that backward. "patch" is pooling and the
-    products of all images with all captions; "prompt" the same products, and a pass of the LLM over the
-    captions alone.
+    learns; the head sees the supervised tokens alone. For attention see `attention_flops`. "patch" is pooling
+    and the products of all images with all captions; "prompt" the same products, and a pass of the LLM over
+    the captions alone.
     """
     c, S, B, T = vlm.llm.config, train.row_length(config, vlm), config.batch, train.TEXT_TOKENS[config.stage]
-    weights = train.count_weights(vlm.llm.model.layers)
-    attention = 3 * 2 * S * S * c.hidden_size * c.num_hidden_layers
+    weights, vit = train.count_weights(vlm.llm.model.layers), vlm.vit
+    weight, tokens = (6 if config.stage == "instruct" else 4), vit.num_patches + vit.config.family.class_token
+    run = vit.encoder["layers"][: vit.blocks_run]
+    patches = vit.num_patches * train.count_weights(vit.embeddings.patch_embedding)
     products = 12 * B * B * c.hidden_size
-    flops = {"vision": 2 * B * vlm.vit.num_patches * train.count_weights(vlm.vit),
-             "language": B * (S * (6 if config.stage == "instruct" else 4) * weights + attention)}
+    flops = {"vision": 2 * B * (tokens * train.count_weights(run) + patches),
+             "projector": projector_flops(vlm, B),
+             "language": B * weight * (S * weights + T * c.vocab_size * c.hidden_size),
+             "attention": attention_flops(config, vlm)}
     contrastive = {"patch": products + 3 * B * (vlm.num_image_tokens + T) * c.hidden_size,
                    "prompt": products + 2 * B * T * weights}
     return flops | {name: contrastive[name] for name in losses.CONTRASTIVE[config.contrastive]}
+
+
+def projector_flops(vlm, B: int) -> int:
+    """Of B images, forward and backward; no gradient is asked of the ViT's features."""
+    P, N, total = vlm.vit.num_patches, vlm.num_image_tokens, 0
+    for number, layer in enumerate(m for m in vlm.projector.modules() if isinstance(m, nn.Linear)):
+        on_patches = vlm.projector_kind == "resampler" and number < 2  # its keys and values
+        total += (4 if number == 0 else 6) * (P if on_patches else N) * layer.weight.numel()
+    return B * total
+
+
+def attention_flops(config, vlm) -> int:
+    """Causal attention costs 2 S^2 C a layer forward and twice that backward, the ViT's 4 L^2 D."""
+    c, v, S = vlm.llm.config, vlm.vit.config, train.row_length(config, vlm)
+    L, width = vlm.vit.num_patches + v.family.class_token, c.num_attention_heads * c.head_dim
+    return config.batch * (3 * 2 * S * S * width * c.num_hidden_layers
+                           + 4 * L * L * v.hidden_size * vlm.vit.blocks_run)
 
 
 def dry_run(config, device):
@@ -104,7 +134,8 @@ def dry_run(config, device):
               + ", ".join(f"{name} {part / total:.2g}" for name, part in flops.items()))
     train.say(f"on 8 H100 at 40 % of their peak, 1,000 steps take {total / (8 * 0.4 * 989e12) / 3.6:.2g} h")
     config.contrastive_first = min(3, config.contrastive_first)
-    train.print_plan(config, plan, device, dtype, 3 + config.contrastive_first)
+    largest = data.split_batch(config, world_size())[0], train.row_length(config, plan)
+    train.print_plan(config, plan, device, dtype, 3 + config.contrastive_first, largest)
     vlm = random_model(config, shapes, device, dtype)
     optimizer, terms = train.build_optimizer(config, vlm, device)
     seconds = []
@@ -124,7 +155,7 @@ def dry_run(config, device):
         "ms_per_step_fastest_of_2": round(1000 * fastest, 1), "tokens_per_s": round(tokens / fastest),
         "mfu": mfu, "ms_of_contrast_first": round(1000 * min(first), 1) if first else None,
         "peak_memory_gib": round(train.peak_memory(device) / 1024, 2),
-        "predicted_gib": round(sum(train.memory_sum(config, plan, dtype).values()), 2)}))
+        "predicted_gib": round(sum(train.memory_sum(config, plan, dtype, *largest).values()), 2)}))
 
 
 def main():

@@ -228,6 +228,9 @@ def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_
     for score in ("accuracy_img", "pope", "caption", "r5"):
         assert score in results["cells"][0]
     first = Path("c/runs/first-share-0.1-4-seed0-lr0.001/log.jsonl").read_text().splitlines()
+    for run, loss in ("none", "none"), ("both", "both"), ("share-0.3", "patch"):
+        config = json.loads(next(Path("c/runs").glob(f"{run}-4-seed0-*/config.json")).read_text())
+        assert config["contrastive"] == loss
     assert len(first) == 16 + 4 and "generative" not in first[15] and "patch_ratio" in first[16]
 
     cells = Path("c/cells.jsonl").read_text().splitlines(True)
@@ -235,6 +238,11 @@ def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_
     Path("c/cells.jsonl").write_text("".join(line for line in cells if line != lost))
     again = compared()
     assert len(trained) == 1 and without_seconds(again) == without_seconds(text)
+
+    more = small_comparison("c", world, (clip_folder, llama_folder))
+    trained.clear()
+    compare.compare(more._replace(size=more.size | dict(recipes=("none", "patch"), seeds=3)))
+    assert len(trained) == 2 * (2 + 2 * 2)  # a third seed; the ablation has its runs
 
     Path("c/cells.jsonl").write_text("".join(cells) + cells[0][:20])
     with pytest.raises(ValueError, match="c/cells.jsonl: a damaged line"):
@@ -257,7 +265,7 @@ def test_any_number_of_jobs_measures_the_same(world, clip_folder, llama_folder, 
 
 
 def test_unknown_options_end_a_comparison(capsys):
-    for argv in (["--learning_rate", "1"], ["--qui"], ["--clip", "hard"], ["--seeds", "3"]):
+    for argv in (["--learning_rate", "1"], ["--qui"], ["--clip", "hard"], ["--seed_count", "3"]):
         with pytest.raises(SystemExit) as end:
             compare.parse_args(argv)
         assert end.value.code == 2 and argv[0] in capsys.readouterr().err
@@ -267,6 +275,7 @@ def test_unknown_options_end_a_comparison(capsys):
 
 @pytest.mark.parametrize("argv, ranks, message", [
     (["--lr", "1"], "1", "lab.compare: the comparison sets --lr itself\n"),
+    (["--seeds", "0"], "1", "lab.compare: --seeds is 0; at least one is needed\n"),
     ([], "2", "lab.compare: the runs come one after another in --jobs processes, not on several ranks\n"),
     (["--jobs", "0"], "1", "lab.compare: --jobs is 0; at least one process has to do the work\n"),
     (["--size", "emoji"], "1", "lab.compare: data/emoji: no such world; `python -m lab.emoji_world "

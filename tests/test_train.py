@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -33,7 +34,7 @@ import eval as evaluation
 import losses
 import train
 from lab import toy_world
-from llm import LLM, load_llm_config
+from llm import LLM, checkpointed, load_llm_config
 from projector import IMAGE_TOKEN_ID, VLM
 from train import Config, DataParallelAdamW
 from vit import load_vit_config
@@ -332,7 +333,7 @@ def chain(checkpointing, shared=False, needs_grad=True):
         parameter.register_post_accumulate_grad_hook(lambda _: fired.append(1))
     run = {id(layer): layer.forward for layer in layers}
     if checkpointing:
-        run = {key: train.checkpointed(forward) for key, forward in run.items()}
+        run = {key: checkpointed(forward) for key, forward in run.items()}
     torch.manual_seed(5)
     y = x
     for layer in layers:
@@ -384,6 +385,33 @@ def test_checkpointing_saves_memory_in_the_llm(llama_folder):
         assert all(torch.equal(a, b) for a, b in zip(gradients["none"], gradients[which], strict=True))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[
+    pytest.mark.compiler, pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")])])
+def test_compiled_blocks_equal_plain_ones(llama_folder, monkeypatch, backend):
+    """Logits and gradients in fp64, of two lengths, checkpointed or not; all blocks are one graph."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = {}
+    for is_compiled, which in ((False, "none"), (True, "none"), (True, "every")):
+        llm = LLM.from_pretrained(llama_folder, torch.float64).requires_grad_()
+        if is_compiled:
+            train.compile_blocks(llm.model.layers)
+        train.checkpoint_blocks(llm.model.layers, which)
+        results = []
+        for S in (20, 33):
+            logits = llm(torch.arange(4 * S).view(4, S) % 75)  # (B, S, V)
+            logits.square().sum().backward()
+            gradients = [p.grad.flatten() for p in llm.parameters()]
+            results.append(torch.cat([logits.detach().flatten(), *gradients]))
+            llm.zero_grad()
+        found[is_compiled, which] = torch.cat(results)
+    plain = found.pop((False, "none"))
+    for compiled in found.values():
+        assert (compiled - plain).abs().max() < 1e-12 * plain.abs().max()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 # ---- one step, cut up in other ways ------------------------------------------------------------------------
 
 
@@ -430,8 +458,13 @@ def three_steps(rank, world, folders, options, micro, shard=False, text_only=())
     optimizer = Recorder(learning, shard=shard)
     template, share = "plain" if config.stage == "align" else "v1", 8 // world
     samples = conversation_samples(data.load_tokenizer(folders[1]), template, text_only)
-    mine = samples[rank * share : (rank + 1) * share]
-    batches = [collated(mine[i : i + micro]) for i in range(0, share, micro)]
+    if isinstance(micro, int):
+        mine = samples[rank * share : (rank + 1) * share]
+        batches = [collated(mine[i : i + micro]) for i in range(0, share, micro)]
+    else:  # (most samples, most tokens): spread by length
+        lengths = [len(sample["ids"]) for sample in samples]
+        dealt = data.spread(list(range(8)), lengths, *micro, world, has_equal_shares=len(terms) > 0)
+        batches = [collated([samples[i] for i in part]) for part in dealt[rank]]
     lines, weights = [], [flat(learning)]
     for step in range(3):
         lines.append(train.train_step(vlm, scales, optimizer, batches, config, 1e-3, step))
@@ -480,6 +513,17 @@ def test_ranks_change_nothing(clip_folder, llama_folder, ranks, name, world, sha
     text_only, folders = (4, 5, 6, 7) if name == "instruct" else (), (clip_folder, llama_folder)
     options = ALIGN.get(name, INSTRUCT)
     found = ranks(world, three_steps, folders, options, 2, shard, text_only)
+    assert_same_steps(whole_batch(folders, name, text_only), found)
+
+
+@pytest.mark.parametrize("name, world, shard, budget", [
+    ("instruct", 1, False, 200), ("instruct", 2, True, 150), ("instruct", 4, False, 100),
+    ("both", 2, False, 40), ("patch", 4, False, 1), ("instruct", 4, True, 1)])
+def test_spreading_by_length_changes_nothing(clip_folder, llama_folder, ranks, name, world, shard, budget):
+    """Ranks with other numbers of samples, in micro-batches of other sizes, by any budget of tokens."""
+    text_only, folders = (4, 5, 6, 7) if name == "instruct" else (), (clip_folder, llama_folder)
+    way = folders, ALIGN.get(name, INSTRUCT), (4, budget), shard, text_only
+    found = [three_steps(0, 1, *way)] if world == 1 else ranks(world, three_steps, *way)
     assert_same_steps(whole_batch(folders, name, text_only), found)
 
 
@@ -746,6 +790,23 @@ def test_kept_features_change_nothing(world, tmp_path):
     other = ["--feature_layer", "-1", *options, tmp_path / "other"]
     last = how_it_ends(train.main, world[0], *world[1], *other)
     assert "f.pt: features made with feature_layer -2, not -1; name another --features" in last
+
+
+def test_nothing_is_left_after_a_stage(world, tmp_path, monkeypatch):
+    """Neither weights nor moments nor buckets: the next stage needs the memory. Checkpointed blocks, which
+    refer to themselves, wait for the garbage collector."""
+    parts, build = [], train.build_optimizer
+
+    def note(config, vlm, device):
+        optimizer, terms = build(config, vlm, device)
+        kept = vlm, *vlm.llm.model.layers, optimizer, *optimizer.buckets, optimizer.adamw, terms
+        parts.extend(map(weakref.ref, kept))
+        return optimizer, terms
+
+    monkeypatch.setattr(train, "build_optimizer", note)
+    trained(world, "--stage", "align", "--steps", "2", "--checkpointing", "every", "--out", tmp_path)
+    gc.collect()
+    assert parts and all(part() is None for part in parts)
 
 
 def test_loader_workers_change_nothing(world, tmp_path):
