@@ -39,9 +39,8 @@ from tqdm import tqdm
 
 import data
 import losses
-from llm import (LLM, checkpoint_blocks, checkpointed, compile_blocks, load_llm_config, random_state,
-                 set_random_state)
-from losses import (barrier, catch_signals, command, leave_ranks, peak_memory, rank, say, start_ranks,
+from llm import LLM, checkpoint_blocks, compile_blocks, load_llm_config, random_state, set_random_state
+from losses import (barrier, catch_signals, command, peak_memory, rank, say, start_ranks,
                     sum_over_ranks, total_memory, world_size)
 from projector import VLM, choose_dtype, find_projector
 from vit import ViT, load_vit_config, named, read_json, whole

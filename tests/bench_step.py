@@ -163,13 +163,13 @@ def main():
     given.pop("dry_run", None)
     stages = ["align", "instruct"] if given.get("stage", "all") == "all" else [given["stage"]]
     try:
-        device = train.start_ranks()
+        device = losses.start_ranks()
         for stage in stages:
             dry_run(train.configure(stage, given | {"resume": False}), device)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
     finally:
-        train.leave_ranks()
+        losses.leave_ranks()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import transformers
 
 import data
-import train
+import losses
 from lab import toy_world
 
 transformers.logging.set_verbosity_error()
@@ -194,7 +194,7 @@ def serve(rank, connection):
                                     timeout=timedelta(seconds=100))
             result = function(rank, world, *args)
             dist.barrier()  # nobody leaves while another still listens: gloo may abort then
-            train.leave_ranks()
+            losses.leave_ranks()
             answer = pickle.dumps((False, result))
         except BaseException:
             answer = pickle.dumps((True, traceback.format_exc()))
