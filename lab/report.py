@@ -170,9 +170,10 @@ def report(out, world: str, size: dict, tuned: dict, cells: list, ablations: dic
 
 
 def introduction(world: str, size: dict, seeds: int) -> str:
-    tuning = f"""Every recipe was tuned at {size["short"]} and at {size["long"]} align steps on the validation
-split with a seed of its own: {len(size["lr"])} align rates times its strengths, then
-{len(size["instruct_lr"])} instruct rates; other numbers of steps use what was found at {size["short"]}
+    at = " and at ".join(str(steps) for steps in sorted({size["short"], size["long"]}))
+    tuning = f"""Every recipe was tuned at {at} align steps on the validation split
+with a seed of its own: first {len(size["lr"])} align rates, then its strengths, then
+{len(size["instruct_lr"])} instruct rate(s); other numbers of steps use what was found at {size["short"]}
 (fewer) or {size["long"]} (more). Nothing was chosen on test questions.""" if size["tune"] else ""
     return f"""# The recipes compared on the {world} world
 
