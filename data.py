@@ -905,7 +905,8 @@ def make_loader(config, samples, vlm, mine: list, device):
             asked = began = time.perf_counter()
         waited += time.perf_counter() - asked
         total = time.perf_counter() - began
-        if number == 20 and waited > 0.1 * total and os.environ.get("RANK", "0") == "0":
+        is_slow = waited > 0.1 * total and not config.cache  # with a cache, only the first pass waits
+        if number == 20 and is_slow and os.environ.get("RANK", "0") == "0":
             tqdm.write(f"warning: the loader is slower than the step: {20 * config.batch / total:.1f} "
                        f"samples/s, the step alone {20 * config.batch / (total - waited):.1f}. More "
                        "--workers (up to a rank's cores), or --features")
