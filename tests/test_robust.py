@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 
 import data
 import eval as evaluation
@@ -27,13 +28,13 @@ import layouts
 import train
 from conftest import ROOT, llama_config, shaken
 from eval import BENCHES
-from llm import load_llm_config
+from llm import LLM, load_llm_config
 from projector import VLM
 from test_data import CHAT_TURNS, CHATML, TEXT, TOWER, byte_level, chat_tokenizer, llama2, record
 from test_eval import model, root, run  # noqa: F401 (fixtures)
 from test_train import HERE, called, how_it_ends, log_of, script, start, trained
 from test_train import world  # noqa: F401 (a fixture)
-from vit import ViT, ViTConfig, load_vit_config, read_weights
+from vit import ViT, ViTConfig, load_vit_config, read_shard, read_weights
 
 CPU = torch.device("cpu")
 
@@ -250,8 +251,6 @@ def bad_weights(folder, rng, vlm):
             at = rng.randrange(8) if kind == "llm" else len(content) - 1 - rng.randrange(60)
             content[at] ^= 1 << rng.randrange(8)
         target.write_bytes(content)
-        from llm import LLM
-
         how, value = outcome(LLM.from_pretrained, folder / "llm")
         same = how == "fine" and all(
             torch.equal(a, b) for a, b in zip(value.parameters(), vlm.llm.parameters())
@@ -1515,6 +1514,49 @@ def test_a_signal_saves_and_says_how_to_go_on(world, tmp_path, number, world_siz
         assert (tmp_path / "a/projector.safetensors").read_bytes() == (
             tmp_path / "b/projector.safetensors"
         ).read_bytes()
+
+
+# ---- what a second reader tried ----------------------------------------------------------------------------
+
+
+def refused(function, *args, name):
+    how, text = outcome(function, *args)
+    assert how == "line" and str(name) in text, (how, text)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, llama_folder, dtype):
+    folder = shutil.copytree(llama_folder, tmp_path / "llm")
+    tensors = dict(LLM.from_pretrained(folder).named_parameters())
+    save_file({name: t.detach().to(dtype) for name, t in tensors.items()}, folder / "model.safetensors")
+    refused(LLM.from_pretrained, folder, name=folder)
+
+
+def test_files_of_weights_with_odd_names(tmp_path, llama_folder):
+    folder = shutil.copytree(llama_folder, tmp_path / "llm")
+    for shard in (5, "../llm/model.safetensors", "/etc/passwd", "", None):
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"a": shard}}))
+        how, text = outcome(LLM.from_pretrained, folder)
+        assert how == "line" and str(folder) in text and not text.startswith("/etc")
+    torch.save({3: torch.zeros(2)}, tmp_path / "mm_projector.bin")
+    refused(list, read_shard(tmp_path / "mm_projector.bin"), name="mm_projector.bin")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_std": [0, 1, 1]},
+        {"image_std": [1, 1, "a"]},
+        {"image_mean": [float("nan")] * 3},
+        {"image_mean": [1]},
+        {"resample": 99},
+    ],
+)
+def test_odd_numbers_for_pictures_are_refused(tmp_path, clip_folder, change):
+    folder = shutil.copytree(clip_folder, tmp_path / "vit")
+    (folder / "preprocessor_config.json").write_text(json.dumps(change))
+    refused(load_vit_config, folder, name=folder)
 
 
 @pytest.mark.kills
