@@ -178,6 +178,8 @@ def configure(stage: str, given: dict) -> Config:
         is_number = type(value) in (int, float) and name != "feature_layer"
         if is_number and not 0 <= value < math.inf:
             raise ValueError(f"--{name} is {value}; it must be a number from 0 up")
+    if config.seed >= 2**63:
+        raise ValueError(f"--seed is {config.seed}; it must be below 2**63")
     if min(config.batch, config.micro_batch, config.epochs) == 0:
         raise ValueError("--batch, --micro_batch and --epochs must be above 0")
     if config.contrastive_balance and config.contrastive == "none":

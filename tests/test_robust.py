@@ -1519,6 +1519,22 @@ def test_a_signal_saves_and_says_how_to_go_on(world, tmp_path, number, world_siz
 # ---- what a second reader tried ----------------------------------------------------------------------------
 
 
+def test_a_byte_order_mark_is_no_part_of_the_records(tmp_path, toy):
+    """`check` said good, and training refused the file."""
+    file = tmp_path / "d.json"
+    content = json.dumps([TEXT, record("q", "é"), TEXT], ensure_ascii=False)
+    file.write_text(f"\ufeff{content}", encoding="utf-8")
+    assert outcome(data.check, file, toy) == ("fine", 0)
+    assert data.load_records(file)[:] == [TEXT, record("q", "é"), TEXT]
+
+
+def test_a_transparent_grey_of_sixteen_bits_is_white(tmp_path):
+    grey = Image.fromarray(np.array([[0, 32768]], dtype=np.uint16))
+    grey.save(tmp_path / "a.png", transparency=0)
+    picture = data.load_image(tmp_path / "a.png")
+    assert [picture.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (127, 127, 127)]
+
+
 def refused(function, *args, name):
     how, text = outcome(function, *args)
     assert how == "line" and str(name) in text, (how, text)
@@ -1557,6 +1573,42 @@ def test_odd_numbers_for_pictures_are_refused(tmp_path, clip_folder, change):
     folder = shutil.copytree(clip_folder, tmp_path / "vit")
     (folder / "preprocessor_config.json").write_text(json.dumps(change))
     refused(load_vit_config, folder, name=folder)
+
+
+def test_check_refuses_lengths_below_one(tmp_path, toy):
+    file = write_records(tmp_path / "d.json", TEXT)
+    for lengths in ((0, 200), (-5, 200), (16, 0), (16, -1)):
+        refused(data.check, file, toy, None, None, None, *lengths, name="must be at least 1")
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("problems.json", {"answer": True}),
+        ("problems.json", {"choices": [["a"], None]}),
+        ("pid_splits.json", []),
+        ("pid_splits.json", None),
+        ("pid_splits.json", "test"),
+    ],
+)
+def test_scienceqas_odd_values_name_their_file(tmp_path, toy, name, change):
+    folder = shutil.copytree(toy / "ScienceQA", tmp_path / "ScienceQA")
+    content = json.loads((folder / name).read_text())
+    if name == "problems.json":
+        content[json.loads((folder / "pid_splits.json").read_text())["test"][0]] |= change
+    (folder / name).write_text(json.dumps(content if name == "problems.json" else change))
+    refused(evaluation.load_questions, "scienceqa", folder, name=folder / name)
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        (["--seed", str(10**30)], "--seed"),
+        (["--contrastive", "prompt", "--prompt", "\ud800 | q"], "--prompt"),
+    ],
+)
+def test_a_flag_is_named(world, tmp_path, flags, name):
+    refused(trained, world, "--stage", "align", "--out", tmp_path / "out", *flags, name=name)
 
 
 @pytest.mark.kills
