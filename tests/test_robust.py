@@ -1600,6 +1600,29 @@ def test_scienceqas_odd_values_name_their_file(tmp_path, toy, name, change):
     refused(evaluation.load_questions, "scienceqa", folder, name=folder / name)
 
 
+@pytest.mark.parametrize("content", [b"\xff\n", b'{"id": "1", "prompt": "?", "answer": null}\n'])
+def test_kept_answers_that_are_damaged_name_their_file(tmp_path, content):
+    (tmp_path / "b.partial.0.jsonl").write_bytes(content)
+    questions = [{"id": "1", "prompt": "?", "image": None}]
+    refused(evaluation.read_answers, tmp_path / "b.partial", questions, name="b.partial.0.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe"])
+def test_a_pointer_to_no_run_names_itself(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/last").write_bytes(content)
+    refused(evaluation.last_run, name="runs/last")
+
+
+@pytest.mark.parametrize(
+    "flags", ["--temperature nan", "--temperature inf", "--temperature 1e-300", "--top_p 1e-300"]
+)
+def test_sampling_that_cannot_be_is_refused(monkeypatch, flags):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    refused(evaluation.parse_args, ["--ask", "a", "b", "--temperature", "1", *flags.split()], name=2)
+
+
 @pytest.mark.parametrize(
     "flags, name",
     [
