@@ -43,7 +43,7 @@ from llm import LLM, checkpoint_blocks, compile_blocks, load_llm_config, random_
 from losses import (barrier, catch_signals, command, peak_memory, rank, say, start_ranks,
                     sum_over_ranks, total_memory, world_size)
 from projector import VLM, choose_dtype, find_projector
-from vit import ViT, load_vit_config, named, read_json, whole
+from vit import ViT, load_vit_config, named, read_json, read_text, whole
 
 ROOT = Path(__file__).parent
 
@@ -692,7 +692,8 @@ def is_finished(config) -> bool:
     if not (Path(config.out) / "log.jsonl").exists():
         raise ValueError(f"{config.out}: no run to resume; without --resume one begins there")
     if is_so := (finished := Path(config.out) / "config.json").exists():
-        refuse_changes(read_json(finished), asdict(config), finished)
+        with named(finished):
+            refuse_changes(read_json(finished), asdict(config), finished)
     return is_so
 
 
@@ -754,7 +755,7 @@ def open_run(config, start: int):
         shutil.rmtree(f"{out}.old", ignore_errors=True)
         out.rename(f"{out}.old")
     out.mkdir(parents=True, exist_ok=True)
-    lines = log.read_text().splitlines(True)[:start] if start else []  # line k is step k
+    lines = read_text(log).splitlines(True)[:start] if start else []  # line k is step k
     log.write_text("".join(lines))
     of_before = (*out.glob("checkpoint-*"), out / "llm", out / "unaligned")
     for old in of_before if start == 0 else out.glob("checkpoint-*.partial"):

@@ -1634,6 +1634,16 @@ def test_a_flag_is_named(world, tmp_path, flags, name):
     refused(trained, world, "--stage", "align", "--out", tmp_path / "out", *flags, name=name)
 
 
+def test_a_resumed_runs_own_files_are_named(world, tmp_path):
+    options = ["--stage", "align", "--save_every", "2", "--out", tmp_path / "out"]
+    trained(world, *options)
+    (tmp_path / "out/config.json").write_text("[]")
+    refused(trained, world, *options, "--resume", name="config.json")
+    (tmp_path / "out/config.json").unlink()
+    (tmp_path / "out/log.jsonl").write_bytes(b"\xff\n" * 9)
+    refused(trained, world, *options, "--resume", name="log.jsonl")
+
+
 @pytest.mark.kills
 def test_kills_at_random_instants_cost_nothing():
     """Minutes: run with -m kills."""
