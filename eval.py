@@ -97,7 +97,8 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
     sampled with `temperature` and `top_p`. `file`: see `in_batches`."""
     room = vlm.llm.config.max_position_embeddings - max_new_tokens  # the answer needs positions too
     # what a run learns to end with, whatever its LLM's config says
-    *_, (end, _) = data.TEMPLATES[template]([("human", "?"), ("gpt", "!")], tokenizer)
+    with named(f"{tokenizer.name_or_path}: template {template}"):
+        *_, (end, _) = data.TEMPLATES[template]([("human", "?"), ("gpt", "!")], tokenizer)
     how["end_tokens"] = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)]
 
     def answer(rows):

@@ -1644,6 +1644,16 @@ def test_a_resumed_runs_own_files_are_named(world, tmp_path):
     refused(trained, world, *options, "--resume", name="log.jsonl")
 
 
+@pytest.mark.parametrize("template", ["{{ bad", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}"])
+def test_a_chat_template_that_fails_names_its_folder(tmp_path, clip_folder, llama_folder, template):
+    folder = shutil.copytree(llama_folder, tmp_path / "llm")
+    (folder / "chat_template.jinja").write_text(template)
+    vlm, tokenizer = VLM.from_towers(clip_folder, folder), data.load_tokenizer(folder)
+    assert tokenizer.chat_template == template
+    refused(evaluation.ask, vlm, tokenizer, [{"id": 1, "prompt": "?", "image": None}], "chat", name=folder)
+    refused(vlm.export, tmp_path / "out", name=folder)
+
+
 @pytest.mark.kills
 def test_kills_at_random_instants_cost_nothing():
     """Minutes: run with -m kills."""
