@@ -102,6 +102,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         tops = (1, 255, 65535) if image.mode == "F" else (65535,)
         top = next((top for top in tops if values.max() <= top), values.max())
+        values[values == image.info.get("transparency")] = top  # one grey may be named transparent
         image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -218,7 +219,8 @@ def scan_list(file, part: int = 2**24):
     decode, mark = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*([\[,\]])[ \t\n\r]*")
     try:
         with open(file, encoding="utf-8", newline="") as opened:
-            text, at, place, before = opened.read(part), 0, 0, "["  # place: of text[at], in bytes
+            text, before = opened.read(part), "["
+            at, place = (1, 3) if text.startswith("\ufeff") else (0, 0)  # place: of text[at], in bytes
             while True:
                 found = mark.match(text, at)
                 if found and found[1] == "]" != before:
@@ -846,7 +848,9 @@ def load_samples(config, vlm) -> Conversations:
     tokenizer = load_tokenizer(config.llm)
     check_vocabulary(tokenizer, vlm.llm.config.vocab_size)
     prompts = PROMPTS.get(config.prompt) or config.prompt.split(" | ")
-    if tokenizer.unk_token_id in tokenizer(" ".join(prompts), add_special_tokens=False).input_ids:
+    with named("--prompt"):
+        words = tokenizer(" ".join(prompts), add_special_tokens=False).input_ids
+    if tokenizer.unk_token_id in words:
         raise ValueError(f"--prompt: the LLM does not know every word of {' | '.join(prompts)!r}")
     if config.contrastive not in ("prompt", "both"):
         prompts = prompts[0], None
@@ -971,7 +975,7 @@ def read_entries(file: Path, **kinds) -> list:
         for key, kind in kinds.items():
             if not isinstance(entry, dict) or key not in entry:
                 raise ValueError(f"{file}: entry {number} has no {key!r}")
-            if not isinstance(entry[key], kind):
+            if not isinstance(entry[key], kind) or isinstance(entry[key], bool):  # which Python has as int
                 raise ValueError(f"{file}: entry {number} has {entry[key]!r:.60} as its {key!r}")
     return entries
 
@@ -1007,7 +1011,9 @@ def load_scienceqa(folder, split: str = "test") -> list:
     "hint", "file"}], as pid_splits.json has them."""
     folder, questions = Path(folder), []
     file, splits = folder / "problems.json", read_json(folder / "pid_splits.json")
-    if not isinstance(splits, dict) or not isinstance(splits.get(split), list):
+    if not isinstance(splits, dict):
+        raise ValueError(f"{folder / 'pid_splits.json'}: not a dict of splits")
+    if not isinstance(splits.get(split), list):
         raise ValueError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
     maybe = (str, type(None))
     kinds = {"question": str, "choices": list, "answer": int, "hint": maybe, "image": maybe}
@@ -1018,6 +1024,8 @@ def load_scienceqa(folder, split: str = "test") -> list:
             raise ValueError(f"{file}: problem {pid!r} is missing; is it of another split?")
         if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
             raise ValueError(f"{file}: problem {pid!r} has no choice {problem['answer']}")
+        if not all(isinstance(choice, (str, int, float)) for choice in problem["choices"]):
+            raise ValueError(f"{file}: problem {pid!r} has a choice that is not a text")
         own = problem.get("split") or split  # of minitest, trainval and others the pictures lie in these
         image = find_image(folder / "images", f"{own}/{pid}/{problem['image']}") if problem["image"] else None
         options = list(LETTERS[: len(problem["choices"])])
@@ -1038,6 +1046,8 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
           max_length: int = 2048) -> int:
     """Print bad records and unreadable images, write FILE.clean.json without them; return their number. Bad
     is also what `stage` does not take and, with the tokenizer of `llm`, what makes no row with loss."""
+    if min(image_tokens, max_length) < 1:
+        raise ValueError("--image_tokens and --max_length must be at least 1")
     records, good, has_special = read_json(file), [], 0
     if not isinstance(records, list) or not records:
         raise ValueError(f"{file}: not a JSON list of records")

@@ -97,7 +97,8 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
     sampled with `temperature` and `top_p`. `file`: see `in_batches`."""
     room = vlm.llm.config.max_position_embeddings - max_new_tokens  # the answer needs positions too
     # what a run learns to end with, whatever its LLM's config says
-    *_, (end, _) = data.TEMPLATES[template]([("human", "?"), ("gpt", "!")], tokenizer)
+    with named(f"{tokenizer.name_or_path}: template {template}"):
+        *_, (end, _) = data.TEMPLATES[template]([("human", "?"), ("gpt", "!")], tokenizer)
     how["end_tokens"] = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)]
 
     def answer(rows):
@@ -197,11 +198,11 @@ def read_answers(file, questions) -> dict:
     dropped; one that belongs to none of the questions is a ValueError."""
     answers, index = {}, {question["id"]: i for i, question in enumerate(questions)}
     for part in sorted(Path(file).parent.glob(f"{Path(file).name}.*.jsonl")):
-        text = part.read_text()
+        text = data.read_text(part)
         lines = text[: text.rfind("\n") + 1]
         if lines != text:
             part.write_text(lines)
-        for row in data.read_entries(part, id=data.ID, prompt=str, answer=object) if lines else []:
+        for row in data.read_entries(part, id=data.ID, prompt=str, answer=(str, list)) if lines else []:
             i = index.get(row["id"])
             if i is None or questions[i]["prompt"] != row["prompt"]:
                 raise ValueError(f"{part}: question {row['id']!r} is not asked now, or reads otherwise; "
@@ -904,7 +905,9 @@ def last_run() -> Path:
     pointer = Path("runs/last")
     if not pointer.exists():
         raise FileNotFoundError("no run to score yet: `python train.py` makes one; or name one with --ckpt")
-    return Path(pointer.read_text().strip())
+    if not (folder := data.read_text(pointer).strip()):
+        raise ValueError(f"{pointer}: names no run; name one with --ckpt")
+    return Path(folder)
 
 
 def run_benches(ckpt, args, device):
@@ -967,8 +970,8 @@ def parse_args(argv=None):
         parser.error(f"--submit: no folder {args.submit.parent}")
     if args.limit is not None and args.limit < 1 or args.max_new_tokens < 1:
         parser.error("--limit and --max_new_tokens must be at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        parser.error("--temperature must not be below 0, --top_p in (0, 1]")
+    if args.temperature != 0 and not 0.001 <= args.temperature < math.inf or not 0.001 <= args.top_p <= 1:
+        parser.error("--temperature must be 0 or from 0.001 up, --top_p in [0.001, 1]")
     return args
 
 

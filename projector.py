@@ -343,7 +343,8 @@ def export_llava(vlm: VLM, folder: Path):
     no_bos = "{%- set bos_token = '' -%}" if adds_bos else ""
     tokenizer.chat_template = MESSAGES.replace("GAP", gap) + no_bos + (own or VICUNA)
     said = [{"role": role, "content": "?"} for role in ("user", "assistant")]
-    said = tokenizer(tokenizer.apply_chat_template(said, tokenize=False)).input_ids
+    with named(source, "its chat template"):
+        said = tokenizer(tokenizer.apply_chat_template(said, tokenize=False)).input_ids
     end = [i for i in said if i in tokenizer.added_tokens_decoder][-1:]  # of an answer
     ends = llm.eos_token_id if isinstance(llm.eos_token_id, list) else [llm.eos_token_id]
     vocab_size, tensors = max(llm.vocab_size, image_token_id + 1), {}

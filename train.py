@@ -43,7 +43,7 @@ from llm import LLM, checkpoint_blocks, compile_blocks, load_llm_config, random_
 from losses import (barrier, catch_signals, command, peak_memory, rank, say, start_ranks,
                     sum_over_ranks, total_memory, world_size)
 from projector import VLM, choose_dtype, find_projector
-from vit import ViT, load_vit_config, named, read_json, whole
+from vit import ViT, load_vit_config, named, read_json, read_text, whole
 
 ROOT = Path(__file__).parent
 
@@ -178,6 +178,8 @@ def configure(stage: str, given: dict) -> Config:
         is_number = type(value) in (int, float) and name != "feature_layer"
         if is_number and not 0 <= value < math.inf:
             raise ValueError(f"--{name} is {value}; it must be a number from 0 up")
+    if config.seed >= 2**63:
+        raise ValueError(f"--seed is {config.seed}; it must be below 2**63")
     if min(config.batch, config.micro_batch, config.epochs) == 0:
         raise ValueError("--batch, --micro_batch and --epochs must be above 0")
     if config.contrastive_balance and config.contrastive == "none":
@@ -690,7 +692,8 @@ def is_finished(config) -> bool:
     if not (Path(config.out) / "log.jsonl").exists():
         raise ValueError(f"{config.out}: no run to resume; without --resume one begins there")
     if is_so := (finished := Path(config.out) / "config.json").exists():
-        refuse_changes(read_json(finished), asdict(config), finished)
+        with named(finished):
+            refuse_changes(read_json(finished), asdict(config), finished)
     return is_so
 
 
@@ -752,7 +755,7 @@ def open_run(config, start: int):
         shutil.rmtree(f"{out}.old", ignore_errors=True)
         out.rename(f"{out}.old")
     out.mkdir(parents=True, exist_ok=True)
-    lines = log.read_text().splitlines(True)[:start] if start else []  # line k is step k
+    lines = read_text(log).splitlines(True)[:start] if start else []  # line k is step k
     log.write_text("".join(lines))
     of_before = (*out.glob("checkpoint-*"), out / "llm", out / "unaligned")
     for old in of_before if start == 0 else out.glob("checkpoint-*.partial"):

@@ -21,6 +21,7 @@ Read next: llm.py (the language tower), then projector.py (the bridge between th
 """
 
 import json
+import math
 import re
 import zipfile
 from contextlib import contextmanager
@@ -85,6 +86,12 @@ class ViTConfig:
             raise ValueError(f"width {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
         self.image_mean = tuple(self.image_mean or self.family.mean)
         self.image_std = tuple(self.image_std or self.family.std)
+        if any(len(x) != 3 for x in (self.image_mean, self.image_std)) or not all(
+                isinstance(x, (int, float)) and math.isfinite(x) for x in self.image_mean + self.image_std
+                ) or 0 in self.image_std:
+            raise ValueError(f"image_mean is {self.image_mean}, image_std {self.image_std}")
+        if self.resample not in range(6):
+            raise ValueError(f"resample is {self.resample!r}; Pillow's filters are 0 to 5")
 
     @property
     def family(self) -> Family:
@@ -405,7 +412,9 @@ def read_weights(folder: Path):
             places = read_json(index)
             if not isinstance(places, dict) or not isinstance(places.get("weight_map"), dict):
                 raise ValueError(f"{index}: has no weight_map, which says where each tensor is")
-            for shard in sorted(set(places["weight_map"].values())):
+            for shard in sorted(set(map(str, places["weight_map"].values()))):
+                if Path(shard).name != shard:
+                    raise ValueError(f"{index}: names {shard!r}, which is no file beside it")
                 yield from read_shard(folder / shard)
             return
         if whole.exists():
@@ -422,7 +431,10 @@ def read_shard(path: Path):
     try:
         if path.suffix == ".bin":
             is_mapped = zipfile.is_zipfile(path)  # before 2020 it was a pickle alone, which is read whole
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped).items()
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+            if not all(isinstance(name, str) for name in tensors):
+                raise ValueError("it does not name its tensors")
+            yield from tensors.items()
             return
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
@@ -449,6 +461,8 @@ def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32, devic
         if tensor.shape != wanted[name]:
             shapes = f"{tuple(tensor.shape)}, {kind} needs {tuple(wanted[name])}"
             raise ValueError(f"{source}: {theirs} has shape {shapes}")
+        if not tensor.is_floating_point():  # quantised: without its scales it is another weight
+            raise ValueError(f"{source}: {theirs} holds {tensor.dtype}, not floating-point numbers")
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
         del wanted[name]

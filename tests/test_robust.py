@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 
 import data
 import eval as evaluation
@@ -27,13 +28,13 @@ import layouts
 import train
 from conftest import ROOT, llama_config, shaken
 from eval import BENCHES
-from llm import load_llm_config
+from llm import LLM, load_llm_config
 from projector import VLM
 from test_data import CHAT_TURNS, CHATML, TEXT, TOWER, byte_level, chat_tokenizer, llama2, record
 from test_eval import model, root, run  # noqa: F401 (fixtures)
 from test_train import HERE, called, how_it_ends, log_of, script, start, trained
 from test_train import world  # noqa: F401 (a fixture)
-from vit import ViT, ViTConfig, load_vit_config, read_weights
+from vit import ViT, ViTConfig, load_vit_config, read_shard, read_weights
 
 CPU = torch.device("cpu")
 
@@ -250,8 +251,6 @@ def bad_weights(folder, rng, vlm):
             at = rng.randrange(8) if kind == "llm" else len(content) - 1 - rng.randrange(60)
             content[at] ^= 1 << rng.randrange(8)
         target.write_bytes(content)
-        from llm import LLM
-
         how, value = outcome(LLM.from_pretrained, folder / "llm")
         same = how == "fine" and all(
             torch.equal(a, b) for a, b in zip(value.parameters(), vlm.llm.parameters())
@@ -1515,6 +1514,144 @@ def test_a_signal_saves_and_says_how_to_go_on(world, tmp_path, number, world_siz
         assert (tmp_path / "a/projector.safetensors").read_bytes() == (
             tmp_path / "b/projector.safetensors"
         ).read_bytes()
+
+
+# ---- what a second reader tried ----------------------------------------------------------------------------
+
+
+def test_a_byte_order_mark_is_no_part_of_the_records(tmp_path, toy):
+    """`check` said good, and training refused the file."""
+    file = tmp_path / "d.json"
+    content = json.dumps([TEXT, record("q", "é"), TEXT], ensure_ascii=False)
+    file.write_text(f"\ufeff{content}", encoding="utf-8")
+    assert outcome(data.check, file, toy) == ("fine", 0)
+    assert data.load_records(file)[:] == [TEXT, record("q", "é"), TEXT]
+
+
+def test_a_transparent_grey_of_sixteen_bits_is_white(tmp_path):
+    grey = Image.fromarray(np.array([[0, 32768]], dtype=np.uint16))
+    grey.save(tmp_path / "a.png", transparency=0)
+    picture = data.load_image(tmp_path / "a.png")
+    assert [picture.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (127, 127, 127)]
+
+
+def refused(function, *args, name):
+    how, text = outcome(function, *args)
+    assert how == "line" and str(name) in text, (how, text)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, llama_folder, dtype):
+    folder = shutil.copytree(llama_folder, tmp_path / "llm")
+    tensors = dict(LLM.from_pretrained(folder).named_parameters())
+    save_file({name: t.detach().to(dtype) for name, t in tensors.items()}, folder / "model.safetensors")
+    refused(LLM.from_pretrained, folder, name=folder)
+
+
+def test_files_of_weights_with_odd_names(tmp_path, llama_folder):
+    folder = shutil.copytree(llama_folder, tmp_path / "llm")
+    for shard in (5, "../llm/model.safetensors", "/etc/passwd", "", None):
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"a": shard}}))
+        how, text = outcome(LLM.from_pretrained, folder)
+        assert how == "line" and str(folder) in text and not text.startswith("/etc")
+    torch.save({3: torch.zeros(2)}, tmp_path / "mm_projector.bin")
+    refused(list, read_shard(tmp_path / "mm_projector.bin"), name="mm_projector.bin")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_std": [0, 1, 1]},
+        {"image_std": [1, 1, "a"]},
+        {"image_mean": [float("nan")] * 3},
+        {"image_mean": [1]},
+        {"resample": 99},
+    ],
+)
+def test_odd_numbers_for_pictures_are_refused(tmp_path, clip_folder, change):
+    folder = shutil.copytree(clip_folder, tmp_path / "vit")
+    (folder / "preprocessor_config.json").write_text(json.dumps(change))
+    refused(load_vit_config, folder, name=folder)
+
+
+def test_check_refuses_lengths_below_one(tmp_path, toy):
+    file = write_records(tmp_path / "d.json", TEXT)
+    for lengths in ((0, 200), (-5, 200), (16, 0), (16, -1)):
+        refused(data.check, file, toy, None, None, None, *lengths, name="must be at least 1")
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("problems.json", {"answer": True}),
+        ("problems.json", {"choices": [["a"], None]}),
+        ("pid_splits.json", []),
+        ("pid_splits.json", None),
+        ("pid_splits.json", "test"),
+    ],
+)
+def test_scienceqas_odd_values_name_their_file(tmp_path, toy, name, change):
+    folder = shutil.copytree(toy / "ScienceQA", tmp_path / "ScienceQA")
+    content = json.loads((folder / name).read_text())
+    if name == "problems.json":
+        content[json.loads((folder / "pid_splits.json").read_text())["test"][0]] |= change
+    (folder / name).write_text(json.dumps(content if name == "problems.json" else change))
+    refused(evaluation.load_questions, "scienceqa", folder, name=folder / name)
+
+
+@pytest.mark.parametrize("content", [b"\xff\n", b'{"id": "1", "prompt": "?", "answer": null}\n'])
+def test_kept_answers_that_are_damaged_name_their_file(tmp_path, content):
+    (tmp_path / "b.partial.0.jsonl").write_bytes(content)
+    questions = [{"id": "1", "prompt": "?", "image": None}]
+    refused(evaluation.read_answers, tmp_path / "b.partial", questions, name="b.partial.0.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe"])
+def test_a_pointer_to_no_run_names_itself(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/last").write_bytes(content)
+    refused(evaluation.last_run, name="runs/last")
+
+
+@pytest.mark.parametrize(
+    "flags", ["--temperature nan", "--temperature inf", "--temperature 1e-300", "--top_p 1e-300"]
+)
+def test_sampling_that_cannot_be_is_refused(monkeypatch, flags):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    refused(evaluation.parse_args, ["--ask", "a", "b", "--temperature", "1", *flags.split()], name=2)
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        (["--seed", str(10**30)], "--seed"),
+        (["--contrastive", "prompt", "--prompt", "\ud800 | q"], "--prompt"),
+    ],
+)
+def test_a_flag_is_named(world, tmp_path, flags, name):
+    refused(trained, world, "--stage", "align", "--out", tmp_path / "out", *flags, name=name)
+
+
+def test_a_resumed_runs_own_files_are_named(world, tmp_path):
+    options = ["--stage", "align", "--save_every", "2", "--out", tmp_path / "out"]
+    trained(world, *options)
+    (tmp_path / "out/config.json").write_text("[]")
+    refused(trained, world, *options, "--resume", name="config.json")
+    (tmp_path / "out/config.json").unlink()
+    (tmp_path / "out/log.jsonl").write_bytes(b"\xff\n" * 9)
+    refused(trained, world, *options, "--resume", name="log.jsonl")
+
+
+@pytest.mark.parametrize("template", ["{{ bad", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}"])
+def test_a_chat_template_that_fails_names_its_folder(tmp_path, clip_folder, llama_folder, template):
+    folder = shutil.copytree(llama_folder, tmp_path / "llm")
+    (folder / "chat_template.jinja").write_text(template)
+    vlm, tokenizer = VLM.from_towers(clip_folder, folder), data.load_tokenizer(folder)
+    assert tokenizer.chat_template == template
+    refused(evaluation.ask, vlm, tokenizer, [{"id": 1, "prompt": "?", "image": None}], "chat", name=folder)
+    refused(vlm.export, tmp_path / "out", name=folder)
 
 
 @pytest.mark.kills
