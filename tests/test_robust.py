@@ -724,6 +724,12 @@ def test_ids_without_a_row_are_text(is_special, tmp_path):
         assert max(ids) < rows and ids.count(data.IMAGE_MARKER) == 1
 
 
+def with_chat(world, llm, *args):
+    """How a run of the align stage ends that takes the chat template of the LLM in this folder."""
+    options = ["--stage", "align", "--contrastive", "none", "--llm", llm, "--template", "chat", *args]
+    return how_it_ends(train.main, world[0], *world[1], *options)
+
+
 def test_a_template_whose_tokens_have_no_row_is_refused_before_loading(tmp_path, world, llama_folder):
     """A base model with somebody's chat template: its <|im_end|> lies behind the embedding table."""
     folder = shutil.copytree(llama_folder, tmp_path / "llm")
@@ -732,21 +738,7 @@ def test_a_template_whose_tokens_have_no_row_is_refused_before_loading(tmp_path,
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").unlink()  # no weight is looked for
-    last = how_it_ends(
-        train.main,
-        world[0],
-        *world[1],
-        "--stage",
-        "align",
-        "--contrastive",
-        "none",
-        "--llm",
-        folder,
-        "--template",
-        "chat",
-        "--out",
-        tmp_path / "out",
-    )
+    last = with_chat(world, folder, "--out", tmp_path / "out")
     assert "the LLM has no embedding for '<|im_" in last
 
 
@@ -1396,23 +1388,7 @@ def test_templates_that_drop_thoughts_or_fit_no_labels_are_refused_before_loadin
         template = template.replace("<|im_end|>", "</s>")
         (folder / "tokenizer_config.json").write_text(json.dumps(content | {"chat_template": template}))
         file = write_records(tmp_path / "d.json", *[record("What?", "<think>x</think> red")] * 8)
-        last = how_it_ends(
-            train.main,
-            world[0],
-            *world[1],
-            "--stage",
-            "align",
-            "--contrastive",
-            "none",
-            "--llm",
-            folder,
-            "--template",
-            "chat",
-            "--annotations",
-            file,
-            "--out",
-            tmp_path / "out",
-        )
+        last = with_chat(world, folder, "--annotations", file, "--out", tmp_path / "out")
         assert reason in last
 
 
