@@ -83,7 +83,8 @@ class Config:
     features: str = option("", "file that keeps the ViT's features of all images, made once; for small data")
     contrastive: str = option("none", "align: the loss beside the captioning loss", (*losses.CONTRASTIVE,),
                               heading="the losses")
-    contrastive_weight: float = option(1.0, "total = generative + weight * contrastive")
+    contrastive_weight: float = option(1.0, "total = generative + weight * contrastive; with "
+                                            "--contrastive_first and patch, 0 if it is not given")
     contrastive_balance: float = option(0.0, "instead: the weight that makes the contrastive gradient this "
                                         "share of the captioning loss's, behind the projector; 0: off")
     contrastive_first: int = option(0, "steps of the patch loss alone, without the LLM, before all others")
@@ -105,13 +106,14 @@ class Config:
                                           "else random ones, spread over ranks and micro-batches by length")
 
 
-# tiny: rates that did best on the toy world's validation split. 7b, 13b: LLaVA-1.5's, the patch loss added.
+# tiny: rates that did best on the toy world's validation split. 7b, 13b: LLaVA-1.5's, after 1,000 steps of the
+# patch loss. On real towers that helped most (lab/README.md); the papers' plain sum: --contrastive patch.
 LLAVA = {
     "common": dict(vit="openai/clip-vit-large-patch14-336", llm="lmsys/vicuna-7b-v1.5", benchmarks="data",
                    workers=4, checkpointing="every", save_every=500),
     "align": dict(annotations="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
                   images="data/LLaVA-Pretrain/images", template="plain", fit="crop", contrastive="patch",
-                  batch=256, micro_batch=16, checkpointing="none", lr=1e-3),
+                  contrastive_first=1000, batch=256, micro_batch=16, checkpointing="none", lr=1e-3),
     "instruct": dict(annotations="data/LLaVA-Instruct/llava_v1_5_mix665k.json", images="data/LLaVA-Instruct",
                      batch=128, micro_batch=16, micro_tokens=8192, lr=2e-5, shard=True),
 }
@@ -132,7 +134,7 @@ PRESETS = {
     "speedrun": {  # the NanoVLM speedrun's recipe, whose naflex tower takes as many patches of one picture
         "common": LLAVA["common"] | dict(vit="google/siglip2-so400m-patch16-256", llm="Qwen/Qwen3-0.6B",
                                          checkpointing="none"),
-        "align": LLAVA["align"] | dict(contrastive="none", steps=2180),
+        "align": LLAVA["align"] | dict(contrastive="none", contrastive_first=0, steps=2180),
         "instruct": LLAVA["instruct"] | dict(annotations="data/LLaVA-NeXT/llava_next.json", template="chat",
                                              images="data/LLaVA-NeXT", batch=64, steps=11540, shard=False),
     },
@@ -165,7 +167,12 @@ def configure(stage: str, given: dict) -> Config:
     """Defaults, then the preset, then its stage, then the command line. ValueError for what cannot be."""
     preset = given.get("preset") or ("7b" if torch.cuda.is_available() else "tiny")
     values = PRESETS[preset]["common"] | PRESETS[preset].get(stage, {})
-    config = Config(**(values | given | {"stage": stage, "preset": preset}))
+    if "contrastive" in given:  # a loss that is named is the papers' plain sum
+        values.pop("contrastive_first", None)
+    values |= given | {"stage": stage, "preset": preset}
+    if values.get("contrastive") == "patch" and values.get("contrastive_first"):
+        values.setdefault("contrastive_weight", 0.0)  # what follows is captioning alone
+    config = Config(**values)
     if config.contrastive != "none" and stage != "align":
         raise ValueError("--contrastive belongs to the align stage")
     has_prompt_loss = "prompt" in losses.CONTRASTIVE[config.contrastive]
@@ -542,7 +549,7 @@ def check_disk(config, vlm, dtype, steps: int):
     """ValueError where the disk cannot hold the run: what learned, and up to three checkpoints of masters and
     moments, the two kept and one that is being written. (Those of a resumed run are there.)"""
     out, saved = Path(config.out).absolute(), (steps - 1) // config.save_every if config.save_every else 0
-    copies = 0 if config.resume else min(3, saved) * (1 if config.shard else world_size())
+    copies = 0 if config.resume else min(3, saved)
     needs = count_weights(vlm, only_learning=True) * (dtype.itemsize + 12 * copies) / 2**30
     has = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free / 2**30
     say(f"on disk, GiB: {needs:.3g} of {has:.3g} that are free")
@@ -655,15 +662,18 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 # 6. On disk: a run that was stopped goes on as if it had not been
 
 def save_checkpoint(config, step: int, optimizer, terms, made_of: dict):
-    """Write OUT/checkpoint-STEP, complete or not at all; keep the last two. Each rank has its own file."""
+    """Write OUT/checkpoint-STEP, complete or not at all; keep the last two. Each rank has its own file, rank
+    0's alone holds what all ranks have."""
     final = Path(config.out) / f"checkpoint-{step:07d}"
     partial = final.with_suffix(".partial")
     barrier()  # no rank writes into OUT before rank 0 has made it ready (open_run)
     partial.mkdir(parents=True, exist_ok=True)  # of a run that was stopped while saving: written over
+    state = {"step": step, "ranks": world_size(), "config": asdict(config), "random": random_state(),
+             "squares": {name: term.squares for name, term in terms.items()}}
+    if config.shard or rank() == 0:
+        state["optimizer"] = optimizer.state_dict()
     with whole(partial / f"rank-{rank()}.pt") as building, open(building, "wb") as file:
-        torch.save({"step": step, "ranks": world_size(), "config": asdict(config),
-                    "optimizer": optimizer.state_dict(), "random": random_state(),
-                    "squares": {name: term.squares for name, term in terms.items()}}, file)
+        torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
     barrier()
@@ -713,12 +723,13 @@ def load_checkpoint(config, optimizer, terms, made_of: dict) -> int:
             raise ValueError(f"{last}: saved with another {' and '.join(changed)}; to go on with what is now "
                              f"there, which makes it another run, remove {file}")
         is_same = first["ranks"] == world_size()
-        files = [last / f"rank-{i}.pt" for i in ([rank()] if is_same else range(first["ranks"]))]
-        if any(zipfile.ZipFile(file).testzip() for file in files):  # sums that torch does not look at
+        numbers = [rank(), 0][: 1 if config.shard else 2] if is_same else range(first["ranks"])
+        files = [last / f"rank-{i}.pt" for i in numbers]
+        if any(zipfile.ZipFile(file).testzip() for file in {*files}):  # sums that torch does not look at
             raise ValueError("some of its bits are not those that were written")
         states = [read(file, mmap=not is_same) for file in files]
-        state, is_sharded = states[rank() % len(states)], config.shard and len(states) > 1
-        optimizer.load_state_dict(state["optimizer"] if is_same else cut_anew(optimizer, states, is_sharded))
+        state = states[0 if is_same else rank() % len(states)]
+        optimizer.load_state_dict(states[-1]["optimizer"] if is_same else cut_anew(optimizer, states))
         set_random_state(state["random"])
         for name, term in terms.items():
             term.squares = state["squares"][name]
@@ -726,13 +737,13 @@ def load_checkpoint(config, optimizer, terms, made_of: dict) -> int:
     return state["step"]
 
 
-def cut_anew(optimizer, states: list, is_sharded: bool) -> dict:
+def cut_anew(optimizer, states: list) -> dict:
     """This rank's optimizer state out of the checkpoints `states` of another number of ranks: each bucket's
-    parts are laid end to end, padded for the ranks of now and cut for them."""
-    old = [state["optimizer"] for state in states]
+    parts (one, if it was not sharded) are laid end to end, padded for the ranks of now and cut for them."""
+    old = [state["optimizer"] for state in states if "optimizer" in state]
 
     def cut(parts, bucket):
-        flat, n = torch.cat(parts) if is_sharded else parts[0], sum(p.numel() for p in bucket.parameters)
+        flat, n = torch.cat(parts), sum(p.numel() for p in bucket.parameters)
         padded = flat.new_zeros(len(bucket.weight))  # (n,)
         padded[:n] = flat[:n]
         return bucket.own(padded).clone()

@@ -95,9 +95,9 @@ def kernels(monkeypatch):
     use_gpu_kernels(monkeypatch)
 
 
-def second_step(stage, preset, world=1, text=0, dtype=torch.bfloat16, **options):
+def second_step(stage, preset, world=1, text=0, dtype=torch.bfloat16, is_first=False, **options):
     """(config, model, what was seen of the second step, GiB by the plan) at full shape, on rank 0 of so
-    many."""
+    many; of captioning steps, or of those of contrast first."""
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
@@ -110,7 +110,8 @@ def second_step(stage, preset, world=1, text=0, dtype=torch.bfloat16, **options)
             for _ in range(2):  # in the second the optimizer has its moments
                 watch.waits.clear()
                 watch.peak = watch.live
-                train.train_step(vlm, terms, optimizer, micro_batches, config, 1e-3)
+                step = 0 if is_first else config.contrastive_first
+                train.train_step(vlm, terms, optimizer, micro_batches, config, 1e-3, step)
         rows, length = micro_batches[0]["ids"].shape
         return config, vlm, watch, sum(train.memory_sum(config, vlm, dtype, rows, length).values())
     finally:
@@ -131,6 +132,11 @@ def test_the_plan_knows_the_peak_and_a_gpu_is_waited_for_three_times(kernels, st
     _, _, watch, planned = second_step(stage, preset, world, text, **options)
     assert watch.peak / 2**30 == pytest.approx(planned, rel=0.05)
     assert watch.waits.total() <= 3
+
+
+def test_contrast_first_needs_less_memory_than_what_follows(kernels):
+    _, _, watch, planned = second_step("align", "7b", 8, is_first=True)
+    assert watch.peak / 2**30 < 0.95 * planned and watch.waits.total() <= 3
 
 
 @pytest.mark.parametrize("stage, preset, options", [

@@ -1094,6 +1094,9 @@ def test_a_checkpoint_goes_on_on_another_number_of_ranks(
     """Masters, moments, counts and weights: every bit, whatever the padding of the buckets is."""
     args = (tmp_path, old, shard, clip_folder, llama_folder)
     before = ranks(old, saved_and_cut_anew, *args)[0]
+    files = sorted((tmp_path / "checkpoint-0000002").glob("rank-*.pt"))
+    holds = ["optimizer" in torch.load(file, weights_only=True) for file in files]
+    assert holds == [True] + [shard] * (old - 1)  # unsharded, all ranks have the same: one writes it
     for after in ranks(new, saved_and_cut_anew, *args):
         for ours, theirs in zip(after, before):
             ratio = old if not shard else 1  # unsharded sums over equal ranks: the gradients above add up

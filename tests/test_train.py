@@ -69,6 +69,20 @@ def test_presets_name_existing_fields():
                 assert isinstance(getattr(config, field.name), field.type), field.name
 
 
+@pytest.mark.parametrize("given, first, weight, balance", [
+    ({}, 1000, 0.0, 0.0),  # contrast first, captioning alone after it
+    ({"contrastive": "patch"}, 0, 1.0, 0.0), ({"contrastive": "prompt"}, 0, 1.0, 0.0),  # the papers' plain sums
+    ({"contrastive": "none"}, 0, 1.0, 0.0), ({"contrastive_first": 0}, 0, 1.0, 0.0),
+    ({"contrastive_balance": 0.1}, 1000, 0.0, 0.1),  # and a share held after it
+    ({"contrastive_weight": 2.0}, 1000, 2.0, 0.0),
+    ({"contrastive": "both", "contrastive_first": 9}, 9, 1.0, 0.0)])
+def test_full_scale_puts_contrast_first_and_a_loss_that_is_named_is_a_plain_sum(given, first, weight, balance):
+    for preset in ("small", "7b", "13b"):
+        config = train.configure("align", {"preset": preset} | given)
+        found = config.contrastive_first, config.contrastive_weight, config.contrastive_balance
+        assert found == (first, weight, balance)
+
+
 @pytest.mark.parametrize("given, prompt", [
     ({}, "none"), ({"contrastive": "prompt"}, "describe"),
     ({"contrastive": "both", "prompt": "none"}, "none"), ({"prompt": "one-word"}, "one-word"),
