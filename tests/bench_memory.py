@@ -1,5 +1,5 @@
-"""Peak memory and time of one training step, paired: gradient checkpointing, the contrastive losses, and what
-it costs to measure the losses' gradients at the cut.
+"""Peak memory and time of one training step, paired: gradient checkpointing, the contrastive losses, what it
+costs to measure the losses' gradients at the cut, and how both grow with batch and length.
 
     python tests/bench_memory.py
 
@@ -28,18 +28,20 @@ MEDIUM = LLMConfig(vocab_size=2000, hidden_size=256, intermediate_size=704, num_
                    num_attention_heads=8, num_key_value_heads=4, head_dim=32)  # activations outweigh weights
 
 
-def model_of(stage: str, checkpointing: str, contrastive: str, size: str, **options) -> tuple:
-    """(config, model, optimizer, terms, a batch) of random weights and data, on one thread."""
+def model_of(stage: str, checkpointing: str, contrastive: str, size: str, batch: int = 0, text: int = 0,
+             **options) -> tuple:
+    """(config, model, optimizer, terms, a batch) of random weights and data, on one thread. `text`: tokens of
+    each row beside its image."""
     torch.set_num_threads(1)
     is_medium, device = size == "medium", torch.device("cpu")
-    config = train.configure(stage, {"preset": "tiny", "checkpointing": checkpointing,
-                                     "contrastive": contrastive, "batch": 16 if is_medium else 64}
-                             | options)
+    batch, text = batch or (16 if is_medium else 64), text or (200 if is_medium else 8)
+    config = train.configure(stage, {"preset": "tiny", "checkpointing": checkpointing, "batch": batch,
+                                     "contrastive": contrastive} | options)
     vit_config, llm_config = bench_step.shapes_of(config)
     shapes = vit_config, MEDIUM if is_medium else llm_config
     vlm = bench_step.random_model(config, shapes, device, torch.float32)
     optimizer, terms = train.build_optimizer(config, vlm, device)
-    return config, vlm, optimizer, terms, bench_step.random_batch(config, vlm, text=200 if is_medium else 8)
+    return config, vlm, optimizer, terms, bench_step.random_batch(config, vlm, text=text)
 
 
 def milliseconds(config, vlm, optimizer, terms, batch) -> float:
@@ -52,7 +54,7 @@ def milliseconds(config, vlm, optimizer, terms, batch) -> float:
 def one(*setting, steps: int = 30) -> dict:
     """Median milliseconds of the steps after the first; MiB of peak memory, in all and beyond the model's."""
     parts, before = model_of(*setting), peak()
-    times = [milliseconds(*parts) for _ in range((steps if setting[-1] == "tiny" else 2) + 1)]
+    times = [milliseconds(*parts) for _ in range((steps if setting[3] == "tiny" else 2) + 1)]
     return {"ms": statistics.median(times[1:]), "extra": peak() - before, "peak": peak()}
 
 
@@ -109,6 +111,12 @@ if __name__ == "__main__":
         settings = {which: ("align", "none", which, "tiny") for which in losses.CONTRASTIVE}
         show("contrastive loss, tiny preset, align: step time, peak memory of the process", settings, "none",
              ("ms", "peak"), 3)
+        for what, sizes in (("batch", [(8, 200), (16, 200), (32, 200)]),
+                            ("length", [(16, 82), (16, 200), (16, 436)])):  # 36 of an image: 118, 236, 472
+            settings = {str(size[what == "length"]): ("instruct", "none", "none", "medium", *size)
+                        for size in sizes}
+            show(f"growth with the {what}, LLM of 12 blocks, instruct: {what} doubled twice", settings,
+                 str(sizes[0][what == "length"]), ("ms", "extra"), 3)
         print("gradients at the cut measured and balanced, align, patch loss: step time")
         for size, pairs in (("tiny", 60), ("medium", 12)):
             low, middle, high = statistics.quantiles(cost_of_measuring(size, pairs), n=4)

@@ -1,21 +1,31 @@
-"""What padding and waiting cost: the batches of a run as they are dealt to ranks and micro-batches, by the
-lengths of the rows alone. Nothing is trained.
+"""What padding and waiting cost: the batches of a run as they are dealt to ranks and micro-batches.
 
     python tests/bench_order.py [RECORDS.json ...]    # also the lengths of such files, 4.4 characters a token
+    torchrun --nproc_per_node=2 tests/bench_order.py  # instruct steps of a 100M model, really taken
 
-A rank's time is taken to be its positions, padding included; a step ends with its slowest rank. Printed: the
-part of all positions that is padding, the part of the ranks' time that is padding or waiting, rows a second
-against LLaVA's order, and the positions of the largest micro-batch.
+The first looks at the lengths of the rows alone: a rank's time is taken to be its positions, padding
+included; a step ends with its slowest rank. Printed: the part of all positions that is padding, the part of
+the ranks' time that is padding or waiting, rows a second against LLaVA's order, and the positions of the
+largest micro-batch. The second prints tokens a second, and their ratio step by step. Not a test: machines
+vary.
 """
 
+import os
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import bench_step
+import bench_transformers
 import data
+import losses
+import train
 from train import Config
 
 WORLD, BATCH, STEPS, IMAGE = 8, 128, 200, 576
@@ -64,7 +74,38 @@ def show(name: str, text, has_image):
               f"{(1 - lost) / base:.2f} | {found['largest']} |")
 
 
+def measure(steps: int = 4, batch: int = 16):
+    """Steps of one model in LLaVA's order and spread, in turn, each order with batches of its own."""
+    device, world, rank = losses.start_ranks(), losses.world_size(), losses.rank()
+    ways = {"LLaVA's order": Config(stage="instruct", batch=batch, micro_batch=4, group_by_length=True),
+            "spread": Config(stage="instruct", batch=batch, micro_batch=8, micro_tokens=2048)}
+    vlm = bench_step.random_model(ways["spread"], bench_transformers.SIZES["100m"], device, torch.float32)
+    optimizer, terms = train.build_optimizer(ways["spread"], vlm, device)
+    text = log_normal(1000)[0].clip(5, 1400).astype(int).tolist()
+    rows = [length + 1 + vlm.num_image_tokens for length in text]
+    dealt = {name: data.micro_batches(config, text if config.group_by_length else rows, steps + 1, world)
+             for name, config in ways.items()}
+    rates = {name: [] for name in ways}
+    for step in range(steps + 1):
+        for name, config in ways.items():
+            parts = [[text[i] for i in part] for part in dealt[name][step][rank]]
+            samples = [bench_transformers.samples_of(vlm, part, "instruct") for part in parts]
+            batches = [bench_transformers.collate(vlm, part) for part in samples]
+            losses.barrier()
+            start = time.perf_counter()
+            tokens = train.train_step(vlm, terms, optimizer, batches, config, 1e-5)["tokens"]
+            losses.barrier()
+            rates[name].append(tokens / (time.perf_counter() - start))
+    base, ours = rates["LLaVA's order"][1:], rates["spread"][1:]  # the first warms up
+    losses.say(f"{world} ranks, steps of {batch}; supervised tokens a second, LLaVA's order: "
+               f"{statistics.median(base):.0f}, spread: {statistics.median(ours):.0f}; ratio of the steps' "
+               f"sums {statistics.harmonic_mean(ours) / statistics.harmonic_mean(base):.2f}")
+    losses.leave_ranks()
+
+
 def main():
+    if "RANK" in os.environ:
+        return measure()
     show("log-normal text + 576", *log_normal(30000))
     for file in sys.argv[1:]:
         sizes = data.load_records(file).sizes
