@@ -8,9 +8,11 @@ import pickle
 import random
 import re
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench_order
 import numpy as np
@@ -32,6 +34,34 @@ TOWER = ViTConfig(image_size=32, patch_size=8)  # CLIP's normalisation
 def record(*turns, **fields):
     return {"id": "r", "conversations": [{"from": ("human", "gpt")[i % 2], "value": turn}
                                          for i, turn in enumerate(turns)], **fields}
+
+
+# ---- the loader --------------------------------------------------------------------------------------------
+
+
+class SlowSamples(torch.utils.data.Dataset):
+    """Eight samples without an image, each of which takes so many seconds."""
+
+    def __init__(self, seconds):
+        self.seconds, self.pad_id = seconds, 0
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        time.sleep(self.seconds)
+        return {"ids": [1, 2, 3], "roles": [CONTEXT, ANSWER, END], "pixels": None, "name": str(i)}
+
+
+@pytest.mark.parametrize("of_loader, of_step, is_told", [(0.01, 0.0, True), (0.0, 0.04, False)])
+def test_a_loader_slower_than_the_step_is_told(capsys, of_loader, of_step, is_told):
+    vlm = SimpleNamespace(num_image_tokens=4, image_token_id=-200, vit=SimpleNamespace(config=TOWER),
+                          llm=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64)))
+    for _ in data.make_loader(Config(batch=1), SlowSamples(of_loader), vlm, [[[0]]] * 25, torch.device("cpu")):
+        time.sleep(of_step)
+    said = re.search(r"the loader is slower than the step: (\d+\.\d) samples/s, the step alone (\d+\.\d)",
+                     capsys.readouterr().out)
+    assert bool(said) == is_told and (not said or float(said[1]) < 100)
 
 
 # ---- images ------------------------------------------------------------------------------------------------
