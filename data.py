@@ -681,7 +681,8 @@ def expand(sample, num_image_tokens: int, image_token_id: int, max_length: int, 
 
 
 def to_device(batch: dict, device) -> dict:
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()}
 
 
 def marked_text(sample, tokenizer) -> str:

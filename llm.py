@@ -139,7 +139,8 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped key-value heads. (B, S, C) -> (B, S, C)."""
+    """Causal self-attention with rotary positions and grouped key-value heads. (B, S, C) -> (B, R, C), of the
+    R positions from `first` on."""
 
     def __init__(self, config: LLMConfig, layer: int):
         super().__init__()
@@ -154,19 +155,21 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, visible, cache):
+    def forward(self, x, cos, sin, visible, cache, first):
         B, S, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, S, -1, self.head_dim))  # (B, S, H, head_dim)
+        R = S - first
+        q = self.q_norm(self.q_proj(x[:, first:]).view(B, R, -1, self.head_dim))  # (B, R, H, head_dim)
         k = self.k_norm(self.k_proj(x).view(B, S, -1, self.head_dim))  # (B, S, key heads, head_dim)
         v = self.v_proj(x).view(B, S, -1, self.head_dim)  # (B, S, key heads, head_dim)
         # turned before they are transposed: so attention's result lies in memory as the last line needs it
-        q, k, v = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+        q = rotate(q, cos[:, first:], sin[:, first:]).transpose(1, 2)  # (B, H, R, head_dim)
+        k, v = rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)  # (B, key heads, S, head_dim)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # now start + S keys, the cached ones first
-        is_causal = visible is None and (cache is None or S > 1)  # one query behind others sees them all
+        is_causal = visible is None and q.shape[2] == k.shape[2]  # else one query, which sees all
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal,
-                                           enable_gqa=k.shape[1] != q.shape[1])  # (B, H, S, head_dim)
-        return self.o_proj(x.transpose(1, 2).reshape(B, S, -1))  # (B, S, C)
+                                           enable_gqa=k.shape[1] != q.shape[1])  # (B, H, R, head_dim)
+        return self.o_proj(x.transpose(1, 2).reshape(B, R, -1))  # (B, R, C)
 
 
 class MLP(nn.Module):
@@ -183,7 +186,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: attention, then the MLP, each added to what came in. (B, S, C) -> (B, S, C)."""
+    """Pre-norm: attention, then the MLP, each added to what came in. (B, S, C) -> (B, R, C), of the R
+    positions from `first` on, which see those before, too."""
 
     def __init__(self, config: LLMConfig, layer: int):
         super().__init__()
@@ -192,8 +196,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, visible=None, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, visible, cache)
+    def forward(self, x, cos, sin, visible=None, cache=None, first=0):
+        x = x[:, first:] + self.self_attn(self.input_layernorm(x), cos, sin, visible, cache, first)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -225,8 +229,9 @@ class LLM(nn.Module):
     def embed(self, ids):
         return self.model.embed_tokens(ids)  # (B, S, C)
 
-    def hidden(self, embeds, mask=None, cache=None):
-        """Last hidden states (B, S, C), after the final norm, of embeddings (B, S, C).
+    def hidden(self, embeds, mask=None, cache=None, first: int = 0):
+        """Last hidden states (B, S - first, C), after the final norm, of embeddings (B, S, C). Those before
+        `first` are not asked for, and so the last block does not compute them: keys and values alone.
 
         `mask` (B, positions so far) is False at left padding; leave it out where nothing is padded on the
         left. Right padding needs no mask: attention is causal, so nothing real ever sees it. Positions count
@@ -243,12 +248,15 @@ class LLM(nn.Module):
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]  # (B, S)
         cos, sin = rope_tables(positions, rope_frequencies(self.config, embeds.device), embeds.dtype)
         visible = visible_positions(mask, start, S, embeds.device)
+        *blocks, last = self.model.layers
         x = embeds
-        for block in self.model.layers:
+        for block in blocks:
             x = block(x, cos, sin, visible, cache)
+        visible = visible_positions(mask, start, S, embeds.device, first) if first else visible
+        x = last(x, cos, sin, visible, cache, first)  # (B, S - first, C)
         if cache is not None:
             cache.advance(S)
-        return self.model.norm(x)  # (B, S, C)
+        return self.model.norm(x)  # (B, S - first, C)
 
     def logits(self, hidden):
         return F.linear(hidden, self.head_weight)  # (..., V)
@@ -278,8 +286,9 @@ class LLM(nn.Module):
         done = torch.zeros(B, dtype=torch.bool, device=embeds.device)
         new = []
         for length in range(S, S + max_new_tokens):
-            hidden = self.hidden(embeds, None if mask is None else mask[:, :length], cache)[:, -1]  # (B, C)
-            token = choose(self.logits(hidden), temperature, top_p)  # (B,)
+            seen = None if mask is None else mask[:, :length]
+            hidden = self.hidden(embeds, seen, cache, first=embeds.shape[1] - 1)  # (B, 1, C)
+            token = choose(self.logits(hidden[:, 0]), temperature, top_p)  # (B,)
             new.append(token.masked_fill(done, NO_TOKEN))
             done |= torch.isin(token, ends)
             if done.all():
@@ -328,21 +337,21 @@ def choose(logits, temperature: float, top_p: float):
     return tokens.gather(1, torch.multinomial(kept, 1))[:, 0]  # (B,)
 
 
-def visible_positions(mask, start: int, S: int, device):
-    """What each of S new queries may see, (B or 1, 1, S, start + S) boolean; None means plain causal
-    attention, which of a single query is all.
+def visible_positions(mask, start: int, S: int, device, first: int = 0):
+    """What each of S new queries, from `first` on, may see, (B or 1, 1, S - first, start + S) boolean; None
+    means plain causal attention, which of a single query is all.
 
     One explicit mask or `is_causal`, never both: where the two meet, a padded row can lose all its keys and
     turn to NaN. For the same reason every position may see itself, padding included.
     """
-    if mask is None and (start == 0 or S == 1):
+    if mask is None and (start + first == 0 or S - first == 1):
         return None
-    query = torch.arange(start, start + S, device=device)[:, None]  # (S, 1)
+    query = torch.arange(start + first, start + S, device=device)[:, None]  # (S - first, 1)
     key = torch.arange(start + S, device=device)[None]  # (1, start + S)
-    causal = key <= query  # (S, start + S)
+    causal = key <= query  # (S - first, start + S)
     if mask is None:
-        return causal[None, None]  # (1, 1, S, start + S)
-    return (causal & (mask[:, None, :] | (key == query)))[:, None]  # (B, 1, S, start + S)
+        return causal[None, None]  # (1, 1, S - first, start + S)
+    return (causal & (mask[:, None, :] | (key == query)))[:, None]  # (B, 1, S - first, start + S)
 
 
 # ------------------------------------------------------------------------------------------------------------

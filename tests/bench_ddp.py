@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from losses import start_ranks
 from train import DataParallelAdamW
 
 
@@ -36,8 +37,8 @@ class Traced(DataParallelAdamW):
 
 
 def main(pairs=60):
+    start_ranks()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     ours, theirs = build(), nn.parallel.DistributedDataParallel(build())
     our_optimizer = Traced(ours.parameters(), bucket_size=2**21)
     their_optimizer = torch.optim.AdamW(theirs.parameters(), weight_decay=0.0, fused=True)

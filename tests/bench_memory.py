@@ -32,6 +32,7 @@ def model_of(stage: str, checkpointing: str, contrastive: str, size: str, batch:
              **options) -> tuple:
     """(config, model, optimizer, terms, a batch) of random weights and data, on one thread. `text`: tokens of
     each row beside its image."""
+    losses.start_ranks()
     torch.set_num_threads(1)
     is_medium, device = size == "medium", torch.device("cpu")
     batch, text = batch or (16 if is_medium else 64), text or (200 if is_medium else 8)

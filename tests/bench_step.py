@@ -87,19 +87,22 @@ def flops_per_step(config, vlm) -> dict:
     counted.
 
     A weight costs 2 operations per token forward, 2 for the gradient of its input, 2 more for its own if it
-    learns; the head sees the supervised tokens alone. For attention see `attention_flops`. "patch" is pooling
+    learns; the head sees the supervised tokens alone and, in align, so do all of the last block but its keys
+    and values. For attention see `attention_flops`. "patch" is pooling
     and the products of all images with all captions; "prompt" the same products, and a pass of the LLM over
     the captions alone.
     """
     c, S, B, T = vlm.llm.config, train.row_length(config, vlm), config.batch, train.TEXT_TOKENS[config.stage]
     weights, vit = train.count_weights(vlm.llm.model.layers), vlm.vit
+    spared = weights / c.num_hidden_layers - 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
+    spared *= vlm.num_image_tokens if config.stage == "align" else 0  # times positions
     weight, tokens = (6 if config.stage == "instruct" else 4), vit.num_patches + vit.config.family.class_token
     run = vit.encoder["layers"][: vit.blocks_run]
     patches = vit.num_patches * train.count_weights(vit.embeddings.patch_embedding)
     products = 12 * B * B * c.hidden_size
     flops = {"vision": 2 * B * (tokens * train.count_weights(run) + patches),
              "projector": projector_flops(vlm, B),
-             "language": B * weight * (S * weights + T * c.vocab_size * c.hidden_size),
+             "language": B * weight * (S * weights - spared + T * c.vocab_size * c.hidden_size),
              "attention": attention_flops(config, vlm)}
     contrastive = {"patch": products + 3 * B * (vlm.num_image_tokens + T) * c.hidden_size,
                    "prompt": products + 2 * B * T * weights}

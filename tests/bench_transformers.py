@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bench_step
 import data
+import losses
 import train
 from llm import LLMConfig
 from projector import VLM
@@ -197,6 +198,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device, report = torch.device(args.device), {}
+    losses.start_ranks()  # theirs, too, has our way with the C library's memory
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     name = f"CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name

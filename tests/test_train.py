@@ -617,6 +617,24 @@ def test_the_log_shows_the_gradients_at_the_cut(linear_vlm, llama_folder, contra
     assert line["word_norm"] == pytest.approx(words.norm(dim=-1).mean().item(), rel=1e-5)
 
 
+def test_the_last_block_computes_what_the_losses_read(linear_vlm, llama_folder):
+    """The positions before the first answer are spared where they are most of the row. Losses and gradients
+    are those of all positions."""
+    tokenizer, found = data.load_tokenizer(llama_folder), {}
+    for template, n, is_spared in (("plain", 5, True), ("v1", 999, True), ("plain", 999, False)):
+        m = collated([sample | {"ids": sample["ids"][:n], "roles": sample["roles"][:n]}
+                      for sample in conversation_samples(tokenizer, template)])
+        places, patches = losses.find_places(linear_vlm, m), linear_vlm.encode(m["pixels"]).detach()
+        whole = places | {"first": 0, "supervised_places": losses.supervised_places(m["labels"])}
+        for name, where in (("part", places), ("whole", whole)):
+            cut = patches.clone().requires_grad_()
+            loss, states = losses.caption_pass(linear_vlm, m | where, cut)
+            (loss + states.square().sum()).backward()
+            found[name] = loss, states, cut.grad
+        torch.testing.assert_close(found["part"], found["whole"])
+        assert (places["first"] > 0) == is_spared
+
+
 def test_the_share_is_met(linear_vlm, llama_folder):
     """Exactly at the first step, where there is nothing to average; roughly later."""
     lines, _ = first_steps(linear_vlm, llama_folder, 8, contrastive="both", contrastive_balance=0.3)
