@@ -373,9 +373,9 @@ def start_ranks() -> torch.device:
 
 
 def keep_freed_memory():
-    """Tell the C library, if it is glibc, to keep what is freed for the next tensor, as PyTorch does on a GPU.
-    Else it gives each large tensor back to the system, whose pages come cleared and one by one: a tenth of a
-    step's time."""
+    """Tell the C library, if it is glibc, to keep what is freed for the next tensor, as PyTorch does on a
+    GPU. Else it gives each large tensor back to the system, whose pages come cleared and one by one: a tenth
+    of a step's time."""
     with suppress(OSError, AttributeError, TypeError):  # macOS, Windows, other libraries
         c = ctypes.CDLL(None)
         c.mallopt(-4, 0)  # M_MMAP_MAX: no tensor is a mapping of its own

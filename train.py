@@ -106,8 +106,8 @@ class Config:
                                           "else random ones, spread over ranks and micro-batches by length")
 
 
-# tiny: rates that did best on the toy world's validation split. 7b, 13b: LLaVA-1.5's, after 1,000 steps of the
-# patch loss. On real towers that helped most (lab/README.md); the papers' plain sum: --contrastive patch.
+# tiny: rates that did best on the toy world's validation split. 7b, 13b: LLaVA-1.5's, after 1,000 steps of
+# the patch loss. On real towers that helped most (lab/README.md); the papers' plain sum: --contrastive patch.
 LLAVA = {
     "common": dict(vit="openai/clip-vit-large-patch14-336", llm="lmsys/vicuna-7b-v1.5", benchmarks="data",
                    workers=4, checkpointing="every", save_every=500),
@@ -522,13 +522,24 @@ def memory_sum(config, vlm, dtype, rows: int, length: int) -> dict:
     return {name: size / 2**30 for name, size in sums.items()}
 
 
+def in_words(config) -> str:
+    """The contrastive loss, and how it is weighed where it is not the papers' plain sum."""
+    words, share = config.contrastive, config.contrastive_balance
+    if config.contrastive_first:
+        words += f", alone in the first {config.contrastive_first} steps"
+    if share or config.contrastive_weight != 1:
+        words += ", then at " if config.contrastive_first else ", at "
+        words += f"{share} of the captioning gradient" if share else f"weight {config.contrastive_weight:g}"
+    return words
+
+
 def print_plan(config, vlm, device, dtype, steps, largest):
     """What a reader wants to know before the first step; `largest`: rows and their tokens of the largest
     micro-batch. ValueError where a rank's memory cannot hold it."""
     why = "a GPU" if torch.cuda.is_available() else "no GPU"
     say(f"\nstage {config.stage}, preset {config.preset} ({why} here): {steps} steps of {config.batch} on "
         f"{world_size()} rank(s) in micro-batches of {data.split_batch(config, world_size())[0]}; "
-        f"contrastive loss: {config.contrastive}")
+        f"contrastive loss: {in_words(config)}")
     if config.preset == "small":
         say("the learning rates of this preset are a guess: nobody has tuned them")
     say(f"{'module':<12}{'parameters':>16}{'learning':>16}  source")

@@ -3,6 +3,7 @@ the plan.
 
     torchrun --nproc_per_node=8 train.py --preset 7b --stage align --dry_run     # train.py starts this script
     python tests/bench_step.py --preset small --stage align --batch 4 --micro_batch 4
+    python tests/bench_step.py --costs    # the README's table of hours: arithmetic, nothing is run
 
 Three steps with random weights and random data; nothing is written. Takes every option of train.py. The last
 line printed is one JSON object. Not a test: machines vary.
@@ -161,7 +162,27 @@ def dry_run(config, device):
         "predicted_gib": round(sum(train.memory_sum(config, plan, dtype, *largest).values()), 2)}))
 
 
+RECORDS = {"align": 558128, "instruct": 665298}  # of LLaVA's two lists
+
+
+def cost(preset: str) -> str:
+    """A line of the README's table: GPU-hours at 40 % of the peak, what checkpointing runs again counted."""
+    steps, hours = [], []
+    for stage in ("align", "instruct"):
+        config = train.configure(stage, {"preset": preset})
+        vlm = train.outline(config, *shapes_of(config))
+        flops, count = flops_per_step(config, vlm), config.steps or -(-RECORDS[stage] // config.batch)
+        again = 0.5 if stage == "align" else 1 / 3  # a forward more, of 2 or 3
+        flops["language"] *= 1 + again * (config.checkpointing == "every")
+        first = config.contrastive_first * (flops["vision"] + flops["projector"])
+        steps.append(f"{config.contrastive_first:,} + " * (config.contrastive_first > 0) + f"{count:,}")
+        hours.append((count * sum(flops.values()) + first) / (0.4 * PEAK_FLOPS["H100"]) / 3600)
+    return f"| `{preset}` | {steps[0]} | {steps[1]} | {hours[0]:.1f} + {hours[1]:.1f} |"
+
+
 def main():
+    if sys.argv[1:] == ["--costs"]:
+        return print("\n".join(map(cost, SHAPES)))
     given = train.parse_args()
     given.pop("dry_run", None)
     stages = ["align", "instruct"] if given.get("stage", "all") == "all" else [given["stage"]]

@@ -57,7 +57,8 @@ class SlowSamples(torch.utils.data.Dataset):
 def test_a_loader_slower_than_the_step_is_told(capsys, of_loader, of_step, is_told):
     vlm = SimpleNamespace(num_image_tokens=4, image_token_id=-200, vit=SimpleNamespace(config=TOWER),
                           llm=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64)))
-    for _ in data.make_loader(Config(batch=1), SlowSamples(of_loader), vlm, [[[0]]] * 25, torch.device("cpu")):
+    steps, cpu = [[[0]]] * 25, torch.device("cpu")
+    for _ in data.make_loader(Config(batch=1), SlowSamples(of_loader), vlm, steps, cpu):
         time.sleep(of_step)
     said = re.search(r"the loader is slower than the step: (\d+\.\d) samples/s, the step alone (\d+\.\d)",
                      capsys.readouterr().out)

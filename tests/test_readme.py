@@ -4,6 +4,7 @@ long a function may be, and a line."""
 import ast
 import re
 
+import bench_step
 import pytest
 from conftest import ROOT
 
@@ -25,6 +26,11 @@ def test_every_test_that_the_readme_names_exists():
     written = "".join((ROOT / name).read_text() for name in TESTS)
     for name in re.findall(r"`(test_\w+)`", README):
         assert f"def {name}(" in written, name
+
+
+@pytest.mark.parametrize("preset", bench_step.SHAPES)
+def test_the_hours_are_those_of_the_arithmetic(preset):
+    assert bench_step.cost(preset) in README
 
 
 # ---- who may import what -----------------------------------------------------------------------------------

@@ -71,16 +71,27 @@ def test_presets_name_existing_fields():
 
 @pytest.mark.parametrize("given, first, weight, balance", [
     ({}, 1000, 0.0, 0.0),  # contrast first, captioning alone after it
-    ({"contrastive": "patch"}, 0, 1.0, 0.0), ({"contrastive": "prompt"}, 0, 1.0, 0.0),  # the papers' plain sums
+    ({"contrastive": "patch"}, 0, 1.0, 0.0), ({"contrastive": "prompt"}, 0, 1.0, 0.0),  # the papers'
     ({"contrastive": "none"}, 0, 1.0, 0.0), ({"contrastive_first": 0}, 0, 1.0, 0.0),
     ({"contrastive_balance": 0.1}, 1000, 0.0, 0.1),  # and a share held after it
     ({"contrastive_weight": 2.0}, 1000, 2.0, 0.0),
     ({"contrastive": "both", "contrastive_first": 9}, 9, 1.0, 0.0)])
-def test_full_scale_puts_contrast_first_and_a_loss_that_is_named_is_a_plain_sum(given, first, weight, balance):
+def test_full_scale_puts_contrast_first_and_a_named_loss_is_a_plain_sum(given, first, weight, balance):
     for preset in ("small", "7b", "13b"):
         config = train.configure("align", {"preset": preset} | given)
         found = config.contrastive_first, config.contrastive_weight, config.contrastive_balance
         assert found == (first, weight, balance)
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"contrastive": "none"}, "none"), ({"contrastive": "both"}, "both"),
+    ({}, "patch, alone in the first 1000 steps, then at weight 0"),
+    ({"contrastive_balance": 0.1},
+     "patch, alone in the first 1000 steps, then at 0.1 of the captioning gradient"),
+    ({"contrastive": "patch", "contrastive_balance": 0.1}, "patch, at 0.1 of the captioning gradient"),
+    ({"contrastive": "prompt", "contrastive_weight": 3.0}, "prompt, at weight 3")])
+def test_the_plan_says_how_the_contrastive_loss_is_weighed(given, words):
+    assert train.in_words(train.configure("align", {"preset": "7b"} | given)) == words
 
 
 @pytest.mark.parametrize("given, prompt", [
