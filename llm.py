@@ -166,7 +166,7 @@ class Attention(nn.Module):
         k, v = rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)  # (B, key heads, S, head_dim)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # now start + S keys, the cached ones first
-        is_causal = visible is None and q.shape[2] == k.shape[2]  # else one query, which sees all
+        is_causal = visible is None and (cache is None or S > 1)  # one query behind others sees them all
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal,
                                            enable_gqa=k.shape[1] != q.shape[1])  # (B, H, R, head_dim)
         return self.o_proj(x.transpose(1, 2).reshape(B, R, -1))  # (B, R, C)
@@ -344,7 +344,7 @@ def visible_positions(mask, start: int, S: int, device, first: int = 0):
     One explicit mask or `is_causal`, never both: where the two meet, a padded row can lose all its keys and
     turn to NaN. For the same reason every position may see itself, padding included.
     """
-    if mask is None and (start + first == 0 or S - first == 1):
+    if mask is None and (start + first == 0 or S == 1):
         return None
     query = torch.arange(start + first, start + S, device=device)[:, None]  # (S - first, 1)
     key = torch.arange(start + S, device=device)[None]  # (1, start + S)
