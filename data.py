@@ -479,16 +479,26 @@ def tokenise(pieces, tokenizer, has_image: bool) -> tuple:
 
 
 def tokenise_text(pieces, tokenizer) -> tuple:
-    """(ids, roles) of pieces in a row. A token over two of them is harmless between an answer and its end,
-    which both carry loss (Llama 3 and Qwen have one token for ".\\n"). Elsewhere it is an error."""
+    """(ids, roles) of pieces in a row."""
     names, _, private, real = specials_of(tokenizer)
-    text, role_of, roles, end = "", [], [], 0  # role_of: of each character
+    text, role_of = "", []  # role_of: of each character
     for part, role in pieces:
         part = disguised(part, tokenizer, WRITTEN)  # what still bears its name is the template's
         part = re.sub("[\U000F0000-\U000FFFFF]", lambda found: names[ord(found[0]) - TYPED], part)
         text, role_of = text + part, role_of + [role] * len(part)
     tokens = private.encode(text, add_special_tokens=False)
-    ids = [real.get(i, i) for i in tokens.ids]
+    ids, roles = [real.get(i, i) for i in tokens.ids], token_roles(tokens, text, role_of)
+    if max(ids, default=0) >= getattr(tokenizer, "rows", math.inf):
+        name = tokenizer.convert_ids_to_tokens(max(ids))
+        raise ValueError(f"the LLM has no embedding for {name!r}: it has {tokenizer.rows}")
+    return ids, roles
+
+
+def token_roles(tokens, text: str, role_of: list) -> list:
+    """The role of each token of the text, whose characters have the roles `role_of`. A token over two pieces
+    is harmless between an answer and its end, which both carry loss (Llama 3 and Qwen have one token for
+    ".\\n"). Elsewhere it is an error."""
+    roles, end = [], 0
     for name, (start, stop) in zip(tokens.tokens, tokens.offsets):
         start = min(start, end) if name.startswith("Ġ") else start  # a leading space that some do not count
         end = max(end, stop)
@@ -497,10 +507,7 @@ def tokenise_text(pieces, tokenizer) -> tuple:
         if CONTEXT in covered and len(covered) > 1:
             raise ValueError(f"the tokenizer joins {text[start:stop]!r}: no boundary for labels")
         roles.append(ANSWER if ANSWER in covered else covered.pop())
-    if max(ids, default=0) >= getattr(tokenizer, "rows", math.inf):
-        name = tokenizer.convert_ids_to_tokens(max(ids))
-        raise ValueError(f"the LLM has no embedding for {name!r}: it has {tokenizer.rows}")
-    return ids, roles
+    return roles
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -200,8 +200,13 @@ def test_llava_vectors(name, legacy):
         assert text_of(ids, tokenizer) == text  # the text beside the ids above is true
     pieces = data.TEMPLATES[template](data.clean_turns(sample), tokenizer)
     ids, roles = data.tokenise(pieces, tokenizer, "image" in sample)
-    assert ids == [i for _, part, _ in parts for i in part]
-    assert [role != CONTEXT for role in roles] == [has_loss for _, part, has_loss in parts for _ in part]
+    assert ids == [i for _, part, _ in parts for i in part], (
+        "other ids than LLaVA's: a piece was tokenised on its own, or the image stands elsewhere")
+    said = text_of([i for i, role in zip(ids, roles) if role != CONTEXT], tokenizer)
+    expected = [has_loss for _, part, has_loss in parts for _ in part]
+    assert [role != CONTEXT for role in roles] == expected, (
+        f"the labels are off, by one perhaps: what carries loss reads {said!r}. A role is that of the token "
+        "itself; the loss alone looks one token ahead")
 
 
 @pytest.mark.parametrize("answer, first", [("5", 29871), ("\nA b", 29871)])

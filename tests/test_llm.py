@@ -11,7 +11,7 @@ import transformers
 from conftest import ROOT, assert_close, llama_config, shaken
 from safetensors.torch import save_file
 
-from llm import LLM, NO_TOKEN, KVCache, choose, load_llm_config
+from llm import LLM, NO_TOKEN, KVCache, choose, load_llm_config, rope_tables, rotate
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -52,6 +52,21 @@ def test_logits_and_gradients_equal_transformers(tmp_path, family):
     for name, parameter in ours.named_parameters():
         assert_close(parameter.grad, gradients.pop(name))
     assert not gradients
+
+
+def test_rotate_turns_pairs_half_a_head_apart():
+    """As complex numbers: dimension i is the real part and i + half the imaginary one."""
+    x, positions = torch.randn(2, 5, 3, 8), torch.arange(5)[None]
+    frequencies = torch.tensor([1.0, 0.3, 0.1, 0.02])
+    turned = rotate(x, *rope_tables(positions, frequencies, torch.float32))
+    assert turned.shape == x.shape
+    assert torch.allclose(turned[:, 0], x[:, 0]), "position 0 has an angle of 0: nothing turns"
+    assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1)), (
+        "lengths change: this is no rotation, a sign or one of the two products is wrong")
+    angles = (positions[..., None] * frequencies)[:, :, None]  # (1, S, 1, half)
+    expected = torch.view_as_real(torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(()), angles))
+    assert torch.allclose(turned, torch.cat([expected[..., 0], expected[..., 1]], dim=-1), atol=1e-6), (
+        "turned the wrong way round, or other pairs: dimension i goes with i + half, not 2 i with 2 i + 1")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

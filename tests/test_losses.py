@@ -47,8 +47,11 @@ def test_contrastive_loss_equals_the_triple_loop():
     expected = -sum(image_to_text[i, i] + text_to_image[i, i] for i in range(B)) / (2 * B)
     image, text = losses.pool_patches(patches), losses.pool_caption(embeds, mask)
     loss, accuracy = losses.contrastive_loss(image, text, torch.tensor(scale), torch.arange(B)[:, None])
-    assert torch.allclose(loss, expected)
-    assert accuracy == sum(s[i].argmax() == i for i in range(B)) / B
+    assert torch.allclose(loss, expected), (
+        "not the InfoNCE of the definition: one direction alone, the scale left out, or a sum in place of "
+        "the mean over both directions and all rows")
+    assert accuracy == sum(s[i].argmax() == i for i in range(B)) / B, (
+        "the accuracy is the part of images whose most similar caption is their own")
     assert torch.allclose(image @ text.T, s, atol=1e-6)  # the identity that spares the triple loop
 
 
@@ -67,7 +70,8 @@ def test_equal_captions_are_not_negatives():
     s = image @ text.T
     s[0, 2] = s[2, 0] = -math.inf
     expected = (F.cross_entropy(s, torch.arange(4)) + F.cross_entropy(s.T, torch.arange(4))) / 2
-    assert torch.allclose(losses.contrastive_loss(image, text, torch.tensor(1.0), keys)[0], expected)
+    assert torch.allclose(losses.contrastive_loss(image, text, torch.tensor(1.0), keys)[0], expected), (
+        "an equal caption counts as a negative, or a pair's own place, the positive, was masked with it")
 
 
 def test_one_picture_with_two_captions_is_no_negative_of_itself():
@@ -77,7 +81,8 @@ def test_one_picture_with_two_captions_is_no_negative_of_itself():
     s = image @ text.T
     s[1, 3] = s[3, 1] = -math.inf
     expected = (F.cross_entropy(s, torch.arange(4)) + F.cross_entropy(s.T, torch.arange(4))) / 2
-    assert torch.allclose(losses.contrastive_loss(image, text, torch.tensor(1.0), keys)[0], expected)
+    assert torch.allclose(losses.contrastive_loss(image, text, torch.tensor(1.0), keys)[0], expected), (
+        "rows that share any one of their keys, here the image's, are no negatives of each other")
 
 
 def test_padding_and_empty_captions():
@@ -111,6 +116,24 @@ def test_one_batch_can_be_learned():
     assert history[0] > math.log(16) * 0.8 and history[-1] < 0.01 and accuracy == 1
 
 
+@pytest.mark.exercise
+def test_max_pooling_takes_the_largest_of_each_channel():
+    """Grades an exercise: `pool_patches` with the maximum in place of the mean, and all else as it was."""
+    patches = torch.randn(2, 5, 8, requires_grad=True)
+    image = losses.pool_patches(patches)
+    assert image.shape == (2, 8), f"{tuple(image.shape)}: not (B, C): another axis than the patches' is gone"
+    assert torch.allclose(image.norm(dim=1), torch.ones(2)), "the vectors have lost their length of 1"
+    largest = torch.stack([torch.stack([max(column) for column in rows.T]) for rows in patches])  # (B, C)
+    assert torch.allclose(image, losses.unit(largest)), (
+        "not the largest number of each channel: still the mean, the largest by magnitude, or that of "
+        "patches that were made unit vectors first")
+    image[:, 0].sum().backward()
+    assert ((patches.grad != 0).sum(1) == 1).all(), (
+        "in each channel one patch has the maximum, and it alone gets a gradient")
+    assert losses.pool_patches(patches.bfloat16()).dtype == torch.float32, "unit vectors come in fp32"
+    test_one_batch_can_be_learned()
+
+
 # ---- several ranks -----------------------------------------------------------------------------------------
 
 
@@ -134,6 +157,11 @@ def gradients(rows) -> tuple:
     return loss.detach(), accuracy, patches.grad, embeds.grad, scale.log_scale.grad
 
 
+def compared(a, b) -> str:
+    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    return f"{a.norm() / b.norm():.2f} of the length and a cosine of {cosine:.2f}"
+
+
 def gradients_of_rank(rank, world):
     share = 8 // world
     return gradients(slice(rank * share, (rank + 1) * share))
@@ -143,8 +171,12 @@ def gradients_of_rank(rank, world):
 def test_any_number_of_ranks_gives_the_gradient_of_one(ranks, world):
     loss, accuracy, patches, embeds, log_scale = gradients(slice(None))
     shares = list(zip(*ranks(world, gradients_of_rank)))
-    assert torch.allclose(sum(shares[0]), loss, rtol=1e-6)
+    assert torch.allclose(sum(shares[0]), loss, rtol=1e-6), (
+        "the ranks' losses do not add up to that of one process: local rows meet the columns of all ranks, "
+        "own pairs stand rank * B further on, and the sum is divided by the rows of all ranks")
     assert torch.allclose(sum(shares[1]), accuracy)
-    assert torch.allclose(torch.cat(shares[2]), patches, rtol=1e-5, atol=1e-8)
-    assert torch.allclose(torch.cat(shares[3]), embeds, rtol=1e-5, atol=1e-8)
+    for found, expected in ((shares[2], patches), (shares[3], embeds)):
+        assert torch.allclose(torch.cat(found), expected, rtol=1e-5, atol=1e-8), (
+            f"beside one process's, the ranks' gradient has {compared(torch.cat(found), expected)}: a row "
+            "enters the loss of every rank, and its gradient is the sum of what all of them say about it")
     assert torch.allclose(sum(shares[4]), log_scale, rtol=1e-6)

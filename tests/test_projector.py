@@ -105,7 +105,9 @@ def test_splice_equals_a_plain_loop(vlm):
             if ids[b, s] == IMAGE_TOKEN_ID:
                 expected[b, s] = patches[image // 16, image % 16]
                 image += 1
-    assert torch.equal(vlm.splice(ids, patches), expected)
+    assert torch.equal(vlm.splice(ids, patches), expected), (
+        "patches are not where their placeholders are, in reading order: row by row, image by image, patch "
+        "by patch; or another token has lost its embedding")
 
 
 def test_splice_refuses_wrong_counts(vlm):
@@ -120,7 +122,9 @@ def test_text_only_batch_gives_the_projector_a_zero_gradient(vlm):
     vlm.llm.requires_grad_()
     embeds = vlm.splice(torch.tensor([row(4, 0, 4)]), vlm.encode(torch.zeros(1, 3, 32, 32)))
     embeds.square().sum().backward()
-    assert all((p.grad == 0).all() for p in vlm.projector.parameters())
+    assert all(p.grad is not None and (p.grad == 0).all() for p in vlm.projector.parameters()), (
+        "a batch of text leaves the projector no gradient of zero: its patches must be in the graph though "
+        "none of them is used, or the other ranks would wait for this one")
 
 
 def test_encode_gives_the_frozen_vit_no_gradient(vlm):

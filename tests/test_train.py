@@ -217,9 +217,13 @@ def test_equals_torch_adamw_on_any_number_of_ranks(ranks, world, shard, micro):
     weights, norms = torch_run()
     assert [was_changed for was_changed, _, _ in found] == [False] + [True] * (world - 1)
     for _, our_weights, our_norms in found:
-        assert our_norms == pytest.approx(norms, rel=1e-12)
-        assert torch.equal(torch.stack(our_weights), torch.stack(found[0][1]))
-        assert torch.allclose(torch.stack(our_weights), torch.stack(weights), rtol=1e-10, atol=1e-12)
+        assert our_norms == pytest.approx(norms, rel=1e-12), (
+            "the gradient is not that of one process with the whole batch: a sum over the ranks is left out, "
+            "or is a mean; or a step kept the gradient of the one before")
+        assert torch.equal(torch.stack(our_weights), torch.stack(found[0][1])), "the ranks drift apart"
+        assert torch.allclose(torch.stack(our_weights), torch.stack(weights), rtol=1e-10, atol=1e-12), (
+            "other weights than those of torch's AdamW from the same gradients: clipped otherwise, or "
+            "updated before all was summed")
 
 
 def odd_resumed(rank, world, shard, dtype, steps=4):
@@ -267,10 +271,10 @@ def test_buckets_leave_while_backward_goes_on():
     model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(6)))
     optimizer = Witness(model.parameters(), bucket_size=128)
     model(torch.randn(2, 8)).sum().backward()
-    assert optimizer.sent is None  # a micro-batch that is not the last sends nothing
+    assert optimizer.sent is None, "a micro-batch that is not the last sends nothing"
     optimizer.last_backward()
     model(torch.randn(2, 8)).sum().backward()
-    assert optimizer.sent == [4, 2, 0]
+    assert optimizer.sent == [4, 2, 0], "a bucket is sent as soon as its last gradient is in, not at the end"
 
 
 def test_an_optimizer_out_of_scope_is_freed():
@@ -297,7 +301,7 @@ def test_second_step_remembers_no_gradient():
     layer(torch.ones(1, 3)).sum().backward()
     assert optimizer.step(1e-2) > 0
     (0 * layer(torch.ones(1, 3)).sum()).backward()
-    assert optimizer.step(1e-2) == 0
+    assert optimizer.step(1e-2) == 0, "the step has not forgotten the gradients of the one before"
 
 
 def test_small_updates_survive_bfloat16():
@@ -317,8 +321,9 @@ def test_float16_skips_a_step_that_overflows():
     weight = nn.Parameter(torch.ones(4).half())
     optimizer = DataParallelAdamW([weight])
     (weight.float().sum() * math.inf).backward()
-    assert not math.isfinite(optimizer.step(1e-2))
-    assert optimizer.loss_scale == 2.0**15 and (weight == 1).all() and not optimizer.adamw.state
+    assert not math.isfinite(optimizer.step(1e-2)), "the norm is returned, also where it is not finite"
+    assert optimizer.loss_scale == 2.0**15 and (weight == 1).all() and not optimizer.adamw.state, (
+        "a float16 step that overflows halves the loss scale, and changes no weight and no moment")
     (optimizer.loss_scale * (weight.float() * 1e-9).sum()).backward()  # 1e-9 alone is zero in float16
     assert optimizer.step(1e-2) == pytest.approx(2e-9, rel=1e-2)
     assert (weight < 1).all()
@@ -331,7 +336,7 @@ def test_gradients_that_are_not_finite_change_nothing():
     (layer(torch.ones(1, 2)).sum() * math.nan).backward()
     with pytest.raises(ValueError, match="not finite"):
         optimizer.step(1e-2)
-    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.weight, before), "the norm is looked at before the update"
 
 
 # ---- gradient checkpointing --------------------------------------------------------------------------------
@@ -372,16 +377,19 @@ def chain(checkpointing, shared=False, needs_grad=True):
 def test_checkpointing_changes_no_bit(shared, needs_grad):
     """With dropout, one module used four times, an input that needs no gradient; hooks fire once."""
     plain, ours = chain(False, shared, needs_grad), chain(True, shared, needs_grad)
-    assert torch.equal(plain[0], ours[0])
+    assert torch.equal(plain[0], ours[0]), "the output is not the function's own"
     assert (plain[1] is None and ours[1] is None) or torch.equal(plain[1], ours[1])
-    assert all(torch.equal(a, b) for a, b in zip(plain[2], ours[2], strict=True))
-    assert plain[3] == ours[3] == len(plain[2])
+    assert all(torch.equal(a, b) for a, b in zip(plain[2], ours[2], strict=True)), (
+        "other gradients: the second run drew other random numbers, or what it saved is given out in another "
+        "order")
+    assert plain[3] == ours[3] == len(plain[2]), (
+        "a hook fired for every use of a shared layer: the second run must not call backward itself")
 
 
 def test_checkpointing_leaves_the_random_state_alone():
     """What is drawn after a step does not depend on whether its blocks ran twice."""
     drawn = [(chain(checkpointing), torch.rand(3))[1] for checkpointing in (False, True)]
-    assert torch.equal(*drawn)
+    assert torch.equal(*drawn), "the second run has moved the random state of those who come after it"
 
 
 def saved_bytes(llm, ids):
@@ -405,7 +413,9 @@ def test_checkpointing_saves_memory_in_the_llm(llama_folder):
         train.checkpoint_blocks(llm.model.layers, which)
         held[which], gradients[which] = saved_bytes(llm, ids)
     print("bytes held for backward:", held)
-    assert held["every"] < 0.5 * held["none"] and held["every"] < held["every-other"] < held["none"]
+    assert held["every"] < 0.5 * held["none"] and held["every"] < held["every-other"] < held["none"], (
+        f"checkpointed blocks keep {held['every'] / held['none']:.0%} of the bytes of plain ones: what "
+        "autograd wants to save must be let go, and be computed again")
     for which in ("every-other", "every"):
         assert all(torch.equal(a, b) for a, b in zip(gradients["none"], gradients[which], strict=True))
 
@@ -650,10 +660,12 @@ def test_the_share_is_met(linear_vlm, llama_folder):
     """Exactly at the first step, where there is nothing to average; roughly later."""
     lines, _ = first_steps(linear_vlm, llama_folder, 8, contrastive="both", contrastive_balance=0.3)
     for name in ("patch", "prompt"):
-        assert lines[0][f"{name}_ratio"] == pytest.approx(0.3, rel=1e-6)
+        assert lines[0][f"{name}_ratio"] == pytest.approx(0.3, rel=1e-6), (
+            "the weighted gradient is not the share of the captioning loss's: the weight is the share times "
+            "the ratio of their norms, the roots of `squares`, and not the share alone")
         assert lines[0][f"{name}_weight"] != pytest.approx(1, rel=0.01)
     found = [line["patch_ratio"] for line in lines if "patch_ratio" in line]
-    assert all(0.2 < ratio < 0.45 for ratio in found)
+    assert all(0.2 < ratio < 0.45 for ratio in found), "the share is met at first and lost in later steps"
 
 
 def test_measuring_the_prompted_loss_does_not_change_the_gradient(linear_vlm, llama_folder, monkeypatch):
