@@ -31,6 +31,7 @@ import re
 import string
 import sys
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -965,10 +966,19 @@ def run_benches(ckpt, args, device):
         raise ValueError(f"failed: {', '.join(failed)}" if there else f"{root}: no benchmark is there")
 
 
+def of_last_run() -> tuple:
+    """(the last run, its folder of benchmarks), for --help alone."""
+    with suppress(OSError, ValueError, AttributeError):  # none, or a damaged one: told when it is used
+        return (run := last_run()), read_json(run / "config.json").get("benchmarks")
+    return "none", "none"
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", nargs="+", help="run directories (default: the last run)")
+    what, examples, *more = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(description="\n\n".join([what, *more]), epilog=f"examples:\n{examples}",
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run, benchmarks = (str(value).replace("%", "%%") for value in of_last_run())
+    parser.add_argument("--ckpt", nargs="+", help=f"run directories [the last: {run}]")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--bench", choices=[*BENCHES, "all", "retrieval"])
     what.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")
@@ -976,17 +986,18 @@ def parse_args(argv=None):
                                                       "stdin, until an empty one")
     add = parser.add_argument_group("benchmarks and retrieval").add_argument
     add("--data", help="the benchmark's folder; all: the folder of these; retrieval: a LLaVA JSON of "
-                       "captions (default: the `benchmarks` of the run's config)")
-    add("--split", help="the benchmark's split, category or part of its file's name")
-    add("--limit", type=int, help="only the first so many questions")
+                       f"captions [the `benchmarks` of the run's config; of the last: {benchmarks}]")
+    splits = ", ".join(f"{name} {bench.split}" for name, bench in BENCHES.items() if bench.split)
+    add("--split", help=f"the benchmark's split, category or part of its file's name [{splits}]")
+    add("--limit", type=int, help="only the first so many questions [all]")
     add("--score", choices=["likelihood"], help="also by the likeliest option")
     add("--floors", action="store_true", help="also chance, the commonest answer, the model without picture")
-    add("--submit", type=Path, help="file for a server or judge (default: BENCH-submit in the run directory)")
-    add("--images", help="retrieval: the folder of the pictures (default: likewise)")
+    add("--submit", type=Path, help="file for a server or judge [BENCH-submit in the run directory]")
+    add("--images", help="retrieval: the folder of the pictures [likewise, images/]")
     add = parser.add_argument_group("one picture").add_argument
-    add("--max_new_tokens", type=int, default=64, help="most tokens of the answer")
-    add("--temperature", type=float, default=0.0, help="of the answer; 0: greedy")
-    add("--top_p", type=float, default=1.0, help="the likeliest that hold this much")
+    add("--max_new_tokens", type=int, default=64, help="most tokens of the answer [%(default)s]")
+    add("--temperature", type=float, default=0.0, help="of the answer; 0: greedy [%(default)s]")
+    add("--top_p", type=float, default=1.0, help="the likeliest that hold this much [%(default)s]")
     args = parser.parse_args(argv)
     writers = [name for name, bench in BENCHES.items() if bench.submit]
     if (args.split and args.bench not in BENCHES) or (args.images and args.bench != "retrieval"):

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -906,6 +907,26 @@ def test_likelihood_and_floors_stand_beside_the_score(own_run, root, capsys, mon
 def test_the_blind_model_gets_the_same_question_without_the_picture(root):
     question, blind = load("gqa", root / "GQA")[0], evaluation.without_picture(load("gqa", root / "GQA"))[0]
     assert blind["image"] is None and f"<image>\n{blind['prompt']}" == question["prompt"]
+
+
+def test_help_shows_the_values_in_force(run, tmp_path, monkeypatch, capsys):
+    """Of the last run, if there is one; a damaged one spoils no help."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    found = []
+    for config in (None, '{"benchmarks": "50%"}', "[]", "{"):
+        if config:
+            (tmp_path / "runs/last").write_text("runs/mine")
+            (tmp_path / "runs/mine/config.json").write_text(config)
+        with pytest.raises(SystemExit) as end:
+            evaluation.main(["--help"])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        found.append(re.findall(r"the last: (.*?)\]", text))
+        assert "scienceqa test, seed image" in text and "[64]" in text
+        assert text.index("--top_p TOP_P") < text.index("examples:") < text.index("python eval.py --chat")
+    assert found == [["none", "none"], ["runs/mine", "50%"], ["none", "none"], ["none", "none"]]
 
 
 def test_no_run_yet(tmp_path, monkeypatch):
