@@ -1,9 +1,11 @@
-"""Questions to a trained model: benchmarks by their official rules, retrieval, one question, one picture.
+"""Questions to a trained model: benchmarks by their official rules, retrieval, or one picture that is asked
+about.
 
     python eval.py --bench scienceqa                              # the last run, on its preset's ScienceQA
     python eval.py --bench scienceqa --ckpt runs/7b/instruct --data data/ScienceQA --score likelihood --floors
     torchrun --nproc_per_node=8 eval.py --bench all --data data   # every benchmark that lies there
     python eval.py --ask picture.png "What color is the shape?"
+    python eval.py --chat picture.png                             # several turns: a question a line
     python eval.py --bench retrieval                              # pictures against captions, no answers
 
 A score is only as good as its prompt, its parser and its denominator: published ScienceQA numbers of one and
@@ -29,6 +31,7 @@ import re
 import string
 import sys
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -67,14 +70,16 @@ def load_run(folder, device) -> tuple:
 
 def to_samples(vlm, tokenizer, question: dict, template: str, *answers) -> list:
     """As data.collate takes them: the question, open for an answer, with its picture; then, for each of
-    `answers`, the question with that, without end token and picture."""
+    `answers`, the question with that, without end token and picture. Where the question has turns "before"
+    it, these stand there."""
     name, has_image, samples = f"question {question['id']!r}", question["image"] is not None, []
     name = f"{question['file']}: {name}" if "file" in question else name
     with named(name):
         for answer in (None, *answers):
-            turns = [("human", question["prompt"])] + ([] if answer is None else [("gpt", answer)])
-            pieces = [piece for piece in data.TEMPLATES[template](turns, tokenizer) if piece[1] != data.END]
-            ids, roles = data.tokenise(pieces, tokenizer, has_image)
+            turns = [*question.get("before", ()), ("human", question["prompt"])]
+            turns += [] if answer is None else [("gpt", answer)]
+            pieces = data.TEMPLATES[template](turns, tokenizer)  # with an answer, the last is its end
+            ids, roles = data.tokenise(pieces if answer is None else pieces[:-1], tokenizer, has_image)
             samples.append({"ids": ids, "roles": roles, "pixels": None, "name": name})
         if has_image:
             # "pad", whatever the run was trained with: a question may be about the picture's edge
@@ -169,7 +174,8 @@ def in_batches(questions, answer, batch: int, file=None) -> list:
 
     def answer_mine():
         mine, new = left[rank() :: world_size()], {}
-        with tqdm(desc="ask", total=sum(map(len, mine)), unit=" questions", disable=rank() > 0) as bar:
+        is_quiet = rank() > 0 or len(questions) == 1
+        with tqdm(desc="ask", total=sum(map(len, mine)), unit=" questions", disable=is_quiet) as bar:
             for indices in mine:
                 rows = [questions[i] for i in indices]
                 found = answer(rows)
@@ -209,6 +215,28 @@ def read_answers(file, questions) -> dict:
                                  "go on with the options it was begun with, or remove the file")
             answers[i] = row["answer"]
     return answers
+
+
+def about(image, text: str) -> dict:
+    """The question about a picture as it is typed, for `ask`."""
+    turn = {"from": "human", "value": f"{data.IMAGE}\n{text}"}  # which may have a marker already
+    (_, prompt), = data.clean_turns({"image": image, "conversations": [turn]})
+    return {"id": image, "prompt": prompt, "image": image}
+
+
+def chat(vlm, tokenizer, template: str, image, **how):
+    """Answer a question a line of stdin, until an empty one, the end or Ctrl-C. What was said before goes
+    with each, so the prompt grows; where the LLM has no room for it any more, that is a ValueError."""
+    before, mark = [], "> " if sys.stdin.isatty() else ""  # a pipe gets the answers alone
+    try:
+        while text := input(mark).strip():
+            question = {"prompt": text, "image": image} if before else about(image, text)
+            question |= {"id": f"{image}, turn {len(before) // 2 + 1}", "before": before}
+            answer, = ask(vlm, tokenizer, [question], template, **how)
+            print(answer, flush=True)
+            before = [*before, ("human", question["prompt"]), ("gpt", answer)]
+    except (EOFError, KeyboardInterrupt):
+        print(end="\n" if mark else "")  # the shell's prompt gets a line of its own
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -938,26 +966,38 @@ def run_benches(ckpt, args, device):
         raise ValueError(f"failed: {', '.join(failed)}" if there else f"{root}: no benchmark is there")
 
 
+def of_last_run() -> tuple:
+    """(the last run, its folder of benchmarks), for --help alone."""
+    with suppress(OSError, ValueError, AttributeError):  # none, or a damaged one: told when it is used
+        return (run := last_run()), read_json(run / "config.json").get("benchmarks")
+    return "none", "none"
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", nargs="+", help="run directories (default: the last run)")
+    what, examples, *more = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(description="\n\n".join([what, *more]), epilog=f"examples:\n{examples}",
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run, benchmarks = (str(value).replace("%", "%%") for value in of_last_run())
+    parser.add_argument("--ckpt", nargs="+", help=f"run directories [the last: {run}]")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--bench", choices=[*BENCHES, "all", "retrieval"])
     what.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")
+    what.add_argument("--chat", metavar="IMAGE", help="several turns about one picture: a question a line of "
+                                                      "stdin, until an empty one")
     add = parser.add_argument_group("benchmarks and retrieval").add_argument
     add("--data", help="the benchmark's folder; all: the folder of these; retrieval: a LLaVA JSON of "
-                       "captions (default: the `benchmarks` of the run's config)")
-    add("--split", help="the benchmark's split, category or part of its file's name")
-    add("--limit", type=int, help="only the first so many questions")
+                       f"captions [the `benchmarks` of the run's config; of the last: {benchmarks}]")
+    splits = ", ".join(f"{name} {bench.split}" for name, bench in BENCHES.items() if bench.split)
+    add("--split", help=f"the benchmark's split, category or part of its file's name [{splits}]")
+    add("--limit", type=int, help="only the first so many questions [all]")
     add("--score", choices=["likelihood"], help="also by the likeliest option")
     add("--floors", action="store_true", help="also chance, the commonest answer, the model without picture")
-    add("--submit", type=Path, help="file for a server or judge (default: BENCH-submit in the run directory)")
-    add("--images", help="retrieval: the folder of the pictures (default: likewise)")
-    add = parser.add_argument_group("one question").add_argument
-    add("--max_new_tokens", type=int, default=64, help="most tokens of the answer")
-    add("--temperature", type=float, default=0.0, help="of the answer; 0: greedy")
-    add("--top_p", type=float, default=1.0, help="the likeliest that hold this much")
+    add("--submit", type=Path, help="file for a server or judge [BENCH-submit in the run directory]")
+    add("--images", help="retrieval: the folder of the pictures [likewise, images/]")
+    add = parser.add_argument_group("one picture").add_argument
+    add("--max_new_tokens", type=int, default=64, help="most tokens of the answer [%(default)s]")
+    add("--temperature", type=float, default=0.0, help="of the answer; 0: greedy [%(default)s]")
+    add("--top_p", type=float, default=1.0, help="the likeliest that hold this much [%(default)s]")
     args = parser.parse_args(argv)
     writers = [name for name, bench in BENCHES.items() if bench.submit]
     if (args.split and args.bench not in BENCHES) or (args.images and args.bench != "retrieval"):
@@ -975,6 +1015,21 @@ def parse_args(argv=None):
     return args
 
 
+def ask_about_picture(ckpt, args, device) -> list:
+    """The result of --ask; --chat has printed its own."""
+    image, text = args.ask or (args.chat, None)
+    data.load_image(image)  # a bad one is told before a large model is loaded
+    if args.chat and world_size() > 1:
+        raise ValueError("--chat has one stdin: run it without torchrun")
+    vlm, tokenizer, config = load_run(ckpt, device)
+    how = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    if args.chat:
+        chat(vlm, tokenizer, config["template"], image, **how)
+        return []
+    answer, = ask(vlm, tokenizer, [about(image, text)], config["template"], **how)
+    return [{"ckpt": str(ckpt), "image": image, "question": text, "answer": answer}]
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if {("--bench", "gap"), ("--bench", "heatmap")} & set(zip(argv, argv[1:])):
@@ -983,15 +1038,8 @@ def main(argv=None):
     with command("eval.py"):
         device = start_ranks()
         for ckpt in [resolve_model(run) for run in args.ckpt] if args.ckpt else [last_run()]:
-            if args.ask:
-                vlm, tokenizer, config = load_run(ckpt, device)
-                image, text = args.ask
-                turn = {"from": "human", "value": f"{data.IMAGE}\n{text}"}  # which may have a marker already
-                (_, prompt), = data.clean_turns({"image": image, "conversations": [turn]})
-                question = {"id": image, "prompt": prompt, "image": image}
-                answer, = ask(vlm, tokenizer, [question], config["template"], args.max_new_tokens,
-                              temperature=args.temperature, top_p=args.top_p)
-                results = [{"ckpt": str(ckpt), "image": image, "question": text, "answer": answer}]
+            if args.ask or args.chat:
+                results = ask_about_picture(ckpt, args, device)
             elif args.bench == "retrieval":
                 results = [run_retrieval(ckpt, args.data, args.images, device)]
             else:

@@ -148,19 +148,54 @@ def boolean(text: str) -> bool:
     return bool(("false", "true").index(text.lower()))  # ValueError for any other word
 
 
-def parse_args(argv=None, prog=None) -> dict:
-    """The options given on the command line, and only those. Unknown flags and wrong types are errors."""
-    parser = argparse.ArgumentParser(prog, description=__doc__, allow_abbrev=False,
+def build_parser(prog, values: dict):
+    """The command line, made of Config's fields; behind the help of each, its text in `values`."""
+    what, examples, stages, *_ = __doc__.split("\n\n")
+    brackets = "In [brackets]: the value in force, with the preset, stage and options beside --help."
+    parser = argparse.ArgumentParser(prog=prog, usage="%(prog)s [--OPTION VALUE ...]", add_help=False,
+                                     description="\n\n".join([what, stages, brackets]), allow_abbrev=False,
+                                     epilog=f"examples:\n{examples}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help="this text")
     for f in fields(Config):
         if heading := f.metadata["heading"]:
             group = parser.add_argument_group(heading)
         # `--resume` alone means True; `--resume False` is False, not the truth of a string
         how = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
-        choices, help = f.metadata["choices"], f"{f.metadata['help']} (default {f.default!r} or the preset's)"
-        group.add_argument(f"--{f.name}", choices=choices, default=argparse.SUPPRESS, help=help,
-                           metavar=None if choices else f.name.upper(), **how)
-    return vars(parser.parse_args(argv))
+        choices, help = f.metadata["choices"], f"{f.metadata['help']} [{values.get(f.name)}]"
+        group.add_argument(f"--{f.name}", choices=choices, default=argparse.SUPPRESS,
+                           help=help.replace("%", "%%"), metavar=None if choices else f.name.upper(), **how)
+    return parser
+
+
+def parse_args(argv=None, prog=None) -> dict:
+    """The options given on the command line, and only those. Unknown flags and wrong types are errors."""
+    parser = build_parser(prog, {})
+    given = vars(parser.parse_args(argv))
+    if given.pop("help", False):
+        with command(parser.prog):
+            build_parser(prog, in_force(given)).print_help()
+            sys.exit()
+    return given
+
+
+def in_force(given: dict) -> dict:
+    """{option: its value, as text}; of both stages, where both are to run and differ."""
+    stage, found = given.get("stage", "all"), {}
+    stages = ("align", "instruct") if stage == "all" else (stage,)
+    configs = [configure(s, of_stage(s, given) if stage == "all" else given) for s in stages]
+    for f in fields(Config):
+        values = [str(getattr(config, f.name)) or "empty" for config in configs]
+        differ = len({*values}) > 1
+        found[f.name] = ", ".join(map(" ".join, zip(stages, values))) if differ else values[0]
+    return found | {"stage": stage}
+
+
+def of_stage(stage: str, given: dict) -> dict:
+    """The options without those that are the other stage's alone, for a run of both."""
+    of_align = "contrastive", "contrastive_weight", "contrastive_balance", "contrastive_first", "prompt"
+    others = {"align": ("data_fraction", "init"), "instruct": of_align}
+    return {key: value for key, value in given.items() if key not in others[stage]}
 
 
 def configure(stage: str, given: dict) -> Config:
@@ -887,10 +922,8 @@ def shown(line: dict, terms) -> dict:
 def run_all(given: dict, device):
     """Align, instruct, and eval.py's ScienceQA before, between and after: what each stage adds."""
     root = Path(given.get("out") or f"runs/{configure('align', given).preset}")
-    of_align = "contrastive", "contrastive_weight", "contrastive_balance", "contrastive_first", "prompt"
-    others = {"align": ("data_fraction", "init"), "instruct": of_align}
-    for stage in ("align", "instruct"):  # each without the options that are the other's alone
-        options = {key: value for key, value in given.items() if key not in others[stage]}
+    for stage in ("align", "instruct"):
+        options = of_stage(stage, given)
         if stage == "instruct" and not (root / stage / "log.jsonl").exists():
             options.pop("resume", None)  # the run was stopped before this stage
         where = {"out": str(root / stage), "init": str(root / "align")}

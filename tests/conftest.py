@@ -1,12 +1,15 @@
 """Shared by all tests: repeatable arithmetic, the project on the path, a small toy world, tiny random models
-of transformers' own on disk, and processes for the tests of several ranks."""
+of transformers' own on disk, parity with these, and processes for the tests of several ranks."""
 
+import math
 import os
 import pickle
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -111,10 +114,65 @@ def shaken(model):
     return model.eval()
 
 
+# ---- parity with transformers ------------------------------------------------------------------------------
+
+
+def relative_difference(ours, theirs) -> float:
+    """The largest, relative to the largest value."""
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
+
+
 def assert_close(ours, theirs, tolerance=1e-5):
-    """Largest difference, relative to the largest value."""
-    difference = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)
+    difference = relative_difference(ours, theirs)
     assert difference < tolerance, f"relative difference {difference:.1e}"
+
+
+@contextmanager
+def layer_by_layer(ours, theirs, rename=str):
+    """In here both models are run on one input and compared. An assertion that fails brings a table of what
+    each module has computed, in our order. `rename` gives our name of a parameter of theirs."""
+    found, hooks = ({}, {}), []  # ours, theirs: our name of a module -> its last output
+
+    def keep(outputs, name, module, args, output):
+        output = getattr(output, "logits", output)  # of their whole model
+        if isinstance(output, torch.Tensor):
+            outputs[name] = output.detach()
+
+    for model, outputs, our_name in zip((ours, theirs), found, (str, rename)):
+        for name, module in model.named_modules():
+            if name:
+                name = our_name(f"{name}.weight").removesuffix(".weight") or f"theirs: {name}"
+            if not name or [*module.parameters(recurse=False)]:  # only parameters have names that are known
+                hooks.append(module.register_forward_hook(partial(keep, outputs, name)))
+    try:
+        yield
+    except AssertionError as error:
+        error.args = (f"{error}\n{parity_table(*found)}",)
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def parity_table(ours: dict, theirs: dict, tolerance=1e-5) -> str:
+    """A line for each module of both. The first wrong one is marked: it, or what is computed between the line
+    above and it (RoPE, a sum), is the cause; those behind it have a wrong input."""
+    lines, mark = [f"{'module':<46} {'ours':<18} {'theirs':<18} relative difference"], "  <- first wrong"
+    for name in ours:
+        if name in theirs:
+            mine, other = ours[name], theirs[name]
+            difference = relative_difference(mine, other) if mine.shape == other.shape else math.inf
+            shapes = f"{str((*mine.shape,)):<18} {str((*other.shape,)):<18}"
+            is_wrong = not difference < tolerance  # nan, too
+            lines.append(f"{name or 'the whole':<46} {shapes} {difference:.1e}{mark * is_wrong}")
+            mark = "" if is_wrong else mark
+    return "\n".join(lines)
+
+
+def first_wrong(error) -> str:
+    """The module that the table in an error's message marks."""
+    row, = [row for row in str(error.value).splitlines() if "<- first wrong" in row]
+    return row.split()[0]
 
 
 # ---- several ranks -----------------------------------------------------------------------------------------

@@ -2,9 +2,13 @@
 killed evaluation that goes on; likelihoods; where an answer ends; the command; retrieval."""
 
 import csv
+import io
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -756,6 +760,89 @@ def test_a_llava_folder_is_asked_in_vicunas_form(llava_folder, monkeypatch, said
     assert answer == tokenizer.decode([token] * tokens, skip_special_tokens=True).strip()
 
 
+# ---- several turns about one picture -----------------------------------------------------------------------
+
+TURN = "{{ '<s>' if loop.first else '' }}{{ m.role }}: {{ m.content }}{{ '</s>' if m.role == 'assistant' }}\n"
+OWN_TEMPLATE = f"{{% for m in messages %}}{TURN}{{% endfor %}}{{{{ 'assistant:' if add_generation_prompt }}}}"
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "x.png")
+    return str(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("template", ["v1", "chat"])
+def test_a_turn_is_asked_behind_those_before_it(run, picture, monkeypatch, capsys, template):
+    """What the model is given: the template of the whole conversation so far, and the picture, each time."""
+    vlm, tokenizer, _ = evaluation.load_run(run, CPU)
+    tokenizer.chat_template = OWN_TEMPLATE
+    asked, generate = [], vlm.generate
+    monkeypatch.setattr(vlm, "generate", lambda *args, **how: asked.append(args) or generate(*args, **how))
+    questions = "What color is the shape?", "What shape is it?", "Where is the <image>?"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*questions, "", "Is this asked?"])))
+    evaluation.chat(vlm, tokenizer, template, picture, max_new_tokens=5)
+    answers, turns = capsys.readouterr().out.splitlines(), []
+    assert len(answers) == len(asked) == 3 and all(answers)
+    for question, answer, (ids, pixels, *_) in zip(questions, answers, asked):
+        turns.append(("human", question if turns else f"<image>\n{question}"))
+        expected, _ = data.tokenise(data.TEMPLATES[template](turns, tokenizer), tokenizer, True)
+        marker = expected.index(data.IMAGE_MARKER)
+        expected[marker : marker + 1] = [vlm.image_token_id] * vlm.num_image_tokens
+        assert ids.tolist() == [expected] and torch.equal(pixels, asked[0][1]) and len(pixels) == 1
+        assert ids[0].tolist().count(tokenizer.eos_token_id) == len(turns) // 2  # the ends of the answers
+        turns.append(("gpt", answer))
+
+
+def test_a_pipe_gets_the_answers_alone(run, picture):
+    """From a process whose stdin is none of a person's; its last line has no end. The first answer is that of
+    --ask."""
+    argv = [sys.executable, ROOT / "eval.py", "--chat", picture, "--ckpt", run, "--max_new_tokens", "4"]
+    said = subprocess.run(argv, input="What color is it?\nAnd its size?", capture_output=True, text=True)
+    vlm, tokenizer, _ = evaluation.load_run(run, CPU)
+    first, = evaluation.ask(vlm, tokenizer, [evaluation.about(picture, "What color is it?")], "v1", 4)
+    second = evaluation.about(picture, "x") | {"prompt": "And its size?", "before": [
+        ("human", "<image>\nWhat color is it?"), ("gpt", first)]}
+    second, = evaluation.ask(vlm, tokenizer, [second], "v1", 4)
+    assert (said.returncode, said.stdout, said.stderr) == (0, f"{first}\n{second}\n", "")
+
+
+class Person(io.StringIO):
+    """At a terminal; Ctrl-C at the end of what is typed."""
+
+    def isatty(self):
+        return True
+
+    def readline(self):
+        line = super().readline()
+        if not line:
+            raise KeyboardInterrupt
+        return line
+
+
+def test_a_person_is_prompted_and_may_leave_by_ctrl_c(run, picture, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Person("Is it red?\n"))
+    evaluation.main(["--chat", picture, "--ckpt", str(run), "--max_new_tokens", "2"])
+    out = capsys.readouterr().out
+    assert out.startswith("> ") and out.endswith("\n> \n") and out.count("> ") == 2
+
+
+def test_what_ends_a_chat_is_told_in_one_line(run, picture, tmp_path, monkeypatch):
+    """A bad picture, before a question is read; a conversation that has become too long; several ranks."""
+    monkeypatch.setattr(sys, "stdin", stdin := io.StringIO(30 * "What is it?\n"))
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    for file, reason in (("bad.png", "not a readable image"), ("none.png", "no such image")):
+        with pytest.raises(SystemExit, match=rf"^eval.py: .*{file}: {reason}.*$"):
+            evaluation.main(["--chat", str(tmp_path / file), "--ckpt", str(run)])
+    assert stdin.tell() == 0
+    with pytest.raises(SystemExit, match=r"^eval.py: question '.*x.png, turn \d+': \d+ tokens; .* for 174$"):
+        evaluation.main(["--chat", picture, "--ckpt", str(run), "--max_new_tokens", "850"])
+    assert 0 < stdin.tell() < 30 * 12  # after some turns
+    monkeypatch.setattr(evaluation, "world_size", lambda: 2)
+    with pytest.raises(SystemExit, match="^eval.py: --chat has one stdin: run it without torchrun$"):
+        evaluation.main(["--chat", picture, "--ckpt", str(run)])
+
+
 # ---- the command -------------------------------------------------------------------------------------------
 
 
@@ -822,6 +909,26 @@ def test_the_blind_model_gets_the_same_question_without_the_picture(root):
     assert blind["image"] is None and f"<image>\n{blind['prompt']}" == question["prompt"]
 
 
+def test_help_shows_the_values_in_force(run, tmp_path, monkeypatch, capsys):
+    """Of the last run, if there is one; a damaged one spoils no help."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    found = []
+    for config in (None, '{"benchmarks": "50%"}', "[]", "{"):
+        if config:
+            (tmp_path / "runs/last").write_text("runs/mine")
+            (tmp_path / "runs/mine/config.json").write_text(config)
+        with pytest.raises(SystemExit) as end:
+            evaluation.main(["--help"])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        found.append(re.findall(r"the last: (.*?)\]", text))
+        assert "scienceqa test, seed image" in text and "[64]" in text
+        assert text.index("--top_p TOP_P") < text.index("examples:") < text.index("python eval.py --chat")
+    assert found == [["none", "none"], ["runs/mine", "50%"], ["none", "none"], ["none", "none"]]
+
+
 def test_no_run_yet(tmp_path, monkeypatch):
     """As a function, and as one line of the script."""
     monkeypatch.chdir(tmp_path)
@@ -833,6 +940,7 @@ def test_no_run_yet(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv", [
     [], ["--bench", "pope", "--ask", "a.png", "What?"], ["--bench", "vqa"],
+    ["--chat", "a.png", "--ask", "a.png", "What?"], ["--chat", "a.png", "--max_new_tokens", "0"],
     ["--ask", "a.png", "What?", "--temperature", "-1"], ["--bench", "all", "--split", "test"],
     ["--bench", "pope", "--submit", "x"], ["--bench", "vqav2", "--submit", "no/such/folder/x"],
     ["--bench", "vqav2", "--submit", "x", "--ckpt", "a", "b"],

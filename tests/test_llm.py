@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, assert_close, llama_config, shaken
+from conftest import ROOT, assert_close, first_wrong, layer_by_layer, llama_config, shaken
 from safetensors.torch import save_file
 
 from llm import LLM, NO_TOKEN, KVCache, choose, load_llm_config, rope_tables, rotate
@@ -43,9 +43,10 @@ def test_logits_and_gradients_equal_transformers(tmp_path, family):
     theirs.save_pretrained(tmp_path)
     ours = LLM.from_pretrained(tmp_path).requires_grad_()
     ids, direction = torch.randint(0, 75, (2, 40)), torch.randn(2, 40, 75)
-    expected, logits = theirs(ids).logits, ours(ids)
-    assert logits.shape == (2, 40, 75)
-    assert_close(logits, expected)
+    with layer_by_layer(ours, theirs):
+        expected, logits = theirs(ids).logits, ours(ids)
+        assert logits.shape == (2, 40, 75)
+        assert_close(logits, expected)
     (expected * direction).sum().backward()
     (logits * direction).sum().backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
@@ -93,7 +94,23 @@ def test_bfloat16_save_and_generation_equal_transformers(tmp_path, family):
 def test_hidden_states_equal_llama(llama_folder):
     theirs = transformers.LlamaForCausalLM.from_pretrained(llama_folder)
     ours, ids = LLM.from_pretrained(llama_folder), torch.randint(0, 75, (2, 9))
-    assert_close(ours.hidden(ours.embed(ids)), theirs.model(ids).last_hidden_state)
+    with layer_by_layer(ours, theirs):
+        assert_close(ours.hidden(ours.embed(ids)), theirs.model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("broken", ["model.embed_tokens", "model.layers.0.self_attn.k_proj",
+                                    "model.layers.1.post_attention_layernorm", "model.layers.1.mlp.up_proj"])
+def test_where_parity_fails_a_table_names_the_first_wrong_layer(llama_folder, broken):
+    theirs = transformers.LlamaForCausalLM.from_pretrained(llama_folder)
+    ours, ids = LLM.from_pretrained(llama_folder), torch.randint(0, 75, (2, 9))
+    with torch.no_grad():
+        ours.get_submodule(broken).weight *= 1.5
+    with pytest.raises(AssertionError) as error, layer_by_layer(ours, theirs):
+        assert_close(ours(ids), theirs(ids).logits)
+    assert first_wrong(error) == broken and str(error.value).startswith("relative difference")
+    assert all(str(error.value).count(f"\n{name} ") == 1 for name in ("model.embed_tokens", "the whole"))
+    assert str(error.value).count("\nmodel.layers.") == 2 * 9
+    assert not any(module._forward_hooks for model in (ours, theirs) for module in model.modules())
 
 
 def test_loads_in_the_dtype_asked_for(llama_folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import assert_close, llama_config, shaken
+from conftest import assert_close, first_wrong, layer_by_layer, llama_config, shaken
 from PIL import Image
 from torch import nn
 
@@ -196,6 +196,11 @@ def their_llava(folder, vision="clip", **text):
     return model
 
 
+def our_compared_name(name):
+    """Without the embedding table: where the patches come to stand, each side looks up a row of its own."""
+    return "" if "embed_tokens" in name else our_name(name)
+
+
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
 def test_a_llava_folder_loads_with_equal_logits(tmp_path, vision):
     """Text only, one image, and a batch of both lengths."""
@@ -206,8 +211,23 @@ def test_a_llava_folder_loads_with_equal_logits(tmp_path, vision):
     batches = ([[1, 4, 5]], 0), ([[1, *image, 4, 5]], 1), ([[1, *image, 4, 5], [1, 7, *image, 8]], 2)
     for rows, images in batches:
         ids, pixels = torch.tensor(rows), torch.randn(max(1, images), 3, 32, 32)
-        expected = theirs(input_ids=ids, pixel_values=pixels if images else None).logits
-        assert_close(ours(ids, pixels), expected)
+        with layer_by_layer(ours, theirs, our_compared_name):
+            expected = theirs(input_ids=ids, pixel_values=pixels if images else None).logits
+            assert_close(ours(ids, pixels), expected)
+
+
+@pytest.mark.parametrize("broken", ["vit.encoder.layers.0.mlp.fc2", "projector.2", "llm.model.norm"])
+def test_where_parity_fails_a_table_names_the_first_wrong_layer(tmp_path, broken):
+    """Across vision tower, projector and LLM, whose names differ."""
+    theirs = their_llava(tmp_path)
+    ours, ids = VLM.from_pretrained(tmp_path), torch.tensor([[1] + [89] * 16])
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        ours.get_submodule(broken).weight *= 1.5
+    with pytest.raises(AssertionError) as error, layer_by_layer(ours, theirs, our_compared_name):
+        assert_close(ours(ids, pixels), theirs(input_ids=ids, pixel_values=pixels).logits)
+    assert first_wrong(error) == broken
+    assert all(f"\n{name} " in str(error.value) for name in ("projector.0", "llm.model.norm", "the whole"))
 
 
 @pytest.mark.parametrize("older, newer, ours", [
@@ -262,8 +282,9 @@ def test_what_we_export_has_equal_logits_in_transformers(exported):
     """With an image, and without; their vocabulary is larger by the placeholder."""
     vlm, theirs, _ = exported
     pixels, text = torch.randn(1, 3, 32, 32), torch.tensor([[1, 5, 6, 7]])
-    expected = theirs(input_ids=in_their_ids(WITH_IMAGE, theirs), pixel_values=pixels).logits
-    assert_close(vlm(WITH_IMAGE, pixels), expected[..., : toy_world.VOCABULARY])
+    with layer_by_layer(vlm, theirs, our_compared_name):
+        expected = theirs(input_ids=in_their_ids(WITH_IMAGE, theirs), pixel_values=pixels).logits
+        assert_close(vlm(WITH_IMAGE, pixels), expected[..., : toy_world.VOCABULARY])
     assert_close(vlm(text, pixels), theirs(input_ids=text).logits[..., : toy_world.VOCABULARY])
 
 

@@ -18,6 +18,7 @@ import sys
 import time
 import weakref
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +60,37 @@ def test_bad_options_end_the_program(argv, capsys):
         train.parse_args(argv)
     assert end.value.code == 2
     assert argv[0] in capsys.readouterr().err
+
+
+def shown(capsys, *argv):
+    """{option: the value in force that --help shows}, and the whole text."""
+    with pytest.raises(SystemExit) as end:
+        train.main([*argv, "--help"])
+    assert not end.value.code
+    text = capsys.readouterr().out
+    return dict(re.findall(r"^  --(\w+) \S+\s+.*\[(.*)\]$", text, re.M)), text
+
+
+def test_help_shows_every_option_with_the_value_in_force(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # no value is cut in two
+    for preset, stage in (("7b", "instruct"), ("tiny", "align"), ("small", "align")):
+        values, text = shown(capsys, "--preset", preset, "--stage", stage)
+        config = asdict(train.configure(stage, {"preset": preset}))
+        assert values == {name: str(value) or "empty" for name, value in config.items()}
+        assert text.index("--group_by_length") < text.index("examples:") < text.index("train.py --stage")
+    assert shown(capsys)[0]["preset"] == ("7b" if torch.cuda.is_available() else "tiny")
+
+
+def test_help_follows_the_command_line_and_its_rules(capsys, monkeypatch):
+    """A loss that is named sets aside the preset's contrast first; of both stages, both values."""
+    monkeypatch.setenv("COLUMNS", "500")
+    values, _ = shown(capsys, "--preset", "7b", "--stage", "align", "--contrastive", "patch", "--lr", "0.5")
+    assert (values["contrastive_first"], values["contrastive_weight"], values["lr"]) == ("0", "1.0", "0.5")
+    values, _ = shown(capsys, "--preset", "7b", "--contrastive_first", "9", "--out", "50%")
+    assert values["lr"] == "align 0.001, instruct 2e-05" and values["seed"] == "0" and values["out"] == "50%"
+    assert values["contrastive_first"] == "align 9, instruct 0" and values["stage"] == "all"
+    with pytest.raises(SystemExit, match="^[^\n]+: --contrastive belongs to the align stage$"):
+        train.main(["--stage", "instruct", "--contrastive", "patch", "--help"])
 
 
 def test_presets_name_existing_fields():
