@@ -646,7 +646,7 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
 def key_of(value) -> int:
     """A number for the value, the same in every process (Python's own hash of text is not): ranks agree."""
     value = value if isinstance(value, bytes) else repr(value).encode()
-    return int.from_bytes(hashlib.blake2b(value, digest_size=7).digest())
+    return int.from_bytes(hashlib.blake2b(value, digest_size=7).digest(), "big")
 
 
 def fingerprint(module) -> int:

@@ -370,4 +370,4 @@ def export_llava(vlm: VLM, folder: Path):
     (folder / "generation_config.json").write_text(json.dumps(generation))
     (folder / "processor_config.json").write_text(json.dumps(processor))
     tokenizer.save_pretrained(folder)
-    write_preprocessor_config(vit, folder)
+    write_preprocessor_config(vit, folder, "pad")  # as instruct trains, and eval.py asks

@@ -1,11 +1,11 @@
 """Training, from the command line to the last checkpoint, in the order in which things happen.
 
     python train.py                                        # no GPU: the tiny preset, both stages, scored
-    torchrun --nproc_per_node=8 train.py --stage align     # with GPUs: LLaVA-1.5's stage 1 and the patch loss
+    torchrun --nproc_per_node=8 train.py --stage align     # with GPUs: the patch loss, then LLaVA-1.5's stage 1
     torchrun --nproc_per_node=8 train.py --stage instruct  # stage 2: projector and LLM on instructions
 
 Two stages on LLaVA's recipe (arXiv 2310.03744). Align: image-caption pairs, only the projector learns, with
-the captioning loss and a contrastive loss beside it. Instruct: conversations, the projector and the LLM
+the captioning loss and a contrastive loss before or beside it. Instruct: conversations, the projector and the LLM
 learn, with the next-token loss alone. The ViT is frozen throughout. A step is one update from a batch over
 all ranks; each rank takes its share of it in micro-batches, as many samples as fit through the LLM at once.
 
@@ -106,7 +106,7 @@ class Config:
                                           "else random ones, spread over ranks and micro-batches by length")
 
 
-# tiny: rates that did best on the toy world's validation split. 7b, 13b: LLaVA-1.5's, after 1,000 steps of
+# tiny: rates chosen on the toy world's validation split. 7b, 13b: LLaVA-1.5's, after 1,000 steps of
 # the patch loss. On real towers that helped most (lab/README.md); the papers' plain sum: --contrastive patch.
 LLAVA = {
     "common": dict(vit="openai/clip-vit-large-patch14-336", llm="lmsys/vicuna-7b-v1.5", benchmarks="data",
@@ -876,7 +876,7 @@ def train_stage(config: Config, device):
         step_began, lr = time.time(), learning_rate(step, steps, config)
         micro_batches = next(loader)
         if step == config.contrastive_first:
-            optimizer.adamw.state.clear()  # moments of a loss whose gradients were a hundredth of these
+            optimizer.adamw.state.clear()  # moments of far smaller gradients
         line = {"step": step, **train_step(vlm, terms, optimizer, micro_batches, config, lr, step)}
         line |= {"ms": round(1000 * (time.time() - step_began), 1), "memory_mib": peak_memory(device)}
         bar.set_postfix(shown(line, terms))

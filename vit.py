@@ -5,7 +5,7 @@
 
 One plain ViT for three families: CLIP (Radford et al. 2021, arXiv 2103.00020), SigLIP and SigLIP 2
 (2303.15343), and DINOv2 (Oquab et al. 2023, 2304.07193). What tells them apart is the table FAMILIES; with
-any of its columns but the last forgotten, pretrained weights compute nonsense.
+one of its columns wrong, pretrained weights are refused or, with mean or std, compute nonsense.
 
 LLaVA reads the output of the last block but one (`feature_layer=-2`), before any final LayerNorm, and drops
 the class token: the last block is trained to fill the class token alone, the one before still describes the
@@ -15,7 +15,8 @@ Module names are those of CLIP's and SigLIP's Hugging Face checkpoints, so only 
 The end of this file, "On disk", is the one reader of folders, JSON and weights for every other file too.
 
 Letters, here and in every other file: B batch, P patches, N image tokens (what a projector makes of the
-patches: often as many), T text tokens, S sequence, D ViT width, C LLM width, H heads, V vocabulary, W ranks.
+patches: often as many), T text tokens, S sequence, D ViT width, C LLM width, H heads, V vocabulary, W ranks,
+I images of a batch. Only in (B, 3, H, W), pictures, are H and W height and width.
 
 Read next: llm.py (the language tower), then projector.py (the bridge between the two).
 """
@@ -264,12 +265,14 @@ def vit_config_to_dict(config: ViTConfig) -> dict:
     return asdict(config) | {"vision_use_head": False}  # SigLIP's pooling head, which we do not keep
 
 
-def write_preprocessor_config(config: ViTConfig, folder):
-    """preprocessor_config.json, of which transformers makes CLIP's processor: it resizes and crops as
-    data.preprocess does with "crop", for every family. (SigLIP's own squeezes pictures to squares.)"""
+def write_preprocessor_config(config: ViTConfig, folder, fit: str = "crop"):
+    """preprocessor_config.json, of which transformers makes CLIP's or LLaVA's processor: what data.preprocess
+    does with "crop" or "pad", for every family. (SigLIP's own squeezes pictures to squares.)"""
     size = config.image_size
+    kind = {"crop": {"image_processor_type": "CLIPImageProcessor"},
+            "pad": {"image_processor_type": "LlavaImageProcessor", "do_pad": True}}[fit]
     (Path(folder) / "preprocessor_config.json").write_text(json.dumps(
-        {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size},
+        kind | {"do_resize": True, "size": {"shortest_edge": size},
          "resample": config.resample, "do_center_crop": True, "crop_size": {"height": size, "width": size},
          "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
          "image_mean": config.image_mean, "image_std": config.image_std}, indent=2) + "\n")

@@ -49,8 +49,11 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  #
 
 
 def shapes_of(config) -> tuple:
-    """(ViTConfig, LLMConfig) of a preset."""
-    return SHAPES.get(config.preset) or (load_vit_config(config.vit), load_llm_config(config.llm))
+    """(ViTConfig, LLMConfig): of a preset's own towers from the table, of others from their folders."""
+    own = train.PRESETS[config.preset]["common"]
+    if config.preset in SHAPES and (config.vit, config.llm) == (own["vit"], own["llm"]):
+        return SHAPES[config.preset]
+    return load_vit_config(config.vit), load_llm_config(config.llm)
 
 
 def random_model(config, shapes, device, dtype) -> VLM:
@@ -177,7 +180,7 @@ def cost(preset: str) -> str:
         first = config.contrastive_first * (flops["vision"] + flops["projector"])
         steps.append(f"{config.contrastive_first:,} + " * (config.contrastive_first > 0) + f"{count:,}")
         hours.append((count * sum(flops.values()) + first) / (0.4 * PEAK_FLOPS["H100"]) / 3600)
-    return f"| `{preset}` | {steps[0]} | {steps[1]} | {hours[0]:.1f} + {hours[1]:.1f} |"
+    return f"| `{preset}` | {steps[0]} | {steps[1]} | {hours[0]:.2f} + {hours[1]:.2f} |"
 
 
 def main():

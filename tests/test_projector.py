@@ -307,7 +307,7 @@ def test_the_exported_processor_makes_the_ids_that_our_data_path_makes(exported)
     vlm, theirs, folder = exported
     settings = json.loads((folder / "processor_config.json").read_text())
     processor = transformers.LlavaProcessor(
-        transformers.CLIPImageProcessor.from_pretrained(folder),
+        transformers.LlavaImageProcessor.from_pretrained(folder),
         transformers.AutoTokenizer.from_pretrained(folder), patch_size=settings["patch_size"],
         vision_feature_select_strategy=settings["vision_feature_select_strategy"],
         num_additional_image_tokens=settings["num_additional_image_tokens"])
@@ -318,6 +318,9 @@ def test_the_exported_processor_makes_the_ids_that_our_data_path_makes(exported)
     ours = data.collate([sample], 16, theirs.config.image_token_index, 0, 32)
     assert expected.input_ids.tolist() == ours["ids"].tolist()
     assert expected.pixel_values.shape == (1, 3, 32, 32)
+    wide = Image.linear_gradient("L").convert("RGB").resize((96, 48))  # a crop would lose its sides
+    theirs = processor(images=wide, text=question, return_tensors="pt").pixel_values[0]
+    assert torch.allclose(theirs, data.preprocess(wide, vlm.vit.config, "pad"), atol=1e-5)
 
 
 def test_only_what_transformers_knows_is_exported(clip_folder, llama_folder, tmp_path):
