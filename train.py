@@ -1,13 +1,14 @@
 """Training, from the command line to the last checkpoint, in the order in which things happen.
 
     python train.py                                        # no GPU: the tiny preset, both stages, scored
-    torchrun --nproc_per_node=8 train.py --stage align     # with GPUs: the patch loss, then LLaVA-1.5's stage 1
+    torchrun --nproc_per_node=8 train.py --stage align     # with GPUs: patch loss, then LLaVA's stage 1
     torchrun --nproc_per_node=8 train.py --stage instruct  # stage 2: projector and LLM on instructions
 
 Two stages on LLaVA's recipe (arXiv 2310.03744). Align: image-caption pairs, only the projector learns, with
-the captioning loss and a contrastive loss before or beside it. Instruct: conversations, the projector and the LLM
-learn, with the next-token loss alone. The ViT is frozen throughout. A step is one update from a batch over
-all ranks; each rank takes its share of it in micro-batches, as many samples as fit through the LLM at once.
+the captioning loss and a contrastive loss before or beside it. Instruct: conversations, the projector and the
+LLM learn, with the next-token loss alone. The ViT is frozen throughout. A step is one update from a batch
+over all ranks; each rank takes its share of it in micro-batches, as many samples as fit through the LLM at
+once.
 
 What people usually take from a framework is written out here, and the models know nothing of it: data
 parallelism and mixed precision (`DataParallelAdamW`); gradient checkpointing is llm.py's `checkpointed`.
