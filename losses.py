@@ -481,6 +481,11 @@ def on_every_rank(function) -> list:
     return [value for value, _ in results]
 
 
+# Each rank's tensor, end to end, on all of them; and back, summed. PyTorch 2.13 renamed both.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class GatherWithGradient(torch.autograd.Function):
     """(B, ...) on each of W ranks -> (WB, ...), in rank order, on all of them.
 
@@ -493,13 +498,13 @@ class GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])  # (WB, ...)
-        dist.all_gather_into_tensor(out, x.contiguous())
+        all_gather(out, x.contiguous())
         return out
 
     @staticmethod
     def backward(ctx, gradient):
         out = gradient.new_empty(gradient.shape[0] // world_size(), *gradient.shape[1:])  # (B, ...)
-        dist.reduce_scatter_tensor(out, gradient.contiguous())
+        reduce_scatter(out, gradient.contiguous())
         return out
 
 

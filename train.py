@@ -367,7 +367,7 @@ class DataParallelAdamW:
         total, work = gradient, None
         if self.shard:
             total = torch.empty_like(bucket.master)
-            work = dist.reduce_scatter_tensor(total, gradient, async_op=True)
+            work = losses.reduce_scatter(total, gradient, async_op=True)
         elif world_size() > 1:
             work = dist.all_reduce(gradient, async_op=True)
         self.messages.append((bucket, total, work, gradient))  # the gradient must live until it has arrived
@@ -433,7 +433,7 @@ class DataParallelAdamW:
             own = bucket.own(bucket.weight).copy_(bucket.master)
             if self.shard:
                 own = own.clone()  # it must live until all have it
-                messages.append((own, dist.all_gather_into_tensor(bucket.weight, own, async_op=True)))
+                messages.append((own, losses.all_gather(bucket.weight, own, async_op=True)))
         for _, work in messages:
             work.wait()
 
