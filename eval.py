@@ -1,12 +1,10 @@
-"""Questions to a trained model: benchmarks by their official rules, retrieval, or one picture that is asked
-about.
+"""Questions to a trained model: benchmarks by their official rules, or about one picture.
 
     python eval.py --bench scienceqa                              # the last run, on its preset's ScienceQA
     python eval.py --bench scienceqa --ckpt runs/7b/instruct --data data/ScienceQA --score likelihood --floors
     torchrun --nproc_per_node=8 eval.py --bench all --data data   # every benchmark that lies there
     python eval.py --ask picture.png "What color is the shape?"
     python eval.py --chat picture.png                             # several turns: a question a line
-    python eval.py --bench retrieval                              # pictures against captions, no answers
 
 A score is only as good as its prompt, its parser and its denominator: published ScienceQA numbers of one and
 the same checkpoint differ by ten points. So the prompt is built here from the raw files, the answer is
@@ -40,7 +38,6 @@ import torch
 from tqdm import tqdm
 
 import data
-import losses
 from data import find_image
 from losses import command, on_every_rank, rank, say, start_ranks, world_size
 from projector import VLM, choose_dtype
@@ -868,65 +865,6 @@ def write_predictions(file: Path, result: dict, questions, answers, choices):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Retrieval: pictures against captions, without any answer
-
-@torch.no_grad()
-def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000, batch: int = 64) -> tuple:
-    """(image vectors (n, C), text vectors (n, C), keys (n,), batches) of the first `limit` records of a LLaVA
-    JSON of captions, by default that of the run's benchmarks. `batches`: of a hundred pairs or a few more,
-    the projected patches (B, N, C), caption embeddings (B, T, C) and mask (B, T) that the vectors are made
-    of. ValueError if all captions are one."""
-    benchmarks, c = Path(config.get("benchmarks") or ""), vlm.vit.config
-    file, images = file or benchmarks / "captions.json", images or benchmarks / "images"
-    records = data.load_records(file, "align")[:limit]
-    samples = data.Conversations(records, images, tokenizer, "plain", c, "crop")
-    image, text, keys, batches = [], [], [], []
-    for start in tqdm(range(0, len(samples), batch), desc="captions", unit=" batches"):
-        rows = [samples[i] for i in range(start, min(start + batch, len(samples)))]
-        m = data.to_device(data.collate(rows, vlm.num_image_tokens, vlm.image_token_id, samples.pad_id,
-                                        c.image_size), vlm.llm.head_weight.device)
-        patches, embeds, mask = vlm.encode(m["pixels"]), vlm.llm.embed(m["caption_ids"]), m["caption_mask"]
-        image.append(losses.pool_patches(patches))
-        text.append(losses.pool_caption(embeds, mask))
-        keys.append(m["keys"][:, 0])
-        batches += [(patches, embeds, mask)] if start < 100 else []  # of all, these would be gigabytes
-    if len(torch.cat(keys).unique()) < 2:
-        raise ValueError(f"{file}: needs at least two different captions")
-    return torch.cat(image), torch.cat(text), torch.cat(keys), batches
-
-
-def first_of_each(keys) -> tuple:
-    """(the row where each distinct key stands first, for each row the number of its key)."""
-    _, number = keys.unique(return_inverse=True)
-    return torch.stack([(number == k).nonzero()[0, 0] for k in range(int(number.max()) + 1)]), number
-
-
-def score_retrieval(image, text, keys) -> dict:
-    """R@1 and R@5 both ways, in percent. The gallery of captions has each distinct one once; of the pictures
-    found for a caption, any that it describes is right."""
-    distinct, owner = first_of_each(keys)  # (captions,) rows; (n,) which of these describes each picture
-    similarity, captions = image @ text[distinct].T, torch.arange(len(distinct), device=keys.device)
-    to_text = similarity.topk(min(5, len(distinct)), dim=1).indices == owner[:, None]  # (n, 5)
-    to_image = owner[similarity.T.topk(min(5, len(image)), dim=1).indices] == captions[:, None]  # (.., 5)
-    scores = {}
-    for way, found in (("image_to_text", to_text), ("text_to_image", to_image)):
-        scores |= {f"{way}_r{k}": percent(found[:, :k].any(1).tolist()) for k in (1, 5)}
-    return scores
-
-
-def run_retrieval(ckpt, file, images, device) -> dict:
-    """Retrieval of a run directory on a LLaVA JSON of captions; also written to its retrieval.json."""
-    vlm, tokenizer, config = load_run(ckpt, device)
-    image, text, keys, _ = caption_vectors(vlm, tokenizer, config, file, images)
-    result = {"ckpt": str(ckpt), "bench": "retrieval", "pairs": len(keys),
-              "distinct_captions": len(keys.unique()), **score_retrieval(image, text, keys)}
-    if rank() == 0:
-        with whole(Path(ckpt) / "retrieval.json") as building:
-            building.write_text(json.dumps(result, indent=1))
-    return result
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The command line
 
 def last_run() -> Path:
@@ -980,29 +918,28 @@ def parse_args(argv=None):
     run, benchmarks = (str(value).replace("%", "%%") for value in of_last_run())
     parser.add_argument("--ckpt", nargs="+", help=f"run directories [the last: {run}]")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--bench", choices=[*BENCHES, "all", "retrieval"])
+    what.add_argument("--bench", choices=[*BENCHES, "all"])
     what.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")
     what.add_argument("--chat", metavar="IMAGE", help="several turns about one picture: a question a line of "
                                                       "stdin, until an empty one")
-    add = parser.add_argument_group("benchmarks and retrieval").add_argument
-    add("--data", help="the benchmark's folder; all: the folder of these; retrieval: a LLaVA JSON of "
-                       f"captions [the `benchmarks` of the run's config; of the last: {benchmarks}]")
+    add = parser.add_argument_group("benchmarks").add_argument
+    add("--data", help="the benchmark's folder; all: the folder of these [the `benchmarks` of the run's "
+                       f"config; of the last: {benchmarks}]")
     splits = ", ".join(f"{name} {bench.split}" for name, bench in BENCHES.items() if bench.split)
     add("--split", help=f"the benchmark's split, category or part of its file's name [{splits}]")
     add("--limit", type=int, help="only the first so many questions [all]")
     add("--score", choices=["likelihood"], help="also by the likeliest option")
     add("--floors", action="store_true", help="also chance, the commonest answer, the model without picture")
     add("--submit", type=Path, help="file for a server or judge [BENCH-submit in the run directory]")
-    add("--images", help="retrieval: the folder of the pictures [likewise, images/]")
     add = parser.add_argument_group("one picture").add_argument
     add("--max_new_tokens", type=int, default=64, help="most tokens of the answer [%(default)s]")
     add("--temperature", type=float, default=0.0, help="of the answer; 0: greedy [%(default)s]")
     add("--top_p", type=float, default=1.0, help="the likeliest that hold this much [%(default)s]")
     args = parser.parse_args(argv)
     writers = [name for name, bench in BENCHES.items() if bench.submit]
-    if (args.split and args.bench not in BENCHES) or (args.images and args.bench != "retrieval"):
-        parser.error("--split is for one benchmark, --images for retrieval")
-    if (args.limit is not None or args.score or args.floors) and args.bench not in (*BENCHES, "all"):
+    if args.split and args.bench not in BENCHES:
+        parser.error("--split is for one benchmark")
+    if (args.limit is not None or args.score or args.floors) and not args.bench:
         parser.error("--limit, --score and --floors are for benchmarks")
     if args.submit and (args.bench not in writers or len(args.ckpt or ".") > 1):
         parser.error(f"--submit is for one run of {', '.join(writers)}")
@@ -1032,16 +969,15 @@ def ask_about_picture(ckpt, args, device) -> list:
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if {("--bench", "gap"), ("--bench", "heatmap")} & set(zip(argv, argv[1:])):
-        sys.exit("eval.py: gap and heatmap have moved; `python -m lab.spaces --help` shows how to call them")
+    moved = "retrieval", "gap", "heatmap"
+    if set(zip(argv, argv[1:])) & {("--bench", name) for name in moved}:
+        sys.exit(f"eval.py: {', '.join(moved)} have moved; `python -m lab.spaces --help` says how to call them")
     args = parse_args(argv)
     with command("eval.py"):
         device = start_ranks()
         for ckpt in [resolve_model(run) for run in args.ckpt] if args.ckpt else [last_run()]:
             if args.ask or args.chat:
                 results = ask_about_picture(ckpt, args, device)
-            elif args.bench == "retrieval":
-                results = [run_retrieval(ckpt, args.data, args.images, device)]
             else:
                 results = run_benches(ckpt, args, device)
             for result in results:

@@ -20,7 +20,7 @@ import torch
 import data
 import eval as evaluation
 import losses
-from lab import likelihood
+from lab import likelihood, spaces
 from vit import read_json
 
 BATCH = 32
@@ -64,8 +64,8 @@ def captions(vlm, tokenizer, config: dict, world: Path) -> dict:
     """{"caption", "r1", "r5"} on captions.json: the captioning loss in nats per token, and retrieval of the
     caption of each picture, in percent."""
     file, images = world / "captions.json", world / "images"
-    image, text, keys, _ = evaluation.caption_vectors(vlm, tokenizer, config, file, images)
-    found = evaluation.score_retrieval(image, text, keys)
+    image, text, keys, _ = spaces.caption_vectors(vlm, tokenizer, config, file, images)
+    found = spaces.score_retrieval(image, text, keys)
     samples = data.Conversations(data.load_records(file), images, tokenizer, "plain", vlm.vit.config, "crop")
     loss = tokens = 0
     for m in batches(samples, vlm):

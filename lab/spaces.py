@@ -1,11 +1,11 @@
-"""Where pictures and words lie in the LLM's space: the gap between them, and the heat map of a word on a
-picture.
+"""Where pictures and words lie in the LLM's space: which captions pictures find, the gap between the two, and
+the heat map of a word on a picture.
 
-    python -m lab.spaces gap                                            # of the last run
+    python -m lab.spaces retrieval                                      # of the last run
     python -m lab.spaces gap --ckpt runs/tiny/align --data data/toy/captions.json --images data/toy/images
     python -m lab.spaces heatmap picture.png "a red circle" --ckpt runs/a/align runs/b/align --out map.png
 
-Both work on any run, tiny or 7B, and need no answer of the LLM. The last line printed is one JSON object.
+All work on any run, tiny or 7B, and need no answer of the LLM. The last line printed is one JSON object.
 """
 
 import argparse
@@ -16,11 +16,65 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
 import data
 import eval as evaluation
 import losses
-from vit import resolve_model
+from vit import resolve_model, whole
+
+@torch.no_grad()
+def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000, batch: int = 64) -> tuple:
+    """(image vectors (n, C), text vectors (n, C), keys (n,), batches) of the first `limit` records of a LLaVA
+    JSON of captions, by default that of the run's benchmarks. `batches`: of a hundred pairs or a few more,
+    the projected patches (B, N, C), caption embeddings (B, T, C) and mask (B, T) that the vectors are made
+    of. ValueError if all captions are one."""
+    benchmarks, c = Path(config.get("benchmarks") or ""), vlm.vit.config
+    file, images = file or benchmarks / "captions.json", images or benchmarks / "images"
+    records = data.load_records(file, "align")[:limit]
+    samples = data.Conversations(records, images, tokenizer, "plain", c, "crop")
+    image, text, keys, batches = [], [], [], []
+    for start in tqdm(range(0, len(samples), batch), desc="captions", unit=" batches"):
+        rows = [samples[i] for i in range(start, min(start + batch, len(samples)))]
+        m = data.to_device(data.collate(rows, vlm.num_image_tokens, vlm.image_token_id, samples.pad_id,
+                                        c.image_size), vlm.llm.head_weight.device)
+        patches, embeds, mask = vlm.encode(m["pixels"]), vlm.llm.embed(m["caption_ids"]), m["caption_mask"]
+        image.append(losses.pool_patches(patches))
+        text.append(losses.pool_caption(embeds, mask))
+        keys.append(m["keys"][:, 0])
+        batches += [(patches, embeds, mask)] if start < 100 else []  # of all, these would be gigabytes
+    if len(torch.cat(keys).unique()) < 2:
+        raise ValueError(f"{file}: needs at least two different captions")
+    return torch.cat(image), torch.cat(text), torch.cat(keys), batches
+
+
+def first_of_each(keys) -> tuple:
+    """(the row where each distinct key stands first, for each row the number of its key)."""
+    _, number = keys.unique(return_inverse=True)
+    return torch.stack([(number == k).nonzero()[0, 0] for k in range(int(number.max()) + 1)]), number
+
+
+def score_retrieval(image, text, keys) -> dict:
+    """R@1 and R@5 both ways, in percent. The gallery of captions has each distinct one once; of the pictures
+    found for a caption, any that it describes is right."""
+    distinct, owner = first_of_each(keys)  # (captions,) rows; (n,) which of these describes each picture
+    similarity, captions = image @ text[distinct].T, torch.arange(len(distinct), device=keys.device)
+    to_text = similarity.topk(min(5, len(distinct)), dim=1).indices == owner[:, None]  # (n, 5)
+    to_image = owner[similarity.T.topk(min(5, len(image)), dim=1).indices] == captions[:, None]  # (.., 5)
+    scores = {}
+    for way, found in (("image_to_text", to_text), ("text_to_image", to_image)):
+        scores |= {f"{way}_r{k}": evaluation.percent(found[:, :k].any(1).tolist()) for k in (1, 5)}
+    return scores
+
+
+def run_retrieval(ckpt, file, images, device) -> dict:
+    """Retrieval of a run directory on a LLaVA JSON of captions."""
+    vlm, tokenizer, config = evaluation.load_run(ckpt, device)
+    image, text, keys, _ = caption_vectors(vlm, tokenizer, config, file, images)
+    result = {"ckpt": str(ckpt), "measure": "retrieval", "pairs": len(keys),
+              "distinct_captions": len(keys.unique()), **score_retrieval(image, text, keys)}
+    return result
+
 
 def uniformity(x) -> torch.Tensor:
     """How evenly unit vectors (n, C) lie on the sphere: log of the mean of exp(-2 d^2) over all pairs."""
@@ -36,7 +90,7 @@ def score_gap(image, text, keys) -> dict:
     scores = {"centroid_distance": (image.mean(0) - text.mean(0)).norm(),
               "positive_cosine": cosine.diagonal().mean(), "negative_cosine": cosine[~is_pair].mean(),
               "alignment": (image - text).square().sum(1).mean(), "uniformity_image": uniformity(image),
-              "uniformity_text": uniformity(text[evaluation.first_of_each(keys)[0]])}
+              "uniformity_text": uniformity(text[first_of_each(keys)[0]])}
     return {name: round(value.item(), 4) for name, value in scores.items()}
 
 
@@ -66,12 +120,11 @@ def score_tokens(vlm, pairs) -> dict:
 
 
 def run_gap(ckpt, file, images, device) -> dict:
-    """The gap of a run directory on a LLaVA JSON of captions; also written to its gap.json."""
+    """The gap of a run directory on a LLaVA JSON of captions."""
     vlm, tokenizer, config = evaluation.load_run(ckpt, device)
-    image, text, keys, batches = evaluation.caption_vectors(vlm, tokenizer, config, file, images)
+    image, text, keys, batches = caption_vectors(vlm, tokenizer, config, file, images)
     scores = score_gap(image, text, keys) | score_tokens(vlm, batches)
     result = {"ckpt": str(ckpt), "measure": "gap", "pairs": len(keys), **scores}
-    (Path(ckpt) / "gap.json").write_text(json.dumps(result, indent=1))
     return result
 
 
@@ -133,14 +186,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser("python -m lab.spaces", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    retrieval = commands.add_parser("retrieval", help="R@1 and R@5 of pictures against captions, both ways")
     gap = commands.add_parser("gap", help="distances, cosines, alignment, uniformity, nearest words, TACS")
-    gap.add_argument("--data", help="a LLaVA JSON of captions (default: that of the run's benchmarks)")
-    gap.add_argument("--images", help="the folder of its pictures (default: likewise)")
+    for command in (retrieval, gap):
+        command.add_argument("--data", help="a LLaVA JSON of captions (default: that of the run's benchmarks)")
+        command.add_argument("--images", help="the folder of its pictures (default: likewise)")
     heatmap = commands.add_parser("heatmap", help="a row for each run, a column for each token")
     heatmap.add_argument("image")
     heatmap.add_argument("text")
     heatmap.add_argument("--out", help="the PNG to write (default: heatmap.png in the first run)")
-    for command in (gap, heatmap):
+    for command in (retrieval, gap, heatmap):
         command.add_argument("--ckpt", nargs="+", help="run directories (default: the last run)")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,8 +205,12 @@ def main(argv=None):
             file = args.out or runs[0] / "heatmap.png"
             print(json.dumps(heat_map(runs, args.image, args.text, file, device)))
             return
+        measure = {"retrieval": run_retrieval, "gap": run_gap}[args.command]
         for ckpt in runs:
-            print(json.dumps(run_gap(ckpt, args.data, args.images, device)))
+            result = measure(ckpt, args.data, args.images, device)
+            with whole(Path(ckpt) / f"{args.command}.json") as building:
+                building.write_text(json.dumps(result, indent=1))
+            print(json.dumps(result))
     except (OSError, ValueError) as error:
         sys.exit(f"lab.spaces: {error}")
 

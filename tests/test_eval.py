@@ -1,5 +1,5 @@
 """The benchmarks' layouts, their rules as tables, the denominators and errors; asking: batches, ranks, a
-killed evaluation that goes on; likelihoods; where an answer ends; the command; retrieval."""
+killed evaluation that goes on; likelihoods; where an answer ends; the command."""
 
 import csv
 import io
@@ -944,21 +944,8 @@ def test_no_run_yet(tmp_path, monkeypatch):
     ["--ask", "a.png", "What?", "--temperature", "-1"], ["--bench", "all", "--split", "test"],
     ["--bench", "pope", "--submit", "x"], ["--bench", "vqav2", "--submit", "no/such/folder/x"],
     ["--bench", "vqav2", "--submit", "x", "--ckpt", "a", "b"],
-    ["--bench", "pope", "--limit", "0"], ["--bench", "retrieval", "--floors"]])
+    ["--bench", "pope", "--limit", "0"], ["--ask", "a.png", "What?", "--floors"]])
 def test_bad_options_end_the_program(argv, capsys):
     with pytest.raises(SystemExit) as end:
         evaluation.main(argv)
     assert end.value.code == 2 and ": error: " in capsys.readouterr().err
-
-
-# ---- pictures against captions -----------------------------------------------------------------------------
-
-
-def test_retrieval_counts_equal_captions_once_and_any_of_their_pictures():
-    keys = torch.tensor([5, 6, 5, 7])
-    text = torch.eye(3)[[0, 1, 0, 2]]
-    # the pictures 2 and 3 resemble caption 6 most
-    image = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0.9, 0.1], [0, 0.8, 0.6]])
-    scores = evaluation.score_retrieval(image, text, keys)
-    assert scores["image_to_text_r1"] == 50.0 and scores["text_to_image_r1"] == 100.0
-    assert scores["image_to_text_r5"] == scores["text_to_image_r5"] == 100.0

@@ -371,6 +371,16 @@ def test_gap_against_plain_formulas():
     assert scores["centroid_distance"] == pytest.approx((image.mean(0) - t.mean(0)).norm().item(), abs=1e-4)
 
 
+def test_retrieval_counts_equal_captions_once_and_any_of_their_pictures():
+    keys = torch.tensor([5, 6, 5, 7])
+    text = torch.eye(3)[[0, 1, 0, 2]]
+    # the pictures 2 and 3 resemble caption 6 most
+    image = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0.9, 0.1], [0, 0.8, 0.6]])
+    scores = spaces.score_retrieval(image, text, keys)
+    assert scores["image_to_text_r1"] == 50.0 and scores["text_to_image_r1"] == 100.0
+    assert scores["image_to_text_r5"] == scores["text_to_image_r5"] == 100.0
+
+
 def test_patches_against_words(clip_folder, llama_folder):
     vlm = VLM.from_towers(clip_folder, llama_folder, "linear")
     patches, embeds = torch.randn(2, 16, 32), torch.randn(2, 3, 32)
@@ -400,8 +410,11 @@ def test_spaces_and_answers_of_a_run(clip_folder, llama_folder, world, tmp_path,
     """As a user would: gap and heat map of a run directory, its answers, and the picture of them."""
     run = tmp_path / "run"
     VLM.from_towers(clip_folder, llama_folder, "linear").save(run, {"benchmarks": str(world)}, False)
-    spaces.main(["gap", "--ckpt", str(run)])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["pairs"] == 8
+    for measure, key in (("gap", "tacs"), ("retrieval", "image_to_text_r1")):
+        spaces.main([measure, "--ckpt", str(run)])
+        printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert printed["pairs"] == 8 and key in printed
+        assert json.loads((run / f"{measure}.json").read_text()) == printed
     picture = str(next((world / "images").iterdir()))
     spaces.main(["heatmap", picture, "a red circle", "--ckpt", str(run), str(run), "--out",
                  str(tmp_path / "map.png")])
@@ -412,6 +425,6 @@ def test_spaces_and_answers_of_a_run(clip_folder, llama_folder, world, tmp_path,
     evaluation.main(["--bench", "scienceqa", "--ckpt", str(run)])
     answers.main([str(run), "scienceqa"])
     assert Image.open(run / "scienceqa.png").size == (1000, 500)
-    for bench in ("gap", "heatmap"):
+    for bench in ("retrieval", "gap", "heatmap"):
         with pytest.raises(SystemExit, match="python -m lab.spaces"):
             evaluation.main(["--bench", bench])
