@@ -40,7 +40,8 @@ from tqdm import tqdm
 
 import data
 import losses
-from llm import LLM, checkpoint_blocks, compile_blocks, load_llm_config, random_state, set_random_state
+from llm import (FAMILIES, LLM, checkpoint_blocks, compile_blocks, load_llm_config, random_state,
+                 set_random_state)
 from losses import (barrier, catch_signals, command, peak_memory, rank, say, start_ranks,
                     sum_over_ranks, total_memory, world_size)
 from projector import VLM, choose_dtype, find_projector
@@ -531,12 +532,14 @@ def memory_sum(config, vlm, dtype, rows: int, length: int) -> dict:
     c, v, e, learns = vlm.llm.config, vlm.vit.config, dtype.itemsize, config.stage == "instruct"
     learning, share = count_weights(vlm, only_learning=True), config.batch // world_size()
     ranks, contrastive = world_size() if config.shard else 1, losses.CONTRASTIVE[config.contrastive]
-    # What a block keeps of a token: two residuals; q and what attention makes of it, k and v; the gated
-    # MLP's three factors; where it learns, what else went into its matrices. Its backward makes three
-    # gradients of the MLP's width.
+    # What a block keeps of a token: two residuals; q and what attention makes of it, k and v (and q and k
+    # before their norm, where they have one); the gated MLP's three factors; where it learns, what else went
+    # into its matrices. Its backward makes three gradients of the MLP's width.
     C, I, blocks, numbers = c.hidden_size, c.intermediate_size, c.num_hidden_layers, rows * length * e
     heads = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
-    block, sweep = numbers * (2 * C + 2 * heads + 3 * I + learns * (2 * C + I)), numbers * (3 * I + 2 * C)
+    _, _, has_norm = FAMILIES[c.model_type]
+    block = numbers * (2 * C + (2 + has_norm) * heads + 3 * I + learns * (2 * C + I))
+    sweep = numbers * (3 * I + 2 * C)
     whole = {"none": blocks, "every-other": blocks // 2, "every": 0}[config.checkpointing]
     kept = whole * block + (blocks - whole) * numbers * C
     again = 0 if whole else block

@@ -189,7 +189,7 @@ def main(argv=None):
     retrieval = commands.add_parser("retrieval", help="R@1 and R@5 of pictures against captions, both ways")
     gap = commands.add_parser("gap", help="distances, cosines, alignment, uniformity, nearest words, TACS")
     for command in (retrieval, gap):
-        command.add_argument("--data", help="a LLaVA JSON of captions (default: that of the run's benchmarks)")
+        command.add_argument("--data", help="LLaVA JSON of captions (default: that of the run's benchmarks)")
         command.add_argument("--images", help="the folder of its pictures (default: likewise)")
     heatmap = commands.add_parser("heatmap", help="a row for each run, a column for each token")
     heatmap.add_argument("image")

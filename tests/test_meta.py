@@ -123,7 +123,8 @@ SHORT = [  # stage, preset, ranks, tokens of text in each row (0: typical), opti
     ("align", "7b", 8, 0, {}), ("align", "7b", 8, 0, {"checkpointing": "every", "contrastive": "both"}),
     ("align", "7b", 8, 0, {"checkpointing": "every-other", "micro_batch": 32}),
     ("instruct", "7b", 8, 0, {}), ("instruct", "7b", 8, 1471, {"checkpointing": "none"}),
-    ("instruct", "7b", 8, 0, {"shard": False}), ("instruct", "small", 8, 0, {})]
+    ("instruct", "7b", 8, 0, {"shard": False}), ("instruct", "small", 8, 0, {}),
+    ("align", "speedrun", 1, 0, {})]
 
 
 @pytest.mark.parametrize("stage, preset, world, text, options", SHORT)
