@@ -622,9 +622,11 @@ def ensure_data(config):
                        env=os.environ | {"PYTHONPATH": str(ROOT)})
     barrier()
     if not Path(config.annotations).exists():
-        hub = {"align": "LLaVA-Pretrain", "instruct": "LLaVA-Instruct-150K (mix665k)"}[config.stage]
+        hub = {"align": "liuhaotian/LLaVA-Pretrain",
+               "instruct": "liuhaotian/LLaVA-Instruct-150K (mix665k)"}[config.stage]
+        hub = "lmms-lab/LLaVA-NeXT-Data, written out" if "LLaVA-NeXT" in config.annotations else hub
         raise FileNotFoundError(f"{config.annotations}: no such file. Name a LLaVA JSON, as of the Hub's "
-                                f"liuhaotian/{hub}, with --annotations and its pictures with --images (now "
+                                f"{hub}, with --annotations and its pictures with --images (now "
                                 f"{config.images}); or take --preset tiny, or --dry_run with any preset")
 
 

@@ -6,6 +6,7 @@ import re
 
 import bench_step
 import pytest
+import tour
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -26,6 +27,15 @@ def test_every_test_that_the_readme_names_exists():
     written = "".join((ROOT / name).read_text() for name in TESTS)
     for name in re.findall(r"`(test_\w+)`", README):
         assert f"def {name}(" in written, name
+
+
+def test_the_tour_stops_where_the_walk_through_does_and_is_as_long_as_promised():
+    promised = int(re.search(r"`python tests/tour.py 1`[^:]*: (\d+) lines", README)[1])
+    assert promised == pytest.approx(tour.length(), rel=0.05) and tour.length() < 1000
+    for number, (title, _) in tour.STOPS.items():
+        assert f"**{number}. {title}**" in README
+        for file, name, first, lines in tour.passages(number):
+            assert f"{first:5}  {lines[0]}" in tour.text_of(number), (file, name)
 
 
 @pytest.mark.parametrize("preset", bench_step.SHAPES)

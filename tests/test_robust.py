@@ -1312,6 +1312,10 @@ def test_an_exported_folder_has_our_prompts(name, template, clip_folder, llama_f
     place = processor.tokenizer.convert_tokens_to_ids("<image>")
     at = ids.index(data.IMAGE_MARKER)
     assert theirs["input_ids"][0] == ids[:at] + [place] * 16 + ids[at + 1 :]
+    if template == "v1":  # a system message stands in the place of Vicuna's own
+        told = [{"role": "system", "content": "Be brief."}, *messages]
+        prompt = processor.apply_chat_template(told, add_generation_prompt=True)
+        assert prompt.startswith("Be brief. USER: <image>")
     pipeline = transformers.pipeline("image-text-to-text", model=str(tmp_path / "out"))
     said = pipeline(text=messages, max_new_tokens=6, do_sample=False, return_full_text=False)[0][
         "generated_text"

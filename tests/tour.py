@@ -1,0 +1,76 @@
+"""The code of the README's walk-through, stop by stop: of all files the lines that carry the ideas.
+
+    python tests/tour.py      # an hour's reading
+    python tests/tour.py 4    # stop 4: the losses
+
+Nothing is copied here: functions are named, and printed from the files with their line numbers.
+"""
+
+import ast
+import pydoc
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+STOPS = {  # {number: (its title, {file: functions, or methods, or whole classes})}
+    1: ("A picture becomes features", {
+        "vit.py": ["Embeddings", "Attention", "Block", "ViT.__init__", "ViT.forward"]}),
+    2: ("Ids become logits, but so do vectors", {
+        "llm.py": ["rope_tables", "rotate", "Attention", "Block", "LLM.hidden", "LLM.generate",
+                   "visible_positions"]}),
+    3: ("Features enter the sentence", {
+        "projector.py": ["build_projector", "VLM.encode", "VLM.image_places", "VLM.splice"]}),
+    4: ("Three losses", {
+        "losses.py": ["generative_loss", "caption_pass", "pool_patches", "pool_caption", "patch_vectors",
+                      "prompt_vectors", "contrastive_loss", "GatherWithGradient", "ContrastiveTerm"]}),
+    5: ("A record becomes labels", {
+        "data.py": ["clean_turns", "plain", "v1", "tokenise", "token_roles", "expand", "collate"]}),
+    6: ("One step", {
+        "train.py": ["train_step", "Bucket", "DataParallelAdamW", "learning_rate"],
+        "losses.py": ["contrast", "products", "weighted_sum"],
+        "llm.py": ["checkpointed"]}),
+    7: ("Questions", {
+        "eval.py": ["to_samples", "ask", "parse_choice"]}),
+}
+
+
+def find(tree, name: str):
+    """The node of a function, Class.method or class."""
+    for part in name.split("."):
+        tree = next(node for node in tree.body if getattr(node, "name", "") == part)
+    return tree
+
+
+def passages(number: int):
+    """Yield (file, name, its first line, its lines) of a stop."""
+    for file, names in STOPS[number][1].items():
+        source = (ROOT / file).read_text()
+        tree, lines = ast.parse(source), source.splitlines()
+        for name in names:
+            node = find(tree, name)
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            yield file, name, first, lines[first - 1 : node.end_lineno]
+
+
+def length(numbers=STOPS) -> int:
+    return sum(len(lines) for number in numbers for *_, lines in passages(number))
+
+
+def text_of(number: int) -> str:
+    """A stop as it is printed."""
+    parts = [f"{number}. {STOPS[number][0]} ({length([number])} lines)"]
+    for file, name, first, lines in passages(number):
+        numbered = [f"{place:5}  {line}".rstrip() for place, line in enumerate(lines, start=first)]
+        parts.append("\n".join([f"---- {file}: {name}", *numbered]))
+    return "\n\n".join(parts) + "\n"
+
+
+def main(chosen):
+    if not set(chosen) <= set(map(str, STOPS)):
+        sys.exit(f"tour.py: the stops are {', '.join(map(str, STOPS))}")
+    pydoc.pager("\n".join(text_of(number) for number in map(int, chosen or STOPS)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
