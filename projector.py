@@ -316,8 +316,8 @@ MESSAGES = """{%- set flat = namespace(messages=[]) -%}{%- for m in messages -%}
 {%- set flat.messages = flat.messages + [{'role': m.role, 'content': text}] -%}{%- endfor -%}
 {%- set messages = flat.messages -%}{%- set enable_thinking = false -%}"""
 VICUNA = """{{- (messages[0].content if messages[0].role == 'system' else 'A chat between a curious user and \
-an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user\\'s \
-questions.') + ' ' -}}
+an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the \
+user\\'s questions.') + ' ' -}}
 {%- for m in messages -%}{%- if m.role == 'user' -%}{{- 'USER: ' + m.content + ' ASSISTANT:' -}}
 {%- elif m.role == 'assistant' -%}{{- ' ' + m.content + eos_token -}}{%- endif -%}{%- endfor -%}"""
 
