@@ -3,13 +3,18 @@ long a function may be, and a line."""
 
 import ast
 import re
+import shlex
 
 import bench_step
 import pytest
+import torch
 import tour
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+import eval as evaluation
+import train
+
+README, LAB_README = (ROOT / "README.md").read_text(), (ROOT / "lab/README.md").read_text()
 FILES = ("vit.py", "llm.py", "projector.py", "losses.py", "data.py", "train.py", "eval.py")
 LAB = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("lab/*.py"))
 TESTS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/*.py"))
@@ -36,6 +41,52 @@ def test_the_tour_stops_where_the_walk_through_does_and_is_as_long_as_promised()
         assert f"**{number}. {title}**" in README
         for file, name, first, lines in tour.passages(number):
             assert f"{first:5}  {lines[0]}" in tour.text_of(number), (file, name)
+
+
+def commands(text: str) -> list:
+    """[the words of a command] of those in backticks and those that are a line; comments are left out."""
+    text = text.replace("\\\n", " ")
+    found = re.findall(r"`((?:python|torchrun) [^`]+)`", text)
+    found += re.findall(r"^ *((?:python|torchrun) .+)$", text, re.M)
+    return [shlex.split(command, comments=True) for command in found]
+
+
+COMMANDS = [words for words in commands(README) + commands(LAB_README) if words[1] != "-c"]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_that_the_readmes_name_can_be_called(words):
+    """The program is there and knows the options; train.py and eval.py take the whole line."""
+    if words[-1] == "--max-restarts":
+        return  # torchrun's own
+    _, *options = [word for word in words if not word.startswith("--nproc_per_node")]
+    program, options = (options[1], options[2:]) if options[0] == "-m" else (options[0], options[1:])
+    if program == "pytest":
+        return
+    file = ROOT / (program if program.endswith(".py") else f"{program.replace('.', '/')}.py")
+    flags = {option for option in options if option.startswith("--")}
+    options = options[: options.index("|")] if "|" in options else options
+    if program == "train.py":
+        given = train.parse_args(options)
+        for stage in [given["stage"]] if "stage" in given else ["align", "instruct"]:
+            train.configure(stage, given)
+    elif program == "eval.py":
+        evaluation.parse_args(options)
+    else:
+        source = file.read_text()
+        assert all(f'"{flag}"' in source for flag in flags)
+
+
+def test_the_plan_in_the_readme_is_what_a_run_prints(capsys, monkeypatch):
+    monkeypatch.setattr(train, "total_memory", lambda device: 23.5 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = train.configure("align", {"preset": "tiny"})
+    plan = train.outline(config, train.load_vit_config(config.vit), train.load_llm_config(config.llm))
+    train.print_plan(config, plan, torch.device("cpu"), torch.float32, 750, (64, 45))
+    printed = [line for line in capsys.readouterr().out.split("\n") if line]
+    assert len(printed) == 7
+    for line in printed:
+        assert f"    {line}\n" in README or line.startswith("float32;")
 
 
 @pytest.mark.parametrize("preset", bench_step.SHAPES)
