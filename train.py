@@ -62,7 +62,7 @@ class Config:
     preset: str = option("", "defaults (empty: 7b with CUDA, else tiny)",
                          ("", "tiny", "small", "speedrun", "7b", "13b"))
     out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
-    init: str = option("", "instruct: align run or mm_projector.bin to start from; empty: runs/PRESET/align")
+    init: str = option("", "align run or mm_projector.bin to start from; empty: none (align), runs/PRESET/align")
     seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
     dry_run: bool = option(False, "3 steps at full shape: random weights and data, nothing read or written")
     save_every: int = option(0, "steps between checkpoints that --resume continues from; 0: none")
@@ -483,11 +483,11 @@ def outline(config, vit_config, llm_config) -> VLM:
 
 
 def load_model(config, device, dtype) -> VLM:
-    """The model with its weights on `device`: the towers and a projector, fresh (align) or `init`'s."""
+    """The model with its weights on `device`: the towers and a projector, fresh or `init`'s."""
     gc.collect()  # a checkpointed block refers to itself: what an earlier stage left goes before more comes
     torch.manual_seed(config.seed)
     vlm = VLM.from_towers(config.vit, config.llm, config.projector, config.feature_layer, dtype, device)
-    if config.stage == "instruct":
+    if config.init:
         is_theirs = find_projector(config.init).suffix == ".bin"  # LLaVA's: the shapes must do
         before = asdict(config) if is_theirs else read_json(Path(config.init) / "config.json")
         for name in ("preset", "vit", "llm", "projector", "feature_layer"):
@@ -613,7 +613,7 @@ def check_disk(config, vlm, dtype, steps: int):
 
 def ensure_data(config):
     """The toy world is made, by one rank, where it is missing; for other data, FileNotFoundError."""
-    if config.stage == "instruct" and not Path(config.init).exists():
+    if config.init and not Path(config.init).exists():
         raise FileNotFoundError(f"{config.init}: no align run to start from; "
                                 f"`python train.py --stage align --preset {config.preset}` makes one")
     if rank() == 0 and config.annotations.startswith("data/toy/") and not Path("data/toy").exists():
@@ -932,7 +932,7 @@ def run_all(given: dict, device):
         options = of_stage(stage, given)
         if stage == "instruct" and not (root / stage / "log.jsonl").exists():
             options.pop("resume", None)  # the run was stopped before this stage
-        where = {"out": str(root / stage), "init": str(root / "align")}
+        where = {"out": str(root / stage)} | ({"init": str(root / "align")} if stage == "instruct" else {})
         train_stage(configure(stage, options | where), device)
     set_last_run(root / "instruct")
     if rank() == 0:

@@ -996,6 +996,16 @@ def test_instruct_refuses_what_does_not_fit(world, tmp_path):
     assert "made with projector 'linear', this run has 'mlp2x_gelu'" in other
 
 
+def test_align_goes_on_from_a_projector(world, tmp_path):
+    """As of captions after captions; at rate 0 the bits stay. Nobody's is taken where none is named."""
+    for name in ("a", "b"):
+        init = ["--init", tmp_path / "a"] if name == "b" else []
+        options = ["--steps", "3", *init, "--lr", "0"] if init else ["--steps", "3"]
+        trained(world, "--stage", "align", *options, "--out", tmp_path / name)
+    files = [tmp_path / name / "projector.safetensors" for name in ("a", "b", "a/unaligned")]
+    assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
+
+
 def test_a_run_is_not_resumed_with_other_options(world, tmp_path):
     options = ["--stage", "align", "--out", tmp_path / "a", "--save_every", "1"]
     trained(world, *options, "--steps", "3")
