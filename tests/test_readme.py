@@ -45,7 +45,7 @@ def test_the_tour_stops_where_the_walk_through_does_and_is_as_long_as_promised()
 
 def commands(text: str) -> list:
     """[the words of a command] of those in backticks and those that are a line; comments are left out."""
-    text = text.replace("\\\n", " ")
+    text = text.replace("\\\n", " ").replace("$ALL", "--stage align").replace('python -c "\n', "")
     found = re.findall(r"`((?:python|torchrun) [^`]+)`", text)
     found += re.findall(r"^ *((?:python|torchrun) .+)$", text, re.M)
     return [shlex.split(command, comments=True) for command in found]
