@@ -62,7 +62,7 @@ class Config:
     preset: str = option("", "defaults (empty: 7b with CUDA, else tiny)",
                          ("", "tiny", "small", "speedrun", "7b", "13b"))
     out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
-    init: str = option("", "align run or mm_projector.bin to start from; empty: runs/PRESET/align; align: none")
+    init: str = option("", "align run or mm_projector.bin to start from; instruct needs one")
     seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
     dry_run: bool = option(False, "3 steps at full shape: random weights and data, nothing read or written")
     save_every: int = option(0, "steps between checkpoints that --resume continues from; 0: none")
