@@ -1093,8 +1093,6 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
 
 
 def main():
-    if sys.argv[1:2] == ["toy"]:
-        sys.exit("data.py: the toy world has moved; `python -m lab.toy_world data/toy` writes it")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     checker = commands.add_parser("check", help="list bad records and images, write a cleaned list")

@@ -968,10 +968,6 @@ def ask_about_picture(ckpt, args, device) -> list:
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    moved = "retrieval", "gap", "heatmap"
-    if set(zip(argv, argv[1:])) & {("--bench", name) for name in moved}:
-        sys.exit(f"eval.py: {', '.join(moved)} have moved: see `python -m lab.spaces --help`")
     args = parse_args(argv)
     with command("eval.py"):
         device = start_ranks()

@@ -945,8 +945,6 @@ def run_all(given: dict, device):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if ("--stage", "compare") in zip(argv, argv[1:]):
-        sys.exit("train.py: --stage compare has moved; `python -m lab.compare` compares the losses")
     given = parse_args(argv)
     if given.get("dry_run"):  # a benchmark, and so a script beside the others
         os.execv(sys.executable, [sys.executable, str(ROOT / "tests/bench_step.py"), *map(str, argv)])

@@ -138,16 +138,6 @@ def test_the_instruct_stage_has_no_prompt():
     assert train.configure("instruct", {"preset": "tiny"}).prompt == "none"
 
 
-@pytest.mark.parametrize("call, new", [
-    (lambda: train.main(["--stage", "compare", "--quick"]), "train.py: .*`python -m lab.compare`"),
-    (lambda: data.main(), "data.py: .*`python -m lab.toy_world data/toy`")], ids=["compare", "toy"])
-def test_a_call_that_has_moved_ends_in_one_line_that_names_the_new_one(monkeypatch, call, new):
-    monkeypatch.setattr(sys, "argv", ["data.py", "toy", "data/toy"])
-    with pytest.raises(SystemExit) as end:
-        call()
-    assert re.match(new, end.value.code) and "\n" not in end.value.code
-
-
 # ---- the learning rate -------------------------------------------------------------------------------------
 
 
