@@ -17,13 +17,14 @@ STOPS = {  # {number: (its title, {file: functions, or methods, or whole classes
     1: ("A picture becomes features", {
         "vit.py": ["Embeddings", "Attention", "Block", "ViT.__init__", "ViT.forward"]}),
     2: ("Ids become logits, but so do vectors", {
-        "llm.py": ["RMSNorm", "rope_tables", "rotate", "Attention", "Block", "visible_positions", "LLM.hidden",
-                   "LLM.generate"]}),
+        "llm.py": ["RMSNorm", "rope_tables", "rotate", "Attention", "Block", "visible_positions",
+                   "LLM.hidden", "LLM.generate"]}),
     3: ("Features enter the sentence", {
         "projector.py": ["build_projector", "VLM.encode", "VLM.image_places", "VLM.splice"]}),
     4: ("Three losses", {
         "losses.py": ["generative_loss", "find_places", "caption_pass", "pool_patches", "pool_caption",
-                      "patch_vectors", "prompt_vectors", "contrastive_loss", "GatherWithGradient", "ContrastiveTerm"]}),
+                      "patch_vectors", "prompt_vectors", "contrastive_loss", "GatherWithGradient",
+                      "ContrastiveTerm"]}),
     5: ("A record becomes labels", {
         "data.py": ["clean_turns", "plain", "v1", "tokenise", "token_roles", "expand", "collate"]}),
     6: ("One step", {
