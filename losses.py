@@ -192,10 +192,12 @@ class ContrastiveTerm(nn.Module):
     def clamp_(self):
         self.log_scale.clamp_(0, math.log(100))
 
-    def measure(self, generative: float, own: float):
-        """Take in the squared norms of the two gradients at the cut, own as of weight 1."""
+    def measure(self, generative: float, own: float, steps: int = 1):
+        """Take in the squared norms of the two gradients at the cut, own as of weight 1, into averages over
+        about ten steps; so many `steps` have gone by since the last time."""
         if math.isfinite(generative + own):  # a float16 step that overflows teaches nothing
-            self.squares = [0.9 * old + 0.1 * new for old, new in zip(self.squares, (generative, own))]
+            old, new = 0.9**steps, (generative, own)
+            self.squares = [old * a + (1 - old) * b for a, b in zip(self.squares, new)]
 
     def weight(self) -> float:
         """To multiply this loss with. Both averages start at 0, so their ratio is unbiased from the first."""
@@ -238,7 +240,16 @@ def contrastive_loss(image, text, scale, keys):
 # the gradient does. The losses meet at the cut behind the projector: there their gradients are measured,
 # weighted and added up. That, and the share as an option, are ours.
 
-MEASURE_EVERY = 50  # steps, with the prompted loss: its gradient at the cut takes a backward of its own
+MEASURE_EVERY, HOLD_EVERY = 50, 10  # steps, with the prompted loss: see `measure_every`
+
+
+def measure_every(terms) -> int:
+    """Steps from one measurement to the next. With the prompted loss, whose gradient at the cut takes a
+    backward of its own through the LLM, 50, or 10 where a share is to be held; else each is measured."""
+    if "prompt" not in terms:
+        return 1
+    return HOLD_EVERY if any(term.share for term in terms.values()) else MEASURE_EVERY
+
 
 def contrast(vlm, micro_batches, terms, cuts: dict, amplified: float) -> tuple:
     """The contrastive losses of a step, and their gradients, `amplified`, back to the cuts.
@@ -321,7 +332,7 @@ def figures(sums: dict, terms, amplified: float, batch: int) -> dict:
     for name, term in terms.items():
         own = line.get(f"{name}_grad")
         if captioning is not None and own is not None:
-            term.measure(captioning**2, own**2)
+            term.measure(captioning**2, own**2, measure_every(terms))
             line[f"{name}_ratio"] = ratio(term.weight() * own, captioning)
             line[f"{name}_cosine"] = ratio(sums[f"{name}_product"] / amplified**2, captioning * own)
         if name in sums:

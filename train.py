@@ -672,7 +672,7 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     # 5. Patches -> LLM -> generative loss, and back to the cut, one micro-batch after another. What the
     #    prompted loss left at its own cut takes the same way back, in the same sweep; in one of its own where
     #    it is to be measured.
-    is_measured = with_llm and (not captioned or step % losses.MEASURE_EVERY == 0)
+    is_measured = with_llm and (step - config.contrastive_first) % losses.measure_every(terms) == 0
     of_states, at_cut["prompt"] = at_cut.pop("prompt", []), []
     for i, m in enumerate(micro_batches) if with_llm else ():
         loss, state = captioned[i] if captioned else losses.caption_pass(vlm, m, leaves[i])

@@ -690,6 +690,26 @@ def test_the_share_is_met(linear_vlm, llama_folder):
     assert all(0.2 < ratio < 0.45 for ratio in found), "the share is met at first and lost in later steps"
 
 
+def test_the_share_is_met_whenever_captioning_begins(linear_vlm, llama_folder):
+    """Behind contrast first both losses are measured in the first captioning step, whatever its number."""
+    lines, _ = first_steps(linear_vlm, llama_folder, 5, contrastive="both", contrastive_balance=0.3,
+                           contrastive_first=3)
+    for name in ("patch", "prompt"):
+        assert f"{name}_ratio" not in lines[2]
+        assert lines[3][f"{name}_ratio"] == pytest.approx(0.3, rel=1e-6)
+
+
+def test_an_average_over_ten_steps_however_often_it_is_measured():
+    """Of the prompted loss, each tenth: what was measured long ago does not speak for now."""
+    each, tenth = losses.ContrastiveTerm(share=0.3), losses.ContrastiveTerm(share=0.3)
+    for step in range(40):
+        gradients = (1.0, 1.0) if step < 20 else (16.0, 1.0)
+        each.measure(*gradients)
+        if step % 10 == 9:
+            tenth.measure(*gradients, steps=10)
+    assert tenth.squares == pytest.approx(each.squares) and 1.0 < tenth.weight() < 1.2
+
+
 def test_measuring_the_prompted_loss_does_not_change_the_gradient(linear_vlm, llama_folder, monkeypatch):
     """A sweep of its own through the LLM, or one together with the captioning loss: the same sum."""
     gradients = []
