@@ -18,9 +18,10 @@ Interrupted, the same command goes on; with more `--recipes` or `--seeds` it add
 of one thread each share the work; the results do not depend on their number.
 
 What keeps it fair: the world and the towers were fixed by criteria that look at no alignment
-(lab/pretrain.py). Every recipe gets equal data, equal captioning steps and the same small grid of learning
-rates (times its own strengths), tuned with a seed of its own on the validation split. Test questions choose
-nothing. Contrast first costs steps of its own: "none, longer" captions for as much longer as they take.
+(lab/pretrain.py). Every recipe gets the same records, equal captioning steps and the same small grid of
+learning rates (times its own strengths), tuned with a seed of its own on the validation split. Test questions
+choose nothing. Contrast first has steps of its own, and so sees its pictures more often: "none, longer"
+captions for as much longer as they take.
 """
 
 import argparse
@@ -115,13 +116,20 @@ def compare(setting: Setting, jobs: int = 1) -> str:
     protocol = {key: value for key, value in size.items() if key not in ("recipes", "seeds")}
     open_cells(out, [protocol, setting.given, fingerprint(setting)])
 
+    # 0. What earlier calls have finished is reported, too: their cells are there.
+    asked, finished = {(recipe, seed) for recipe in size["recipes"] for seed in range(size["seeds"])}, set()
+    if (out / "finished.json").exists():
+        finished = {(recipe, seed) for recipe, seed in read_json(out / "finished.json")}
+    asked = sorted(asked | finished, key=lambda pair: (pair[1], [*RECIPES].index(pair[0])))
+    size = size | {"recipes": tuple(dict.fromkeys(recipe for recipe, _ in asked))}
+
     # 1. Tune each recipe at the short and at the long number of align steps, on the validation split.
     pairs = [(recipe, steps) for recipe in size["recipes"] for steps in sorted({size["short"], size["long"]})]
     tuned = dict(zip(pairs, spread(jobs, "tune", partial(tune, setting), pairs)))
 
     # 2. Measure after every number of align steps; after the short and the long one, also instruct.
-    pairs = [(recipe, seed) for seed in range(size["seeds"]) for recipe in size["recipes"]]
-    cells = sum(spread(jobs, "measure", partial(measure, setting, tuned), pairs), [])
+    cells = sum(spread(jobs, "measure", partial(measure, setting, tuned), asked), [])
+    (out / "finished.json").write_text(json.dumps(asked))
 
     # 3. Ablate: other projectors, towers and prompts in the long alignment, with what was tuned for it.
     tries = []
@@ -353,6 +361,7 @@ def main():
         if not ours.world.exists():
             print(f"writing the toy world to {ours.world}")
             toy_world.write_world(ours.world, test=1600)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes to come: train.py looks at it
         torch.set_num_threads(1)
         part = {key: vars(ours)[key] for key in ("recipes", "seeds") if vars(ours)[key]}
         print(compare(Setting(SIZES[ours.size] | part, ours.out, ours.world, given), ours.jobs))

@@ -28,26 +28,28 @@ FEW_PARTS = (0, 0.1, 1.0)  # parts of the instruction data that every table and 
 # ------------------------------------------------------------------------------------------------------------
 # Means over seeds
 
-# The 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom; the last one stands for more, too.
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+# The 97.5 % quantile of Student's t with 2, 3, ... degrees of freedom; the last one stands for more, too.
+STUDENT = (4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 def interval(values) -> tuple:
-    """(mean, half the width of its 95 % interval by Student's t, None for a single value)."""
+    """(mean, half the width of its 95 % interval by Student's t, None for one or two values)."""
     n, mean = len(values), sum(values) / len(values)
-    if n == 1:
+    if n <= 2:  # of two, the interval is 9 times as wide as they are apart: it says nothing
         return mean, None
     variance = sum((value - mean) ** 2 for value in values) / (n - 1)
-    return mean, STUDENT[min(n - 2, len(STUDENT) - 1)] * math.sqrt(variance / n)
+    return mean, STUDENT[min(n - 3, len(STUDENT) - 1)] * math.sqrt(variance / n)
 
 
 def as_text(values) -> str:
-    """The mean and its interval, "-" where nothing was measured."""
+    """The mean and its interval; one or two values themselves; "-" where nothing was measured."""
     if not values:
         return "-"
     mean, half = interval(values)
     digits = 1 if abs(mean) >= 10 else 2
-    return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"
+    if half is None:
+        return " / ".join(f"{value:.{digits}f}" for value in values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
 def p_value(differences) -> float:
@@ -150,13 +152,15 @@ def report(out, world: str, size: dict, tuned: dict, cells: list, ablations: dic
     title, parts = SCORES[first], (0, *size["fractions"])
     after_short = rows(cells, [(short, part) for part in parts], first)
     by_steps = rows(cells, [(steps, 0) for steps in budgets], first)
-    ratio = claims(cells, size, first)
+    has_base = "none" in recipes(cells)  # else there is nothing to compare with
+    ratio = claims(cells, size, first) if has_base else {}
+    compared = [score for score in SCORES if has_base and score != "seconds" and score in cells[0]]
     text = "\n\n".join([
         introduction(world, size, seeds=1 + max(cell["seed"] for cell in cells)),
         *score_tables(cells, sorted({short, long}), parts, short),
         "## Without instruction data, by align steps", table("recipe", budgets, by_steps),
-        *gains(cells, size, first), *ablation_table(ablations, size),
-        f"ratio {json.dumps(ratio)}"])
+        *itertools.chain(*(gains(cells, size, score) for score in compared)),
+        *ablation_table(ablations, size), f"ratio {json.dumps(ratio)}"])
     Path(out, "results.md").write_text(text + "\n")
     listed = [{"name": name, "loss": loss, first: values} for (name, loss), values in ablations.items()]
     chosen = [{"loss": loss, "steps": steps, **best} for (loss, steps), best in tuned.items()]
@@ -177,9 +181,10 @@ with a seed of its own: first {len(size["lr"])} align rates, then its strengths,
 (fewer) or {size["long"]} (more). Nothing was chosen on test questions.""" if size["tune"] else ""
     return f"""# The recipes compared on the {world} world
 
-Mean of {seeds} seeds on the test split, and the 95 % interval of the mean by Student's t. The world and the
-towers were fixed beforehand by criteria that look at no alignment (the LLM's accuracy on text alone, a linear
-probe of the ViT). Every recipe had equal data and equal captioning steps. {tuning}"""
+Mean of {seeds} seeds on the test split (of a recipe that had fewer, of these), and the 95 % interval of the
+mean by Student's t; of one or two seeds their values. The world and the towers were fixed beforehand by
+criteria that look at no alignment (the LLM's accuracy on text alone, a linear probe of the ViT).
+Every recipe had the same records and equal captioning steps. {tuning}"""
 
 
 def score_tables(cells, budgets, parts, short: int) -> list:
@@ -255,8 +260,8 @@ def percents(parts) -> list:
 def claims(cells, size: dict, score: str) -> dict:
     """What the papers claim, for each recipe: {"generative": {what: figure, ...}, "+ patch": ...}.
 
-    What a tenth of the data reaches of the generative loss with all of it; the gain over the generative loss;
-    and how many times the align steps that one needs to draw level without instruction data.
+    What a tenth of the data, and none of it, reach of the generative loss with all of it (mean over mean, and
+    paired by seed); and how many times the align steps that one needs to draw level without instruction data.
     """
     short, long, budgets = size["short"], size["long"], size["budgets"]
 
@@ -267,8 +272,11 @@ def claims(cells, size: dict, score: str) -> dict:
     for loss in recipes(cells):
         figures = result[NAMES.get(loss, loss)] = {}
         for steps in (short, long):
-            ratio = mean(loss, steps, 0.1) / max(mean("none", steps, 1.0), 0.01)
-            figures[f"10% over generative 100%, {steps} steps"] = round(ratio, 3)
+            for part in (0, 0.1):
+                name, whole = f"{part:.0%} over generative 100%, {steps} steps", ("none", steps, 1.0)
+                figures[name] = round(mean(loss, steps, part) / max(mean(*whole), 0.01), 3)
+                pairs = zip(scores_of(cells, loss, steps, part, score), scores_of(cells, *whole, score))
+                figures[f"{name}, paired"] = as_text([a / max(b, 0.01) for a, b in pairs])
         if loss != "none":
             figures["step factor"] = step_factor(budgets, generative, short, mean(loss, short, 0))
     return result

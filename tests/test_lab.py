@@ -264,6 +264,33 @@ def test_any_number_of_jobs_measures_the_same(world, clip_folder, llama_folder, 
     assert texts[0] == texts[1]
 
 
+def test_a_part_of_a_comparison_adds_to_it(world, clip_folder, llama_folder, tmp_path, monkeypatch):
+    """Also a part without the generative loss, with which there is nothing to compare."""
+    setting = small_comparison(tmp_path / "c", world, (clip_folder, llama_folder))
+
+    def compared(*recipes):
+        size = setting.size | dict(recipes=recipes, seeds=1, budgets=(2,), long=2, lr=(1e-3,), ablations=0)
+        return compare.compare(setting._replace(size=size))
+
+    text = compared("patch")
+    assert "| + patch |" in text and "Gain" not in text and text.endswith("ratio {}")
+    text = compared("none")
+    assert "| + patch |" in text and "| generative |" in text and "Gain over the generative loss" in text
+    monkeypatch.setattr(compare, "train_and_score", None)  # all of it is there
+    assert without_seconds(compared("patch")) == without_seconds(text)
+
+
+def test_a_comparison_has_one_thread_for_each_process(monkeypatch, tmp_path, capsys):
+    """train.py's start takes all cores where nobody says otherwise: several jobs would fight for them."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["lab.compare", "--world", str(tmp_path)])
+    monkeypatch.setattr(compare, "compare", lambda *_: (train.start_ranks(), torch.get_num_threads())[1])
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
+    compare.main()
+    torch.set_num_threads(threads)
+    assert capsys.readouterr().out == "1\n"
+
+
 def test_unknown_options_end_a_comparison(capsys):
     for argv in (["--learning_rate", "1"], ["--qui"], ["--clip", "hard"], ["--seed_count", "3"]):
         with pytest.raises(SystemExit) as end:
@@ -338,9 +365,9 @@ def test_p_value_counts_the_signs():
 
 
 def test_table_and_chart(tmp_path):
-    rows = {"generative": [[50.0, 52.0], None], "+ patch": [[60.0], [70.0, 70.0]]}
+    rows = {"generative": [[50.0, 52.0], None], "+ patch": [[60.0], [70.0, 70.0, 70.0]]}
     text = report.table("loss", ["0%", "100%"], rows)
-    assert text.splitlines()[2:] == ["| generative | 51.0 ± 12.7 | - |", "| + patch | 60.0 | 70.0 ± 0.0 |"]
+    assert text.splitlines()[2:] == ["| generative | 50.0 / 52.0 | - |", "| + patch | 60.0 | 70.0 ± 0.0 |"]
     report.chart(tmp_path / "c.png", "title", "x", "y", ["0%", "100%"], rows)
     image = Image.open(tmp_path / "c.png").convert("RGB")
     colors = {color for _, color in image.getcolors(10**6)}
