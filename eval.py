@@ -3,7 +3,7 @@
     python eval.py --bench scienceqa                              # the last run, on its preset's ScienceQA
     python eval.py --bench scienceqa --ckpt runs/7b/instruct --data data/ScienceQA --score likelihood --floors
     torchrun --nproc_per_node=8 eval.py --bench all --data data   # every benchmark that lies there
-    python eval.py --ask picture.png "What color is the shape?"
+    python eval.py --ask picture.png "Which shape is it? Answer the question using a single word or phrase."
     python eval.py --chat picture.png                             # several turns: a question a line
 
 A score is only as good as its prompt, its parser and its denominator: published ScienceQA numbers of one and
@@ -840,9 +840,10 @@ def run_bench(name, ckpt, run: tuple, folder, args) -> dict:
     result |= scores
     if rank() == 0:
         write_predictions(file, result, questions, answers, choices)
-        told = [f"{key} {scores[key]} ± {scores[f'{key}_se']}" for key in scores if f"{key}_se" in scores]
+        told = [f"{key} {scores[key]} (standard error {scores[f'{key}_se']})"
+                for key in scores if f"{key}_se" in scores]
         if likely := scores.get("likelihood"):
-            told.append(f"by likelihood {likely['accuracy']} ± {likely['accuracy_se']}")
+            told.append(f"by likelihood {likely['accuracy']} (standard error {likely['accuracy_se']})")
         if "unparsed" in scores:
             told.append(f"{scores['unparsed']} answers that the rule cannot read")
         print(f"{name} of {ckpt}: {scores['questions']} questions", *told, sep=", ")

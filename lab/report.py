@@ -156,7 +156,7 @@ def report(out, world: str, size: dict, tuned: dict, cells: list, ablations: dic
     ratio = claims(cells, size, first) if has_base else {}
     compared = [score for score in SCORES if has_base and score != "seconds" and score in cells[0]]
     text = "\n\n".join([
-        introduction(world, size, seeds=1 + max(cell["seed"] for cell in cells)),
+        introduction(world, size, seeds=1 + max(cell["seed"] for cell in cells)), in_force(tuned, size),
         *score_tables(cells, sorted({short, long}), parts, short),
         "## Without instruction data, by align steps", table("recipe", budgets, by_steps),
         *itertools.chain(*(gains(cells, size, score) for score in compared)),
@@ -185,6 +185,17 @@ Mean of {seeds} seeds on the test split (of a recipe that had fewer, of these), 
 mean by Student's t; of one or two seeds their values. The world and the towers were fixed beforehand by
 criteria that look at no alignment (the LLM's accuracy on text alone, a linear probe of the ViT).
 Every recipe had the same records and equal captioning steps. {tuning}"""
+
+
+def in_force(tuned: dict, size: dict) -> str:
+    """A heading and a table: rates and weights of each recipe, after so many align steps."""
+    lines = ["| recipe | align steps | align rate | instruct rate | weight |", "|---|---|---|---|---|"]
+    for (recipe, steps), best in tuned.items():
+        weight = best["strength"].get("contrastive_weight", "as named")
+        lines.append(f"| {NAMES.get(recipe, recipe)} | {steps} | {best['lr']:g} | {best['instruct_lr']:g} | "
+                     f"{'-' if recipe.startswith('none') else weight} |")
+    how = "tuned" if size["tune"] else "not tuned"
+    return f"## Rates and weights ({how})\n\n" + "\n".join(lines)
 
 
 def score_tables(cells, budgets, parts, short: int) -> list:

@@ -5,7 +5,10 @@ the heat map of a word on a picture.
     python -m lab.spaces gap --ckpt runs/tiny/align --data data/toy/captions.json --images data/toy/images
     python -m lab.spaces heatmap picture.png "a red circle" --ckpt runs/a/align runs/b/align --out map.png
 
-All work on any run, tiny or 7B, and need no answer of the LLM. The last line printed is one JSON object.
+All work on any run, tiny or 7B, and need no answer of the LLM. The last line printed is one JSON object. What
+alignment does to its numbers: R@k, positive_cosine, nearest_word_cosine and tacs rise, centroid_distance,
+alignment and nearest_word_distance fall; the two uniformities say how evenly each kind fills the sphere
+(lower: more evenly). On the toy world do not expect a thing to light up: its background does (lab/README.md).
 """
 
 import argparse

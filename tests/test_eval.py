@@ -900,7 +900,8 @@ def test_likelihood_and_floors_stand_beside_the_score(own_run, root, capsys, mon
     scores = scored(own_run, *argv)["scores"]
     assert scores["accuracy"] == 0 and scores["unparsed"] == 6 and scores["likelihood"]["accuracy"] == 100
     assert set(scores["floors"]) > {"chance", "without_picture"}
-    said = "accuracy 0.0 ± 0.0, by likelihood 100.0 ± 0.0, 6 answers that the rule cannot read"
+    said = ("accuracy 0.0 (standard error 0.0), by likelihood 100.0 (standard error 0.0), "
+            "6 answers that the rule cannot read")
     assert said in capsys.readouterr().out
 
 

@@ -337,6 +337,10 @@ def test_small_updates_survive_bfloat16():
     master = optimizer.buckets[0].master
     assert torch.allclose(master, torch.tensor(0.02).bfloat16().float() - 2e-4, atol=1e-7)
     assert torch.equal(weight.data, master.bfloat16())
+    alone = torch.full((1000,), 0.02).bfloat16()
+    for _ in range(10):
+        alone -= 2e-5
+    assert (alone == torch.tensor(0.02).bfloat16()).all()  # not one of the ten came through
 
 
 def test_float16_skips_a_step_that_overflows():
@@ -697,6 +701,16 @@ def test_the_share_is_met_whenever_captioning_begins(linear_vlm, llama_folder):
     for name in ("patch", "prompt"):
         assert f"{name}_ratio" not in lines[2]
         assert lines[3][f"{name}_ratio"] == pytest.approx(0.3, rel=1e-6)
+
+
+def test_without_a_share_or_a_measurement_the_fixed_weight_is_the_weight_and_a_share_is_met_else():
+    plain, held = losses.ContrastiveTerm(0.7), losses.ContrastiveTerm(0.7, share=0.3)
+    assert plain.weight() == held.weight() == 0.7, (
+        "before anything was measured there is no ratio of norms: `fixed_weight` is the weight")
+    for term in (plain, held):
+        term.measure(4.0, 1.0)
+    assert plain.weight() == 0.7, "without a share, `fixed_weight` is the weight"
+    assert held.weight() == pytest.approx(0.3 * 2)
 
 
 def test_an_average_over_ten_steps_however_often_it_is_measured():

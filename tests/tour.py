@@ -15,31 +15,40 @@ ROOT = Path(__file__).parent.parent
 
 STOPS = {  # {number: (its title, {file: functions, or methods, or whole classes})}
     1: ("A picture becomes features", {
-        "vit.py": ["Embeddings", "Attention", "Block", "ViT.__init__", "ViT.forward"]}),
+        "vit.py": ["Family", "FAMILIES", "Embeddings", "Attention", "Block", "ViT.__init__", "ViT.forward"]}),
     2: ("Ids become logits, but so do vectors", {
         "llm.py": ["RMSNorm", "rope_tables", "rotate", "Attention", "Block", "visible_positions",
                    "LLM.hidden", "LLM.generate"]}),
     3: ("Features enter the sentence", {
-        "projector.py": ["build_projector", "VLM.encode", "VLM.image_places", "VLM.splice"]}),
+        "projector.py": ["VLM.encode", "VLM.image_places", "VLM.splice"]}),
     4: ("Three losses", {
-        "losses.py": ["generative_loss", "find_places", "caption_pass", "pool_patches", "pool_caption",
-                      "patch_vectors", "prompt_vectors", "contrastive_loss", "GatherWithGradient",
-                      "ContrastiveTerm"]}),
+        "losses.py": ["generative_loss", "find_places", "hidden_at", "last_before_labels", "caption_pass",
+                      "pool_patches", "pool_caption", "patch_vectors", "prompt_vectors", "contrastive_loss",
+                      "GatherWithGradient", "ContrastiveTerm"]}),
     5: ("A record becomes labels", {
-        "data.py": ["clean_turns", "plain", "v1", "tokenise", "token_roles", "expand", "collate"]}),
+        "data.py": ["clean_turns", "plain", "v1", "tokenise", "tokenise_text", "token_roles", "expand",
+                    "collate"]}),
     6: ("One step", {
-        "losses.py": ["contrast", "products", "weighted_sum"],
-        "llm.py": ["checkpointed"],
-        "train.py": ["Bucket", "DataParallelAdamW", "learning_rate", "train_step"]}),
+        "losses.py": ["contrast", "products", "weighted_sum", "figures"],
+        "llm.py": ["checkpointed", "saved_tensors"],
+        "train.py": ["Bucket", *(f"DataParallelAdamW.{name}" for name in (
+            "__init__", "collect", "last_backward", "send", "receive", "step", "update", "write_weights")),
+                     "learning_rate", "train_step"]}),
     7: ("Questions", {
         "eval.py": ["to_samples", "ask", "parse_choice"]}),
 }
 
 
 def find(tree, name: str):
-    """The node of a function, Class.method or class."""
+    """The node of a function, Class.method, class or constant."""
     for part in name.split("."):
-        tree = next(node for node in tree.body if getattr(node, "name", "") == part)
+        for node in tree.body:
+            constant = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
+            if part in (getattr(node, "name", ""), constant):
+                tree = node
+                break
+        else:
+            raise KeyError(name)
     return tree
 
 
@@ -50,7 +59,8 @@ def passages(number: int):
         tree, lines = ast.parse(source), source.splitlines()
         for name in names:
             node = find(tree, name)
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            decorators = getattr(node, "decorator_list", [])
+            first = min(part.lineno for part in [node, *decorators])
             yield file, name, first, lines[first - 1 : node.end_lineno]
 
 
