@@ -571,6 +571,18 @@ def in_words(config) -> str:
     return words
 
 
+def passes_in_words(config, records: int, steps: int) -> str:
+    """How often each record comes by. Contrast first has as many steps for few records as for many."""
+    used = len(data.subset(records, config.data_fraction, config.seed))
+    first = config.contrastive_first * config.batch / used
+    after = steps * config.batch / used - first
+    words = f"{used:,} records: {after:.3g} passes"
+    if first:
+        words += f" behind {first:.3g} of contrast first"
+        words += ", many for so few: see --contrastive_first" if first > 10 else ""
+    return words
+
+
 def print_plan(config, vlm, device, dtype, steps, largest):
     """What a reader wants to know before the first step; `largest`: rows and their tokens of the largest
     micro-batch. ValueError where a rank's memory cannot hold it."""
@@ -809,17 +821,18 @@ def cut_anew(optimizer, states: list) -> dict:
 
 
 def open_run(config, start: int):
-    """Make OUT ready for its first line of log: move a finished run aside, clear what an unfinished one left;
-    of a resumed run drop the lines of the steps that come again."""
+    """Make OUT ready for its first line of log: move a run aside that is finished or could be resumed, clear
+    what any other left; of a resumed run drop the lines of the steps that come again."""
     out, log = Path(config.out), Path(config.out) / "log.jsonl"
-    if start == 0 and (out / "config.json").exists():
-        say(f"{out} holds a finished run: it is now {out}.old")
+    is_finished, saved = (out / "config.json").exists(), [*out.glob("checkpoint-???????")]
+    if start == 0 and (is_finished or saved):
+        say(f"{out} holds {'a finished' if is_finished else 'an unfinished'} run: it is now {out}.old")
         shutil.rmtree(f"{out}.old", ignore_errors=True)
         out.rename(f"{out}.old")
     out.mkdir(parents=True, exist_ok=True)
     lines = read_text(log).splitlines(True)[:start] if start else []  # line k is step k
     log.write_text("".join(lines))
-    of_before = (*out.glob("checkpoint-*"), out / "llm", out / "unaligned")
+    of_before = (*out.glob("checkpoint-*.partial"), out / "llm", out / "unaligned")
     for old in of_before if start == 0 else out.glob("checkpoint-*.partial"):
         shutil.rmtree(old, ignore_errors=True)
 
@@ -862,6 +875,7 @@ def train_stage(config: Config, device):
     steps = data.count_steps(config, len(samples))
     dealt, lengths = data.deal(config, samples, plan, steps, world_size())
     print_plan(config, plan, device, dtype, steps, data.largest_micro_batch(dealt, lengths))
+    say(passes_in_words(config, len(samples), steps))
     check_disk(config, plan, dtype, steps)
     vlm = load_model(config, device, dtype)
     for is_turn in (rank() == 0, True) if config.features else ():  # one rank makes the file, all read it
@@ -912,6 +926,7 @@ def train_stage(config: Config, device):
     if rank() == 0:
         seconds = round(time.time() - began, 1)
         save_run(config, vlm, {"stage": config.stage, "steps": steps, "seconds": seconds, "last_step": line})
+        say(f"finished, in {seconds:.0f} s: {config.out}")
     barrier()
 
 
@@ -926,7 +941,8 @@ def shown(line: dict, terms) -> dict:
 
 def run_all(given: dict, device):
     """Align, instruct, and eval.py's ScienceQA before, between and after: what each stage adds."""
-    root = Path(given.get("out") or f"runs/{configure('align', given).preset}")
+    first = configure("align", given)
+    root, questions = Path(given.get("out") or f"runs/{first.preset}"), Path(first.benchmarks) / "ScienceQA"
     for stage in ("align", "instruct"):
         options = of_stage(stage, given)
         if stage == "instruct" and not (root / stage / "log.jsonl").exists():
@@ -934,7 +950,9 @@ def run_all(given: dict, device):
         where = {"out": str(root / stage)} | ({"init": str(root / "align")} if stage == "instruct" else {})
         train_stage(configure(stage, options | where), device)
     set_last_run(root / "instruct")
-    if rank() == 0:
+    if rank() == 0 and not questions.is_dir():
+        say(f"{questions}: not there (see --benchmarks), so the runs are not scored")
+    elif rank() == 0:
         runs = [root / name for name in ("align/unaligned", "align", "instruct") if (root / name).is_dir()]
         # without RANK, or it would wait for other ranks
         alone = {name: value for name, value in os.environ.items() if name != "RANK"}
@@ -949,6 +967,8 @@ def main(argv=None):
         os.execv(sys.executable, [sys.executable, str(ROOT / "tests/bench_step.py"), *map(str, argv)])
     with command("train.py", "interrupted; --resume goes on from the last checkpoint, if there is one"):
         device, stage = start_ranks(), given.get("stage", "all")
+        if stage == "all" and "annotations" in given:
+            raise ValueError("--annotations is one stage's list: first --stage align, then --stage instruct")
         if stage == "all":
             run_all(given, device)
         else:

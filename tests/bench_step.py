@@ -139,7 +139,7 @@ def dry_run(config, device):
     total, tokens = sum(flops.values()), config.batch * train.row_length(config, plan)
     train.say(f"a step: {tokens:,} tokens, {total / 1e15:.3g} PFLOP, parts: "
               + ", ".join(f"{name} {part / total:.2g}" for name, part in flops.items()))
-    train.say(f"on 8 H100 at 40 % of their peak, 1,000 steps take {total / (8 * 0.4 * 989e12) / 3.6:.2g} h")
+    planned = config.contrastive_first, config.steps or -(-RECORDS[config.stage] // config.batch)
     config.contrastive_first = min(3, config.contrastive_first)
     largest = data.split_batch(config, world_size())[0], train.row_length(config, plan)
     train.print_plan(config, plan, device, dtype, 3 + config.contrastive_first, largest)
@@ -155,6 +155,9 @@ def dry_run(config, device):
         seconds.append(time.time() - began)
     first, fastest = seconds[: config.contrastive_first], min(seconds[-2:])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    hours = (planned[0] * min(first, default=0) + planned[1] * fastest) / 3600
+    steps = f"{planned[0]:,} + {planned[1]:,}" if planned[0] else f"{planned[1]:,}"
+    train.say(f"at this speed the {steps} steps of LLaVA's list take {hours:.3g} h")
     peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
     mfu = round(total / fastest / world_size() / peak, 3) if peak else None
     train.say(json.dumps({

@@ -1020,6 +1020,32 @@ def test_instruct_refuses_what_does_not_fit(world, tmp_path):
     assert "made with projector 'linear', this run has 'mlp2x_gelu'" in other
 
 
+def test_a_run_that_could_be_resumed_is_moved_aside_too(world, tmp_path):
+    """Who forgets --resume loses nothing."""
+    options = ["--stage", "align", "--out", tmp_path / "a"]
+    trained(world, *options, "--steps", "3", "--save_every", "1")
+    (tmp_path / "a/config.json").unlink()  # as if it had been stopped
+    printed = trained(world, *options, "--steps", "1")
+    assert f"an unfinished run: it is now {tmp_path}/a.old" in printed
+    assert (tmp_path / "a.old/checkpoint-0000002/rank-0.pt").exists() and len(log_of(tmp_path / "a.old")) == 3
+    assert "finished, in" in printed and str(tmp_path / "a") in printed.splitlines()[-1]
+
+
+def test_both_stages_do_not_share_a_list_and_need_no_questions(world, tmp_path):
+    end = how_it_ends(train.main, world[0], *world[1], "--annotations", "x.json")
+    assert end == "train.py: --annotations is one stage's list: first --stage align, then --stage instruct"
+    printed = trained(world, "--out", tmp_path / "r", "--steps", "1", "--benchmarks", tmp_path)
+    assert f"{tmp_path}/ScienceQA: not there (see --benchmarks), so the runs are not scored" in printed
+
+
+@pytest.mark.parametrize("records, words", [
+    (2000, "2,000 records: 1.02 passes behind 128 of contrast first, many for so few: see"),
+    (558128, "558,128 records: 1 passes behind 0.459 of contrast first")])
+def test_the_plan_says_how_often_a_record_comes_by(records, words):
+    config = train.configure("align", {"preset": "small"})
+    assert train.passes_in_words(config, records, data.count_steps(config, records)).startswith(words)
+
+
 def test_align_goes_on_from_a_projector(world, tmp_path):
     """As of captions after captions; at rate 0 the bits stay. Nobody's is taken where none is named."""
     for name in ("a", "b"):
