@@ -74,9 +74,8 @@ def run_retrieval(ckpt, file, images, device) -> dict:
     """Retrieval of a run directory on a LLaVA JSON of captions."""
     vlm, tokenizer, config = evaluation.load_run(ckpt, device)
     image, text, keys, _ = caption_vectors(vlm, tokenizer, config, file, images)
-    result = {"ckpt": str(ckpt), "measure": "retrieval", "pairs": len(keys),
-              "distinct_captions": len(keys.unique()), **score_retrieval(image, text, keys)}
-    return result
+    return {"ckpt": str(ckpt), "measure": "retrieval", "pairs": len(keys),
+            "distinct_captions": len(keys.unique()), **score_retrieval(image, text, keys)}
 
 
 def uniformity(x) -> torch.Tensor:

@@ -156,8 +156,8 @@ def dry_run(config, device):
     first, fastest = seconds[: config.contrastive_first], min(seconds[-2:])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     hours = (planned[0] * min(first, default=0) + planned[1] * fastest) / 3600
-    steps = f"{planned[0]:,} + {planned[1]:,}" if planned[0] else f"{planned[1]:,}"
-    train.say(f"at this speed the {steps} steps of LLaVA's list take {hours:.3g} h")
+    count = f"{planned[0]:,} + {planned[1]:,}" if planned[0] else f"{planned[1]:,}"
+    train.say(f"at this speed the {count} steps of LLaVA's list take {hours:.3g} h")
     peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
     mfu = round(total / fastest / world_size() / peak, 3) if peak else None
     train.say(json.dumps({
