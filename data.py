@@ -33,13 +33,14 @@ import warnings
 from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
+from plumbing.files import TOKENIZER_FILES, named, read_json, read_text, resolve, whole
 
-from vit import TOKENIZER_FILES, named, read_json, read_text, resolve, whole
 
 IMAGE = "<image>"  # the marker in conversations
 IMAGE_MARKER = -200  # the same, among ids: one for an image until collate knows how many tokens it takes
@@ -369,6 +370,22 @@ def split_answer(text: str, answer: str, opening: str, tokenizer) -> tuple:
 
 
 TEMPLATES = {"plain": plain, "v1": v1, "chat": chat}
+
+
+class Form(NamedTuple):  # for the time of the move: a template, and the special token that ends its answers
+    template: object
+    end: str
+
+
+def form_of(name: str, tokenizer) -> Form:
+    """The form of a template for this tokenizer."""
+    *_, (end, _) = TEMPLATES[name]([("human", "?"), ("gpt", "!")], tokenizer)
+    return Form(TEMPLATES[name], end)
+
+
+def encode(turns, form: Form, tokenizer, has_image: bool) -> tuple:
+    """(ids, roles) of a conversation; an open question ends where its answer begins."""
+    return tokenise(form.template(turns, tokenizer), tokenizer, has_image)
 
 # Of the prompted contrastive loss: (after the image, after the caption). All are our choice. The tiny LLM
 # knows the words of "describe" alone.

@@ -39,9 +39,11 @@ from tqdm import tqdm
 
 import data
 from data import find_image
-from losses import command, on_every_rank, rank, say, start_ranks, world_size
-from projector import VLM, choose_dtype
-from vit import named, read_json, resolve_model, whole
+
+from projector import VLM
+from plumbing.files import named, read_json, resolve_model, whole
+from plumbing.ranks import choose_dtype, command, on_every_rank, rank, say, start_ranks, world_size
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Asking

@@ -25,9 +25,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from vit import (config_from_dict, load_strictly, named, read_config, read_json, read_weights, resolve,
-                 resolve_model, write_weights)
+from plumbing.files import named, read_json, resolve, resolve_model
+from plumbing.weights import config_from_dict, load_strictly, read_config, read_weights, write_weights
 
 
 FAMILIES = {  # by config.json's model_type: transformers' class, a bias on q, k and v, a norm on q and k
@@ -311,7 +310,7 @@ class LLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
-        """The frozen LLM of a folder of one of FAMILIES. Strict: see vit.load_strictly."""
+        """The frozen LLM of a folder of one of FAMILIES. Strict: see weights.load_strictly."""
         folder = resolve_model(folder_or_id)
         with torch.device("meta"):  # shapes only; the weights come from the files
             llm = cls(load_llm_config(folder))

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm import LLM, llm_config_from_dict, llm_config_to_dict, our_llm_name
-from vit import (TOKENIZER_FILES, ViT, load_strictly, named, read_config, read_json, read_shard, read_weights,
-                 resolve, resolve_model, vit_config_from_dict, vit_config_to_dict, write_preprocessor_config,
-                 write_weights)
+from vit import ViT, vit_config_from_dict, vit_config_to_dict, write_preprocessor_config
+from plumbing.files import TOKENIZER_FILES, named, read_json, resolve, resolve_model
+from plumbing.weights import load_strictly, read_config, read_shard, read_weights, write_weights
 
 # The placeholder: N of them in a batch's ids stand for one image. LLaVA's number, chosen because it is no row
 # of the embedding table, so no vocabulary has to grow. (data.IMAGE_MARKER, which stands once, is replaced by
@@ -207,15 +207,6 @@ def find_projector(folder) -> Path:
     theirs = Path(folder) / "mm_projector.bin"
     return Path(folder) if Path(folder).is_file() else theirs if theirs.exists() else (
         Path(folder) / "projector.safetensors")
-
-
-def choose_dtype(device, name: str = "") -> torch.dtype:
-    """Of weights and activations: the one named; else fp32 on a CPU, bf16 where the GPU has it, or fp16."""
-    if name:
-        return getattr(torch, name)
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def load_run_directory(folder: Path, config: dict, dtype, device) -> VLM:

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,10 +42,11 @@ import data
 import losses
 from llm import (FAMILIES, LLM, checkpoint_blocks, compile_blocks, load_llm_config, random_state,
                  set_random_state)
-from losses import (barrier, catch_signals, command, peak_memory, rank, say, start_ranks,
-                    sum_over_ranks, total_memory, world_size)
-from projector import VLM, choose_dtype, find_projector
-from vit import ViT, load_vit_config, named, read_json, read_text, whole
+from projector import VLM, find_projector
+from vit import ViT, load_vit_config
+from plumbing.files import named, read_json, read_text, whole
+from plumbing.ranks import (all_gather, barrier, choose_dtype, command, reduce_scatter, peak_memory, rank, say, start_ranks,
+                            sum_over_ranks, total_memory, world_size)
 
 ROOT = Path(__file__).parent
 
@@ -367,7 +369,7 @@ class DataParallelAdamW:
         total, work = gradient, None
         if self.shard:
             total = torch.empty_like(bucket.master)
-            work = losses.reduce_scatter(total, gradient, async_op=True)
+            work = reduce_scatter(total, gradient, async_op=True)
         elif world_size() > 1:
             work = dist.all_reduce(gradient, async_op=True)
         self.messages.append((bucket, total, work, gradient))  # the gradient must live until it has arrived
@@ -433,7 +435,7 @@ class DataParallelAdamW:
             own = bucket.own(bucket.weight).copy_(bucket.master)
             if self.shard:
                 own = own.clone()  # it must live until all have it
-                messages.append((own, losses.all_gather(bucket.weight, own, async_op=True)))
+                messages.append((own, all_gather(bucket.weight, own, async_op=True)))
         for _, work in messages:
             work.wait()
 
@@ -857,6 +859,21 @@ def set_last_run(folder):
     if rank() == 0:
         Path("runs").mkdir(exist_ok=True)
         Path("runs/last").write_text(str(folder))
+
+
+def catch_signals(is_wanted: bool) -> tuple:
+    """(a list, let_go): the first SIGINT or SIGTERM is added to the list, in place of what it does, so that a
+    step can end and be saved. From then on, or when `let_go` is called, they do what they did before."""
+    before, caught = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, []
+
+    def let_go(*found):
+        caught.extend(found)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before if is_wanted else ():
+        signal.signal(number, let_go)
+    return caught, let_go
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from vit import read_json
+from plumbing.files import read_json
 
 
 def contact_sheet(predictions, file, columns: int = 4, rows: int = 2):

@@ -44,7 +44,8 @@ from tqdm import tqdm
 import train
 from lab import score, toy_world
 from lab.report import report
-from vit import read_json, resolve_model
+from plumbing.files import read_json, resolve_model
+
 
 WEIGHTS = tuple({"contrastive_weight": weight} for weight in (1.0, 0.3, 3.0, 0.1, 10.0))
 # name: the options of the align stage that make the recipe, and those among which its strength is tuned, the

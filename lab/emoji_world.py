@@ -37,7 +37,9 @@ from PIL import Image
 
 from data import IMAGE, SHORT_ANSWER
 from lab.toy_world import SCIENCEQA, turn_pair, write_json
-from vit import load_vit_config, read_json, write_preprocessor_config, write_weights
+from vit import load_vit_config, write_preprocessor_config
+from plumbing.files import read_json
+from plumbing.weights import write_weights
 
 VERSION = "16.0.0"  # of the four npm packages: another has other concepts, and so other splits
 VENDORS = ("google", "twitter", "apple", "facebook")

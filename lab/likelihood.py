@@ -19,7 +19,7 @@ import torch
 
 import data
 import eval as evaluation
-from vit import read_json
+from plumbing.files import read_json
 
 
 def load_problems(folder, split: str) -> list:

@@ -21,7 +21,8 @@ import data
 import eval as evaluation
 import losses
 from lab import likelihood, spaces
-from vit import read_json
+from plumbing.files import read_json
+
 
 BATCH = 32
 

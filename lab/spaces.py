@@ -24,7 +24,8 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import losses
-from vit import resolve_model, whole
+from plumbing.files import resolve_model, whole
+
 
 @torch.no_grad()
 def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000, batch: int = 64) -> tuple:

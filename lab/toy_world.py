@@ -23,7 +23,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from data import IMAGE, LETTER_ANSWER, LETTERS, SHORT_ANSWER, SYSTEM, scienceqa_prompt
-from vit import read_json
+from plumbing.files import read_json
+
 
 IMAGE_SIZE = 48  # pixels a side
 VOCABULARY = 86  # tokens of `write_tokenizer`, special ones included

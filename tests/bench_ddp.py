@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from losses import start_ranks
+
 from train import DataParallelAdamW
+from plumbing.ranks import start_ranks
 
 
 def build():

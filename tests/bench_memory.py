@@ -23,6 +23,7 @@ import bench_step
 import losses
 import train
 from llm import LLMConfig
+from plumbing.ranks import start_ranks
 
 MEDIUM = LLMConfig(vocab_size=2000, hidden_size=256, intermediate_size=704, num_hidden_layers=12,
                    num_attention_heads=8, num_key_value_heads=4, head_dim=32)  # activations outweigh weights
@@ -32,7 +33,7 @@ def model_of(stage: str, checkpointing: str, contrastive: str, size: str, batch:
              **options) -> tuple:
     """(config, model, optimizer, terms, a batch) of random weights and data, on one thread. `text`: tokens of
     each row beside its image."""
-    losses.start_ranks()
+    start_ranks()
     torch.set_num_threads(1)
     is_medium, device = size == "medium", torch.device("cpu")
     batch, text = batch or (16 if is_medium else 64), text or (200 if is_medium else 8)

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import bench_step
 import bench_transformers
 import data
-import losses
 import train
 from train import Config
+import plumbing.ranks as plumbing_ranks
 
 WORLD, BATCH, STEPS, IMAGE = 8, 128, 200, 576
 WAYS = {  # options
@@ -76,7 +76,7 @@ def show(name: str, text, has_image):
 
 def measure(steps: int = 4, batch: int = 16):
     """Steps of one model in LLaVA's order and spread, in turn, each order with batches of its own."""
-    device, world, rank = losses.start_ranks(), losses.world_size(), losses.rank()
+    device, world, rank = plumbing_ranks.start_ranks(), plumbing_ranks.world_size(), plumbing_ranks.rank()
     ways = {"LLaVA's order": Config(stage="instruct", batch=batch, micro_batch=4, group_by_length=True),
             "spread": Config(stage="instruct", batch=batch, micro_batch=8, micro_tokens=2048)}
     vlm = bench_step.random_model(ways["spread"], bench_transformers.SIZES["100m"], device, torch.float32)
@@ -91,16 +91,16 @@ def measure(steps: int = 4, batch: int = 16):
             parts = [[text[i] for i in part] for part in dealt[name][step][rank]]
             samples = [bench_transformers.samples_of(vlm, part, "instruct") for part in parts]
             batches = [bench_transformers.collate(vlm, part) for part in samples]
-            losses.barrier()
+            plumbing_ranks.barrier()
             start = time.perf_counter()
             tokens = train.train_step(vlm, terms, optimizer, batches, config, 1e-5)["tokens"]
-            losses.barrier()
+            plumbing_ranks.barrier()
             rates[name].append(tokens / (time.perf_counter() - start))
     base, ours = rates["LLaVA's order"][1:], rates["spread"][1:]  # the first warms up
-    losses.say(f"{world} ranks, steps of {batch}; supervised tokens a second, LLaVA's order: "
+    plumbing_ranks.say(f"{world} ranks, steps of {batch}; supervised tokens a second, LLaVA's order: "
                f"{statistics.median(base):.0f}, spread: {statistics.median(ours):.0f}; ratio of the steps' "
                f"sums {statistics.harmonic_mean(ours) / statistics.harmonic_mean(base):.2f}")
-    losses.leave_ranks()
+    plumbing_ranks.leave_ranks()
 
 
 def main():

@@ -24,9 +24,10 @@ import data
 import losses
 import train
 from llm import LLM, LLMConfig, load_llm_config
-from losses import rank, world_size
-from projector import VLM, choose_dtype
+
+from projector import VLM
 from vit import ViT, ViTConfig, load_vit_config
+from plumbing.ranks import choose_dtype, leave_ranks, rank, start_ranks, world_size
 
 SHAPES = {  # the towers of the presets whose folders are not at hand; tiny's are read from their config.json
     "small": (ViTConfig(image_size=224, patch_size=16, hidden_size=768, intermediate_size=3072,
@@ -193,13 +194,13 @@ def main():
     given.pop("dry_run", None)
     stages = ["align", "instruct"] if given.get("stage", "all") == "all" else [given["stage"]]
     try:
-        device = losses.start_ranks()
+        device = start_ranks()
         for stage in stages:
             dry_run(train.configure(stage, given | {"resume": False}), device)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
     finally:
-        losses.leave_ranks()
+        leave_ranks()
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bench_step
 import data
-import losses
 import train
 from llm import LLMConfig
 from projector import VLM
 from vit import ViTConfig
+from plumbing.ranks import start_ranks
 
 SIZES = bench_step.SHAPES | {
     "100m": (ViTConfig(224, 16, 384, 1536, 6, 6), LLMConfig(32000, 640, 1728, 12, 10, 10, 64)),
@@ -198,7 +198,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device, report = torch.device(args.device), {}
-    losses.start_ranks()  # theirs, too, has our way with the C library's memory
+    start_ranks()  # theirs, too, has our way with the C library's memory
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     name = f"CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name

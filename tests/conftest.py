@@ -24,8 +24,8 @@ import torch.distributed as dist
 import transformers
 
 import data
-import losses
 from lab import toy_world
+from plumbing.ranks import leave_ranks
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -253,7 +253,7 @@ def serve(rank, connection):
                                     timeout=timedelta(seconds=100))
             result = function(rank, world, *args)
             dist.barrier()  # nobody leaves while another still listens: gloo may abort then
-            losses.leave_ranks()
+            leave_ranks()
             answer = pickle.dumps((False, result))
         except BaseException:
             answer = pickle.dumps((True, traceback.format_exc()))

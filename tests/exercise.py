@@ -73,7 +73,7 @@ EXERCISES = {
     "send": Exercise(
         "train.py", "DataParallelAdamW.send",
         "Gradients are summed over the ranks while backward goes on. Now each rank keeps its own.",
-        "`all_reduce`, or with `shard` `losses.reduce_scatter` into a slice, both with async_op=True: "
+        "`all_reduce`, or with `shard` `ranks.reduce_scatter` into a slice, both with async_op=True: "
         "`receive` waits. What is on its way must stay alive.",
         "tests/test_train.py -k 'torch_adamw and (2-False or 2-True) or buckets_leave'",
         "self.messages.append((bucket, bucket.close(), None, None))",

@@ -34,7 +34,8 @@ from test_data import CHAT_TURNS, CHATML, TEXT, TOWER, byte_level, chat_tokenize
 from test_eval import model, root, run  # noqa: F401 (fixtures)
 from test_train import HERE, called, how_it_ends, log_of, script, start, trained
 from test_train import world  # noqa: F401 (a fixture)
-from vit import ViT, ViTConfig, load_vit_config, read_shard, read_weights
+from vit import ViT, ViTConfig, load_vit_config
+from plumbing.weights import read_shard, read_weights
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,8 @@ from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov
                           SiglipVisionModel)
 
 import data
-from vit import TOKENIZER_FILES, ViT, ViTConfig, load_vit_config, our_vit_name, resolve, resolve_model
+from vit import ViT, ViTConfig, load_vit_config, our_vit_name
+from plumbing.files import TOKENIZER_FILES, resolve, resolve_model
 
 
 @pytest.mark.parametrize("layer", [-1, -4, 0, 2])  # -2 for each family below
