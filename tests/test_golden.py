@@ -89,7 +89,7 @@ def sample(number: int, stage: str) -> dict:
 
 def forget_moments(optimizer):
     """What train_stage does at the first step behind contrast first."""
-    optimizer.adamw.state.clear()
+    optimizer.forget()
 
 
 def run(name, world, micro, checkpointing, shard, rank=0) -> list:

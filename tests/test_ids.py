@@ -36,10 +36,12 @@ def ids_and_roles(record, tokenizer, template, prompt="") -> tuple:
     prompted contrastive loss."""
     turns = data.clean_turns(record)
     if template == "text":
-        (_, caption), = data.typed(turns[1:], tokenizer)
+        caption = data.as_text(turns[1][1], tokenizer, False)
         return data.tokenise([(f"{caption}\n{prompt}".strip(), data.CONTEXT)], tokenizer, False)
-    make = partial(data.plain, prompt=prompt) if template == "plain" else data.TEMPLATES[template]
-    return data.tokenise(make(turns, tokenizer), tokenizer, "image" in record)
+    form = data.form_of(template, tokenizer, prompt)
+    if template == "plain":
+        turns = data.image_and_caption(turns)
+    return data.encode(turns, form, tokenizer, "image" in record)
 
 
 # ---- records -----------------------------------------------------------------------------------------------
