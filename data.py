@@ -1,4 +1,4 @@
-"""From files to batches: images, LLaVA conversations, lists of entries, and ScienceQA's layout.
+"""From files to batches: images and LLaVA conversations.
 
     python data.py check annotations.json images/             # list bad records, write a cleaned copy
 
@@ -18,7 +18,6 @@ Read next: train.py, where the batches go.
 import argparse
 import base64
 import contextlib
-import csv
 import glob
 import hashlib
 import io
@@ -30,7 +29,6 @@ import re
 import sys
 import time
 import warnings
-from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +37,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
-from plumbing.files import TOKENIZER_FILES, named, read_json, read_text, resolve, whole
+from plumbing.files import TOKENIZER_FILES, named, read_json, resolve, whole
 
 
 IMAGE = "<image>"  # the marker in conversations
@@ -940,125 +938,6 @@ def make_loader(config, samples, vlm, mine: list, device):
                        f"samples/s, the step alone {20 * config.batch / (total - waited):.1f}. More "
                        "--workers (up to a rank's cores), or --features")
         yield batches
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Lists of entries: JSON, JSON lines, tables
-
-ID = (int, str)  # the kinds of an id
-CONVERT = {  # what no package of ours reads: the line of pandas that makes what we do
-    ".xlsx": 'pandas.read_excel("IN").to_csv("OUT.tsv", sep="\\t", index=False)',
-    ".parquet": 'json.dump(pandas.read_parquet("IN").to_dict("records"), open("OUT.json", "w"), default='
-                'lambda x: base64.b64encode(x).decode() if isinstance(x, bytes) else x.tolist())'}
-
-
-def find_files(folder, pattern: str) -> list:
-    """Sorted. FileNotFoundError if there are none, or if Parquet or Excel lies in their place in a subfolder;
-    it says how to convert these."""
-    files, unread = sorted(Path(folder).glob(pattern)), []
-    for suffix in CONVERT:
-        unread += Path(folder).glob(str(Path(pattern).with_suffix(suffix)) if files else f"**/*{suffix}")
-    done = {file.parent for file in files}
-    unread = sorted(file for file in unread if file.parent not in done)
-    if unread or not files:
-        how = f"; {unread[0]} is not read here, but {CONVERT[unread[0].suffix]} converts it" if unread else ""
-        raise FileNotFoundError(f"{unread[0].parent if files else folder}: no {pattern}{how}")
-    return files
-
-
-def find_entries(folder, pattern: str, **kinds):
-    """Yield (file, entry) of all files in `folder` that fit; see `read_entries`."""
-    for file in find_files(folder, pattern):
-        for entry in read_entries(file, **kinds):
-            yield file, entry
-
-
-def read_entries(file: Path, **kinds) -> list:
-    """The dicts in a file, each with all keys of `kinds` and values of these types: a JSON list (maybe below
-    "questions" or "data"), a JSON dict of dicts (whose names become "id"), JSON lines, or a table (.tsv)."""
-    text, parse = read_text(file), partial(json.loads, object_pairs_hook=without_repeats)
-    with named(file):
-        if file.suffix == ".tsv":
-            csv.field_size_limit(2**31 - 1)  # a picture is one field
-            entries = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
-        else:
-            try:
-                entries = parse(text)
-            except json.JSONDecodeError as error:
-                if error.msg != "Extra data":  # behind the first line: POPE calls such files .json, too
-                    raise
-                entries = [parse(line) for line in text.split("\n") if line.strip()]
-    if isinstance(entries, dict):
-        inner = []
-        for name, entry in entries.items():
-            inner.append({"id": name, **entry} if isinstance(entry, dict) else entry)
-        has_inner = any(isinstance(entry, dict) for entry in inner)
-        entries = entries.get("questions") or entries.get("data") or (inner if has_inner else [entries])
-    if not isinstance(entries, list):
-        raise ValueError(f"{file}: not a list of entries")
-    for number, entry in enumerate(entries, start=1):
-        for key, kind in kinds.items():
-            if not isinstance(entry, dict) or key not in entry:
-                raise ValueError(f"{file}: entry {number} has no {key!r}")
-            if not isinstance(entry[key], kind) or isinstance(entry[key], bool):  # which Python has as int
-                raise ValueError(f"{file}: entry {number} has {entry[key]!r:.60} as its {key!r}")
-    return entries
-
-
-def without_repeats(pairs) -> dict:
-    """A JSON object. ValueError for a name that is there twice, of which Python would keep the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"{name!r} is there twice")
-    return found
-
-
-# ------------------------------------------------------------------------------------------------------------
-# ScienceQA: problems.json, pid_splits.json, images/{split}/{pid}/image.png
-
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
-LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
-LETTERS = "ABCDE"  # of the choices
-
-
-def scienceqa_prompt(problem: dict) -> str:
-    """LLaVA-1.5's zero-shot prompt of an entry of problems.json: context if there is one, bare letters."""
-    lines = [f"Context: {problem['hint']}"] if problem["hint"] else []
-    lines.append(problem["question"])
-    lines += [f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"])]
-    prompt = "\n".join(lines).replace("  ", " ") + LETTER_ANSWER
-    return f"{IMAGE}\n{prompt}" if problem["image"] else prompt
-
-
-def load_scienceqa(folder, split: str = "test") -> list:
-    """[{"id", "prompt", "image" path or None, "num_choices", "options", "answer" letter, "subject", "grade",
-    "hint", "file"}], as pid_splits.json has them."""
-    folder, questions = Path(folder), []
-    file, splits = folder / "problems.json", read_json(folder / "pid_splits.json")
-    if not isinstance(splits, dict):
-        raise ValueError(f"{folder / 'pid_splits.json'}: not a dict of splits")
-    if not isinstance(splits.get(split), list):
-        raise ValueError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
-    maybe = (str, type(None))
-    kinds = {"question": str, "choices": list, "answer": int, "hint": maybe, "image": maybe}
-    problems = {problem["id"]: problem for problem in read_entries(file, id=str, **kinds)}
-    for pid in map(str, splits[split]):
-        problem = problems.get(pid)
-        if problem is None:
-            raise ValueError(f"{file}: problem {pid!r} is missing; is it of another split?")
-        if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
-            raise ValueError(f"{file}: problem {pid!r} has no choice {problem['answer']}")
-        if not all(isinstance(choice, (str, int, float)) for choice in problem["choices"]):
-            raise ValueError(f"{file}: problem {pid!r} has a choice that is not a text")
-        own = problem.get("split") or split  # of minitest, trainval and others the pictures lie in these
-        image = find_image(folder / "images", f"{own}/{pid}/{problem['image']}") if problem["image"] else None
-        options = list(LETTERS[: len(problem["choices"])])
-        question = {"id": pid, "prompt": scienceqa_prompt(problem), "image": image, "file": str(file),
-                    "num_choices": len(options), "options": options, "answer": LETTERS[problem["answer"]]}
-        split_by = {key: str(problem.get(key) or "") for key in ("subject", "grade", "hint")}
-        questions.append(question | split_by)
-    return questions
 
 
 # ------------------------------------------------------------------------------------------------------------
