@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import data
+from benchmarks.questions import LETTER_ANSWER, SHORT_ANSWER
 from plumbing.files import read_json
 
 
@@ -26,7 +27,7 @@ def contact_sheet(predictions, file, columns: int = 4, rows: int = 2):
         image = data.load_image(prediction["image"])
         sheet.paste(image.resize((max(1, height * image.width // image.height), height)), (x, y))
         asked = prediction["prompt"].removeprefix(f"{data.IMAGE}\n")
-        asked = asked.removesuffix(data.LETTER_ANSWER).removesuffix(data.SHORT_ANSWER).split("\n")[:6]
+        asked = asked.removesuffix(LETTER_ANSWER).removesuffix(SHORT_ANSWER).split("\n")[:6]
         is_right = prediction["choice"] == prediction["answer"]
         colors = ["black"] * len(asked) + ["green" if is_right else "red"]
         for number, text in enumerate([*asked, prediction["text"].replace("\n", " ")]):

@@ -35,7 +35,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import IMAGE, SHORT_ANSWER
+from benchmarks.questions import SHORT_ANSWER
+from data import IMAGE
 from lab.toy_world import SCIENCEQA, turn_pair, write_json
 from vit import load_vit_config, write_preprocessor_config
 from plumbing.files import read_json

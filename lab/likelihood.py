@@ -19,18 +19,21 @@ import torch
 
 import data
 import eval as evaluation
+from benchmarks import scienceqa
+from benchmarks.questions import LETTERS, SHORT_ANSWER, grade
+from benchmarks.score import percent
 from plumbing.files import read_json
 
 
 def load_problems(folder, split: str) -> list:
-    """The questions of `data.load_scienceqa`, open: "options" in words; and a key more, "category"."""
+    """The questions of `scienceqa.load`, open: "options" in words; and a key more, "category"."""
     folder, questions = Path(folder), []
     problems = read_json(folder / "problems.json")
-    for question in data.load_scienceqa(folder, split):
+    for question in scienceqa.load(folder, split):
         problem = problems[question["id"]]
         context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
         mark = f"{data.IMAGE}\n" if question["image"] else ""
-        prompt = mark + context + problem["question"] + data.SHORT_ANSWER
+        prompt = mark + context + problem["question"] + SHORT_ANSWER
         questions.append(question | {"prompt": prompt, "options": problem["choices"],
                                      "category": problem.get("category", "")})
     return questions
@@ -49,7 +52,7 @@ def mean_likelihoods(vlm, tokenizer, questions, template: str) -> list:
 def choose(vlm, tokenizer, questions, template: str) -> list:
     """The letter of each question's likeliest option, the first of equals."""
     means = mean_likelihoods(vlm, tokenizer, questions, template)
-    return [data.LETTERS[max(range(len(row)), key=row.__getitem__)] for row in means]
+    return [LETTERS[max(range(len(row)), key=row.__getitem__)] for row in means]
 
 
 def score_run(run, folder, split: str) -> dict:
@@ -58,11 +61,11 @@ def score_run(run, folder, split: str) -> dict:
     vlm, tokenizer, config = evaluation.load_run(run, device)
     questions, right = load_problems(folder, split), {"all": []}
     choices = choose(vlm, tokenizer, questions, config["template"])
-    for question, is_right in zip(questions, evaluation.grade(questions, choices)):
+    for question, is_right in zip(questions, grade(questions, choices)):
         for key in ("all", question["category"]):
             right.setdefault(key, []).append(is_right)
     result = {"ckpt": str(run), "measure": "likelihood", "data": str(folder), "split": split,
-              "questions": len(questions)} | {key: evaluation.percent(rows) for key, rows in right.items()}
+              "questions": len(questions)} | {key: percent(rows) for key, rows in right.items()}
     predictions = [{"id": question["id"], "choice": choice, "answer": question["answer"]}
                    for question, choice in zip(questions, choices)]
     (Path(run) / "likelihood.json").write_text(json.dumps({"scores": result, "predictions": predictions}))

@@ -21,6 +21,9 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import losses
+from benchmarks import pope, scienceqa
+from benchmarks.questions import LETTERS
+from benchmarks.score import percent
 from lab import toy_world
 from llm import LLM, LLMConfig
 from projector import VLM
@@ -250,7 +253,7 @@ def judge(folder: Path) -> dict:
     return scores
 
 
-PARSERS = {"choice": evaluation.parse_choice, "yes_no": evaluation.parse_pope}  # (text, question) -> answer
+PARSERS = {"choice": scienceqa.parse, "yes_no": pope.parse}  # (text, question) -> answer
 
 
 def text_accuracy(vlm, tokenizer, form: str, count: int = 400) -> float:
@@ -258,7 +261,7 @@ def text_accuracy(vlm, tokenizer, form: str, count: int = 400) -> float:
     questions = text_questions(form, random.Random(1), count)
     answers = evaluation.ask(vlm, tokenizer, questions, "v1")
     right = [PARSERS[form](text, q) == q["answer"] for text, q in zip(answers, questions)]
-    return evaluation.percent(right)
+    return percent(right)
 
 
 def text_questions(form: str, rng: random.Random, count: int) -> list:
@@ -269,8 +272,8 @@ def text_questions(form: str, rng: random.Random, count: int) -> list:
         question = {"id": number, "image": None}
         if form == "choice":
             problem = toy_world.problem(scene, kind, rng, rng.choice(toy_world.HINTS), None)
-            question |= {"num_choices": len(problem["choices"]), "answer": data.LETTERS[problem["answer"]]}
-            asked = data.scienceqa_prompt(problem)
+            question |= {"num_choices": len(problem["choices"]), "answer": LETTERS[problem["answer"]]}
+            asked = scienceqa.to_prompt(problem)
         else:
             asked, answer = toy_world.yes_no(scene, kind, rng.random() < 0.5, rng)
             question["answer"] = answer.lower()
@@ -292,7 +295,7 @@ def linear_probe(vit, rng: random.Random) -> float:
         weights = torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1]), x.T @ target)  # ridge regression
         guess = (x_val @ weights).argmax(1).tolist()
         right += [values[g] == scene[kind] for g, scene in zip(guess, asked)]
-    return evaluation.percent(right)
+    return percent(right)
 
 
 def features(vit, scenes, count: int, rng: random.Random) -> tuple:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import losses
+from benchmarks.score import percent
 from plumbing.files import resolve_model, whole
 
 
@@ -67,7 +68,7 @@ def score_retrieval(image, text, keys) -> dict:
     to_image = owner[similarity.T.topk(min(5, len(image)), dim=1).indices] == captions[:, None]  # (.., 5)
     scores = {}
     for way, found in (("image_to_text", to_text), ("text_to_image", to_image)):
-        scores |= {f"{way}_r{k}": evaluation.percent(found[:, :k].any(1).tolist()) for k in (1, 5)}
+        scores |= {f"{way}_r{k}": percent(found[:, :k].any(1).tolist()) for k in (1, 5)}
     return scores
 
 
