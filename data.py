@@ -362,29 +362,35 @@ def chat(tokenizer) -> Form:
     spaced = cut(("user", f" {question} "), add_generation_prompt=True)
     trim_question = str.strip if spaced == [opening, to_answer] else str
 
-    # Some templates keep thoughts as they come, some write them in their own way, some drop them.
-    loose = cut(asked, ("assistant", f"<think>\n{thought}\n</think>\n\n{answer}"))
-    tight = cut(asked, ("assistant", f"<think>{thought}</think>{answer}"))
-    write_answer = str.strip
-    if len(loose) != 4 or loose == tight:
-        opens = None
-        closes = None
-        if len(loose) == 4:
-            opens = loose[1].removeprefix(to_thoughts).removeprefix(lead)
-            closes = loose[2]
-        write_answer = partial(with_thoughts, opens, closes)
+    # Some templates write thoughts in their own way, some keep them as they come, some drop them.
+    _, *loose = cut(asked, ("assistant", f"<think>\n{thought}\n</think>\n\n{answer}"))
+    _, *tight = cut(asked, ("assistant", f"<think>{thought}</think>{answer}"))
+    opens = None
+    closes = None
+    if len(loose) == 3:
+        opens, closes, _ = loose
+        opens = opens.removeprefix(to_thoughts).removeprefix(lead)
+        if loose != tight:
+            opens = opens.removesuffix("<think>\n")
+            closes = None
+    write_answer = partial(with_thoughts, opens, closes)
     return Form(opening, to_answer, lead, end[1], again, trim_question, write_answer, to_thoughts)
 
 
 def with_thoughts(opens: str | None, closes: str | None, answer: str) -> str:
-    """The answer, with `opens` before its thoughts and `closes` behind them, as its chat template writes
-    it."""
-    thoughts, mark, answer = answer.strip().rpartition(THOUGHTS_END)
+    """The answer as its chat template writes it, with `opens` before its thoughts and `closes` behind them.
+
+    Without `closes` the template keeps thoughts as they come; without `opens` it drops them.
+    """
+    answer = answer.strip()
+    thoughts, mark, said = answer.rpartition(THOUGHTS_END)
     if not mark:
         return answer
     if opens is None:
         raise ValueError("the tokenizer's chat template drops the thoughts of an answer")
-    return opens + thoughts.removeprefix("<think>").strip() + closes + answer.strip()
+    if closes is None:
+        return opens + answer
+    return opens + thoughts.removeprefix("<think>").strip() + closes + said.strip()
 
 
 TEMPLATES = {"plain": plain, "v1": v1, "chat": chat}

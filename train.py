@@ -481,11 +481,11 @@ def learning_rate(step: int, steps: int, config) -> float:
 def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict:
     """One update from the micro-batches of this rank. Returns the line of the log.
 
-    The gradient is that of one process with the whole batch in one piece. To get there, every loss is divided
-    by a count over all ranks and micro-batches, and a contrastive loss sees the images of all micro-batches
-    at once. The graph is cut behind the projector: each loss leaves its gradient at the cut, where it is
-    measured and weighted. The projector's backward then runs once. (Gradient caching, Gao et al. 2021, arXiv
-    2101.06983.) """
+    The gradient is that of one process with the whole batch in one piece. So every loss is divided by a count
+    over all ranks and micro-batches, and a contrastive loss sees the images of all micro-batches at once. The
+    graph is cut behind the projector: each loss leaves its gradient there, the gradients are weighted and added
+    up, and the projector's backward runs once (gradient caching, Gao et al. 2021, arXiv 2101.06983).
+    """
     device = vlm.llm.head_weight.device
     scale = optimizer.loss_scale
     with_llm = step >= config.contrastive_first  # the first steps: the patch loss alone, without the LLM
@@ -506,8 +506,7 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
         passes = list(passes)
         states = [state for _, state in passes]  # each (B, C)
 
-    # 3. The contrastive losses, over all images and captions: back to the cut; of the prompted one, to
-    # `states`.
+    # 3. The contrastive losses, over all images and captions, and back: to the cut, or to `states`.
     at_cut = {}  # loss -> its gradient at the cut, (I, N, C) for each micro-batch
     at_scale = {}
     for name in terms if with_llm else ["patch"]:
@@ -517,9 +516,8 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
         reached = states if name == "prompt" else leaves
         *at_cut[name], at_scale[name] = torch.autograd.grad(scale * loss, [*reached, terms[name].log_scale])
 
-    # 4. Captioning, backward to the cut. The prompted loss takes the same way in the same sweep, weighted,
-    # and
-    #    cannot be told from captioning then. A share of the gradient can only be held with a sweep of its own.
+    # 4. Captioning, backward to the cut. The prompted loss goes with it in the same sweep, weighted, and cannot
+    #    be told from it then. A share of the gradient can only be held with a sweep of its own.
     is_mixed = bool(states) and not config.contrastive_balance
     at_states = at_cut.pop("prompt", [])
     for number, (loss, state) in enumerate(passes):
@@ -536,11 +534,10 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
             at_cut.setdefault("prompt", []).extend(swept)
         torch.autograd.backward(ends, given)
     if with_llm:
-        at_cut["generative"] = [leaf.grad for leaf in leaves]
+        at_cut["generative + prompt" if is_mixed else "generative"] = [leaf.grad for leaf in leaves]
 
     # 5. The cut: measure the gradients over all ranks, weight them, add them up, go on through the projector.
-    if not is_mixed:
-        shares |= losses.products(at_cut)
+    shares |= losses.products(at_cut)
     sums = dict(zip(shares, sum_over_ranks(list(shares.values()), device).tolist()))
     losses.measure(sums, terms, scale)
     line = losses.figures(sums, terms, scale, config.batch)
@@ -555,10 +552,8 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     for name, term in terms.items():
         term.clamp_()
         line[f"{name}_scale"] = term().item()
-    line["lr"] = lr
-    line["grad_norm"] = norm if math.isfinite(norm) else None
-    line["tokens"] = int(sums["tokens"])
-    return line
+    norm = norm if math.isfinite(norm) else None
+    return line | {"lr": lr, "grad_norm": norm, "tokens": int(sums["tokens"])}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
 """The toy world: pictures of one coloured shape on a light ground, small enough for a laptop.
 
-    python -m lab.toy_world data/toy            # write it; a world that is there already stays as it is
+    python -m lab.toy_world data/toy            # write it; a complete world stays as it is
 
-It is data, not code: all of it is written in the formats of the real data sets (LLaVA's JSON, ScienceQA,
-POPE, MME) and read by the loaders that read those. A scene is a dict of four values,
+The world is data, not code. It is written in the formats of real data sets (LLaVA's JSON, ScienceQA, POPE,
+MME) and read by the same loaders. A scene is a dict of four values,
 
     {"color": "red", "shape": "circle", "size": "large", "place": "northwest"}
 
-and the functions below draw it, tell it in words and ask about it. They choose with the `rng` that they
-are given, in a fixed order, so one seed gives one world, byte for byte.
+The functions below draw it, tell it in words and ask about it. They use the `rng` that they are given, in a
+fixed order, so one seed gives one world, byte for byte.
 """
 
 import argparse
@@ -27,80 +27,97 @@ from benchmarks.scienceqa import to_prompt
 from data import IMAGE, SYSTEM
 from plumbing.files import read_json
 
-
 IMAGE_SIZE = 48  # pixels a side
 VOCABULARY = 86  # tokens of `write_tokenizer`, special ones included
 
-COLORS = {"red": (214, 40, 40), "green": (40, 150, 60), "blue": (40, 80, 220), "yellow": (236, 200, 30),
-          "orange": (240, 130, 20), "purple": (130, 50, 170), "cyan": (40, 190, 210), "black": (30, 30, 30)}
+COLORS = {
+    "red": (214, 40, 40), "green": (40, 150, 60), "blue": (40, 80, 220), "yellow": (236, 200, 30),
+    "orange": (240, 130, 20), "purple": (130, 50, 170), "cyan": (40, 190, 210), "black": (30, 30, 30),
+}
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 SIZES = {"small": 7, "large": 12}  # radius in pixels
 PLACES = {"northwest": (0, 0), "northeast": (1, 0), "southwest": (0, 1), "southeast": (1, 1)}  # column, row
 VALUES = {"color": tuple(COLORS), "shape": SHAPES, "size": tuple(SIZES), "place": tuple(PLACES)}
 
 CAPTION = "a {size} {color} {shape} in the {place}"
-WORDINGS = (CAPTION, "in the {place}, a {size} {color} {shape}",
-            "the {place} has a {shape}, {size} and {color}")
+WORDINGS = (
+    CAPTION, "in the {place}, a {size} {color} {shape}", "the {place} has a {shape}, {size} and {color}",
+)
 FILLERS = ["a", "in", "the", "has", "and", "picture", "shape"]
 DESCRIBE = ("Describe the picture.", "Give a short description.")
-QUESTIONS = {"color": ("What color is the shape?", "Which color do you see?"),
-             "shape": ("Which shape is it?", "What form do you see?"),
-             "size": ("How big is the shape?", "What size is it?"),
-             "place": ("Where is the shape?", "In which corner is it?")}
-REWORDED = {"color": "Which color is it?", "shape": "What shape do you see?", "size": "What size do you see?",
-            "place": "Which corner is the shape in?"}  # known words in an order that no training file has
-YES_NO = {"color": "Is the shape {}?", "shape": "Is there a {} in the image?", "size": "Is the shape {}?",
-          "place": "Is the shape in the {}?"}
+QUESTIONS = {
+    "color": ("What color is the shape?", "Which color do you see?"),
+    "shape": ("Which shape is it?", "What form do you see?"),
+    "size": ("How big is the shape?", "What size is it?"),
+    "place": ("Where is the shape?", "In which corner is it?"),
+}
+REWORDED = {  # known words in an order that no training file has
+    "color": "Which color is it?", "shape": "What shape do you see?",
+    "size": "What size do you see?", "place": "Which corner is the shape in?",
+}
+YES_NO = {
+    "color": "Is the shape {}?", "shape": "Is there a {} in the image?",
+    "size": "Is the shape {}?", "place": "Is the shape in the {}?",
+}
 HINTS = ("", "", "The picture shows one shape.", "Look at the picture.")
 SCIENCEQA_ANSWER = "{choice}. The answer is {letter}."  # LLaVA's rule reads it, and a tiny LLM can learn it
 
 SCIENCEQA, POPE, MME = "ScienceQA", "POPE", "MME_Benchmark_release_version"  # the names of the real folders
-FILES = ("align.json", "instruct.json", "text.json", "captions.json", f"{SCIENCEQA}/problems.json",
-         f"{SCIENCEQA}/pid_splits.json", f"{POPE}/toy_pope_random.json")  # what a complete world has
+FILES = (  # of a complete world
+    "align.json", "instruct.json", "text.json", "captions.json", "ScienceQA/problems.json",
+    "ScienceQA/pid_splits.json", "POPE/toy_pope_random.json",
+)
 
 # ------------------------------------------------------------------------------------------------------------
 # Scenes and their pictures
 
 
 def scenes(seed: int = 0) -> dict:
-    """All 384 scenes in disjoint splits of 304, 40 and 40: a model is tested on combinations it never saw."""
+    """All 384 scenes in disjoint splits of 304, 40 and 40: the test asks about unseen combinations."""
     everything = [dict(zip(VALUES, values)) for values in itertools.product(*VALUES.values())]
     random.Random(seed).shuffle(everything)
     return {"train": everything[:304], "val": everything[304:344], "test": everything[344:]}
 
 
 def picture(scene: dict, rng: random.Random) -> Image.Image:
-    """48 x 48 pixels, RGB; place, radius, colour and ground all jitter a little, so no two are equal."""
-    scale = 4  # drawn four times as large and averaged: smooth edges
-    image = Image.new("RGB", (IMAGE_SIZE * scale,) * 2, jitter((232, 232, 228), rng))
+    """48 x 48 pixels, RGB. Place, radius, colour and ground jitter a little, so no two pictures are equal."""
+    scale = 4  # drawn four times as large and averaged, for smooth edges
+    ground = jitter((232, 232, 228), rng)
+    image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), ground)
     column, row = PLACES[scene["place"]]
     x = (13 + 22 * column + rng.uniform(-2, 2)) * scale
     y = (13 + 22 * row + rng.uniform(-2, 2)) * scale
     radius = (SIZES[scene["size"]] + rng.uniform(-1, 1)) * scale
-    draw_shape(ImageDraw.Draw(image), scene["shape"], x, y, radius, jitter(COLORS[scene["color"]], rng))
-    return image.resize((IMAGE_SIZE,) * 2, Image.Resampling.BOX)
+    fill = jitter(COLORS[scene["color"]], rng)
+    draw_shape(ImageDraw.Draw(image), scene["shape"], x, y, radius, fill)
+    return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
 
 
 def jitter(color: tuple, rng: random.Random) -> tuple:
     """The RGB colour, each channel moved by up to 18 of 255."""
-    return tuple(max(0, min(255, value + rng.randint(-18, 18))) for value in color)
+    moved = [value + rng.randint(-18, 18) for value in color]
+    return tuple(max(0, min(255, value)) for value in moved)
 
 
 def draw_shape(draw, shape: str, x: float, y: float, r: float, fill: tuple) -> None:
-    """One shape of radius `r` pixels around (x, y). The factors make all six look about equally large."""
+    """Draw one shape of radius `r` around (x, y). The factors make all six look about equally large."""
     box = (x - r, y - r, x + r, y + r)
     match shape:
         case "circle":
             draw.ellipse(box, fill)
         case "square":
-            draw.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill)
+            half = 0.85 * r
+            draw.rectangle((x - half, y - half, x + half, y + half), fill)
         case "triangle":
-            draw.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill)
+            foot = y + 0.8 * r
+            draw.polygon([(x, y - r), (x + r, foot), (x - r, foot)], fill)
         case "diamond":
-            draw.polygon([(x, y - r), (x + 0.5 * r, y), (x, y + r), (x - 0.5 * r, y)], fill)
+            half = 0.5 * r
+            draw.polygon([(x, y - r), (x + half, y), (x, y + r), (x - half, y)], fill)
         case "cross":
-            draw.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill)
-            draw.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill)
+            half = 0.3 * r
+            draw.rectangle((x - r, y - half, x + r, y + half), fill)
+            draw.rectangle((x - half, y - r, x + half, y + r), fill)
         case "ring":
             draw.ellipse(box, outline=fill, width=round(0.4 * r))
 
@@ -110,10 +127,10 @@ def draw_shape(draw, shape: str, x: float, y: float, r: float, fill: tuple) -> N
 
 
 def words(scene: dict, rng: random.Random) -> str:
-    """A scene in words: what a text-only model is given where the image would stand.
+    """A scene in words, which a text-only model reads in place of the image.
 
-    Half of the time a sentence; else up to 36 words, as many as an image has patches, in any order and with
-    repetitions, because patches have no grammar either.
+    Half of the time this is a sentence. Otherwise it is up to 36 words (an image has 36 patches) in any order
+    and with repetitions, because patches have no grammar either.
     """
     if rng.random() < 0.5:
         return rng.choice(WORDINGS).format(**scene)
@@ -124,29 +141,37 @@ def words(scene: dict, rng: random.Random) -> str:
 
 
 def open_question(scene: dict, kind: str, rng: random.Random) -> tuple:
-    """(question, answer) about the attribute `kind`, with a single word for an answer."""
+    """(question, answer) about the attribute `kind`. The answer is a single word."""
     return rng.choice(QUESTIONS[kind]) + SHORT_ANSWER, scene[kind]
 
 
 def yes_no(scene: dict, kind: str, is_true: bool, rng: random.Random) -> tuple:
-    """(question, "Yes" or "No"); a false one asks for another value of the same kind."""
-    value = scene[kind] if is_true else rng.choice([other for other in VALUES[kind] if other != scene[kind]])
-    return YES_NO[kind].format(value) + SHORT_ANSWER, "Yes" if is_true else "No"
+    """(question, "Yes" or "No"). A false question names another value of the same kind."""
+    if is_true:
+        return YES_NO[kind].format(scene[kind]) + SHORT_ANSWER, "Yes"
+    others = [value for value in VALUES[kind] if value != scene[kind]]
+    return YES_NO[kind].format(rng.choice(others)) + SHORT_ANSWER, "No"
 
 
 def problem(scene: dict, kind: str, rng: random.Random, hint: str, image: str | None) -> dict:
-    """One entry of ScienceQA's problems.json: 2 to 4 choices (a size has only 2), in random order."""
+    """An entry of ScienceQA's problems.json with 2 to 4 choices (a size has only 2) in random order."""
     others = [value for value in VALUES[kind] if value != scene[kind]]
     choices = rng.sample(others, min(len(others), rng.randint(1, 3))) + [scene[kind]]
     rng.shuffle(choices)
-    return {"question": rng.choice(QUESTIONS[kind]), "choices": choices, "answer": choices.index(scene[kind]),
-            "hint": hint, "image": image, "task": "closed choice", "grade": "grade1",
-            "subject": "natural science", "topic": "toy", "category": kind, "skill": kind, "lecture": "",
-            "solution": ""}
+    return problem_entry(rng.choice(QUESTIONS[kind]), choices, scene[kind], hint, image, "toy", kind)
+
+
+def problem_entry(question: str, choices: list, right: str, hint: str, image, topic: str, kind: str) -> dict:
+    """An entry of problems.json with all of ScienceQA's keys."""
+    return {
+        "question": question, "choices": choices, "answer": choices.index(right), "hint": hint,
+        "image": image, "task": "closed choice", "grade": "grade1", "subject": "natural science",
+        "topic": topic, "category": kind, "skill": kind, "lecture": "", "solution": "",
+    }
 
 
 def problem_answer(entry: dict) -> str:
-    """What to answer to a `problem`: the choice, then its letter."""
+    """The answer to a `problem`: the choice, then its letter."""
     number = entry["answer"]
     return SCIENCEQA_ANSWER.format(choice=entry["choices"][number], letter=LETTERS[number])
 
@@ -156,12 +181,12 @@ def problem_answer(entry: dict) -> str:
 
 
 def turn_pair(question: str, answer: str) -> list:
-    """The two turns of one round, as LLaVA's JSON has them."""
+    """The two turns of one round."""
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def caption_turns(scene: dict, rng: random.Random) -> list:
-    """A request for a description and the caption; the marker comes first or last, as in LLaVA-Pretrain."""
+    """A request for a description and the caption. The marker is first or last, as in LLaVA-Pretrain."""
     is_marker_first = rng.choice((True, False))
     request = rng.choice(DESCRIBE)
     question = f"{IMAGE}\n{request}" if is_marker_first else f"{request}\n{IMAGE}"
@@ -178,7 +203,7 @@ def question_turns(scene: dict, rng: random.Random) -> list:
 
 
 def image_record(images: Path, name: str, scene: dict, turns_of, rng: random.Random) -> dict:
-    """A record about a picture of the scene, drawn into `images`; `turns_of(scene, rng)` are its turns."""
+    """A record with the turns `turns_of(scene, rng)`. Its picture is drawn into `images`."""
     save_picture(scene, images / f"{name}.png", rng)
     return {"id": name, "image": f"{name}.png", "conversations": turns_of(scene, rng)}
 
@@ -193,16 +218,17 @@ FORMS = ("open", "yes-no", "choice", "choice", "hint", "hint", "describe")  # th
 
 
 def text_record(scene: dict, rng: random.Random, forms=FORMS, most_rounds: int = 3) -> dict:
-    """A conversation about a scene *told in words*: what the tiny LLM is pretrained on.
+    """A conversation about a scene *told in words*, on which the tiny LLM is pretrained.
 
-    One to `most_rounds` rounds on different attributes, so that a word is in the choices of one round at
-    most. One record in four does not tell its scene and answers at random: so the model learns that the
+    One to `most_rounds` rounds ask about different attributes, so a word is in the choices of one round at
+    most. One record in four does not tell its scene and answers at random. So the model learns that the
     letter follows from the word it has said, not from what it has seen.
     """
-    is_blind, turns = rng.random() < 0.25, []
+    is_blind = rng.random() < 0.25
     rounds = 1 if is_blind else rng.randint(1, most_rounds)
-    for number, kind in enumerate(rng.sample(list(QUESTIONS), rounds)):
-        seen = "" if number or is_blind else words(scene, rng) + "\n"
+    turns = []
+    for kind in rng.sample(list(QUESTIONS), rounds):
+        seen = "" if turns or is_blind else words(scene, rng) + "\n"
         form = "choice" if is_blind else rng.choice(forms)
         question, answer = asked_in_form(form, scene, kind, rng)
         turns += turn_pair(seen + question, answer)
@@ -210,8 +236,7 @@ def text_record(scene: dict, rng: random.Random, forms=FORMS, most_rounds: int =
 
 
 def asked_in_form(form: str, scene: dict, kind: str, rng: random.Random) -> tuple:
-    """(question, answer) about the attribute `kind` in one of FORMS; "hint" is multiple choice with the scene
-    told in its hint."""
+    """(question, answer) about `kind` in one of FORMS. "hint" is multiple choice, the scene in its hint."""
     if form == "open":
         return open_question(scene, kind, rng)
     if form == "yes-no":
@@ -229,109 +254,132 @@ def asked_in_form(form: str, scene: dict, kind: str, rng: random.Random) -> tupl
 
 def write_world(folder, seed: int = 0, align: int = 4000, instruct: int = 2000, text: int = 1000,
                 test: int = 400) -> None:
-    """Write the whole world to `folder`; the numbers count records, the last one the questions of a split.
+    """Write the whole world to `folder`. Numbers count records; `test` counts the questions of a split.
 
     align.json      captions of train scenes
-    instruct.json   open questions, one record in ten without an image; no multiple choice among them
+    instruct.json   open questions, one record in ten without an image; no multiple choice
     captions.json   captions of test scenes, for retrieval
     images/         the pictures of these three
     text.json       conversations about scenes told in words
-    ScienceQA/      multiple choice about val and test scenes; a quarter without an image, told in the hint
-    ScienceQA-reworded/   the same, in words never trained on
+    ScienceQA/      multiple choice about val and test scenes; a quarter has no image but tells it in the hint
+    ScienceQA-reworded/   the same in a wording that no training file has
     POPE/, MME_Benchmark_release_version/   yes or no about test scenes; MME asks twice about each picture
-
-    It appears complete or not at all. A complete world in `folder` stays as it is, whatever its seed;
-    anything else there is a FileExistsError.
     """
+    def write(building):
+        write_files(building, random.Random(seed), align, instruct, text, test)
+
+    write_whole(folder, FILES, write)
+
+
+def write_whole(folder, files: tuple, write) -> None:
+    """Make `folder` by `write(building)`, complete or not at all. A complete one, which has all of `files`,
+    stays as it is. FileExistsError if anything else is there."""
     folder = Path(folder)
-    if is_complete(folder):
+    if is_complete(folder, files):
         return
     if folder.exists():
-        raise FileExistsError(f"{folder}: is no complete toy world; remove it, or name another folder")
+        raise FileExistsError(f"{folder}: is no complete world; remove it, or name another folder")
     building = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")  # no other process's
     try:
-        write_files(building, random.Random(seed), align, instruct, text, test)
+        write(building)
         building.rename(folder)
     except OSError:
-        if not is_complete(folder):  # if it is, another process was faster and wrote the same
+        if not is_complete(folder, files):  # otherwise another process was faster and wrote the same
             raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a world is there, of whatever size."""
-    return all((folder / name).is_file() for name in FILES)
+def is_complete(folder, files: tuple) -> bool:
+    return all(Path(folder, name).is_file() for name in files)
 
 
 def write_files(folder: Path, rng: random.Random, align: int, instruct: int, text: int, test: int) -> None:
-    """All of the world, in the order in which a seed has always made it."""
-    splits, images = scenes(), folder / "images"
-    write_json(folder / "align.json", [
-        image_record(images, f"align-{n:05d}", rng.choice(splits["train"]), caption_turns, rng)
-        for n in range(align)])
+    """Write all files in a fixed order, because each takes its random numbers from `rng`."""
+    splits = scenes()
+    train = splits["train"]
+    images = folder / "images"
+    records = []
+    for n in range(align):
+        records.append(image_record(images, f"align-{n:05d}", rng.choice(train), caption_turns, rng))
+    write_json(folder / "align.json", records)
+
     records = []
     for n in range(instruct):
-        scene = rng.choice(splits["train"])
-        records.append(chat_record(f"chat-{n:05d}", scene, rng) if n % 10 == 9
-                       else image_record(images, f"instruct-{n:05d}", scene, question_turns, rng))
+        scene = rng.choice(train)
+        if n % 10 == 9:
+            records.append(chat_record(f"chat-{n:05d}", scene, rng))
+        else:
+            records.append(image_record(images, f"instruct-{n:05d}", scene, question_turns, rng))
     write_json(folder / "instruct.json", records)
-    write_json(folder / "text.json", [text_record(rng.choice(splits["train"]), rng) for _ in range(text)])
+
+    write_json(folder / "text.json", [text_record(rng.choice(train), rng) for _ in range(text)])
     write_scienceqa(folder / SCIENCEQA, splits, test, rng)
     write_pope_and_mme(folder / POPE, folder / MME, splits["test"], test // 2, rng)
-    write_json(folder / "captions.json", [
-        image_record(images, f"caption-{n:05d}", rng.choice(splits["test"]), caption_turns, rng)
-        for n in range(test)])
-    write_reworded(folder / SCIENCEQA, folder / f"{SCIENCEQA}-reworded")
+    records = []
+    for n in range(test):
+        scene = rng.choice(splits["test"])
+        records.append(image_record(images, f"caption-{n:05d}", scene, caption_turns, rng))
+    write_json(folder / "captions.json", records)
+    write_reworded(folder / SCIENCEQA, REWORDED)
 
 
-def write_reworded(scienceqa: Path, folder: Path) -> None:
-    """The same problems, asked as `REWORDED` has it."""
+def write_reworded(scienceqa: Path, wording: dict) -> None:
+    """Copy a ScienceQA folder to FOLDER-reworded and ask its questions as `wording` {category: text} says.
+
+    Pictures, choices and their order stay, so the difference of two scores is that of the wording.
+    """
+    folder = scienceqa.with_name(f"{scienceqa.name}-reworded")
     problems = read_json(scienceqa / "problems.json")
     for entry in problems.values():
-        entry["question"] = REWORDED[entry["category"]]
+        entry["question"] = wording[entry["category"]]
     shutil.copytree(scienceqa, folder)
     write_json(folder / "problems.json", problems)
 
 
 def write_scienceqa(folder: Path, splits: dict, count: int, rng: random.Random) -> None:
-    """ScienceQA's problems.json, pid_splits.json and images/SPLIT/ID/image.png, `count` problems a split."""
-    problems, pid_splits = {}, {"train": [], "val": [], "test": []}
+    """Write problems.json, pid_splits.json and images/SPLIT/ID/image.png, `count` problems a split."""
+    problems = {}
+    pid_splits = {"train": [], "val": [], "test": []}
     for split in ("val", "test"):
         for number in range(count):
-            pid, scene = str(len(problems) + 1), rng.choice(splits[split])
-            has_image = number % 4 != 3  # the others tell the scene in their hint
+            pid = str(len(problems) + 1)
+            scene = rng.choice(splits[split])
+            has_image = number % 4 != 3
             hint = rng.choice(HINTS) if has_image else words(scene, rng)
-            entry = problem(scene, rng.choice(list(QUESTIONS)), rng, hint, "image.png" if has_image else None)
+            image = "image.png" if has_image else None
+            entry = problem(scene, rng.choice(list(QUESTIONS)), rng, hint, image)
             problems[pid] = entry | {"split": split}
             pid_splits[split].append(pid)
             if has_image:
-                save_picture(scene, folder / "images" / split / pid / "image.png", rng)
+                save_picture(scene, folder / "images" / split / pid / image, rng)
     write_json(folder / "problems.json", problems)
     write_json(folder / "pid_splits.json", pid_splits)
 
 
 def write_pope_and_mme(pope: Path, mme: Path, test_scenes: list, count: int, rng: random.Random) -> None:
-    """`count` pictures for each of the two, drawn in turns. POPE's category is "random", MME's are the four
-    attributes."""
+    """Write `count` pictures and their questions for each. MME's categories are the four attributes."""
+    kinds = list(VALUES)
     lines = []
     for number in range(count):
-        scene, name = rng.choice(test_scenes), f"{number:05d}"
-        lines.append(json.dumps(pope_entry(pope / "images" / f"{name}.png", scene, number, rng)))
-        write_mme_pair(mme / list(VALUES)[number % len(VALUES)], scene, name, rng)
-    (pope / "toy_pope_random.json").write_text("\n".join(lines) + "\n")
+        scene = rng.choice(test_scenes)
+        name = f"{number:05d}"
+        entry = pope_entry(pope / "images" / f"{name}.png", scene, number, rng)
+        lines.append(json.dumps(entry) + "\n")
+        write_mme_pair(mme / kinds[number % len(kinds)], scene, name, rng)
+    (pope / "toy_pope_random.json").write_text("".join(lines))
 
 
 def pope_entry(file: Path, scene: dict, number: int, rng: random.Random) -> dict:
-    """One line of POPE's file, whose picture is drawn: is there such a shape? Every other time there is."""
+    """Draw the picture; return a line of POPE's file: is there such a shape? Every other time there is."""
     save_picture(scene, file, rng)
     question, answer = yes_no(scene, "shape", number % 2 == 0, rng)
-    return {"question_id": number + 1, "image": file.name, "text": question.removesuffix(SHORT_ANSWER),
-            "label": answer.lower()}
+    text = question.removesuffix(SHORT_ANSWER)
+    return {"question_id": number + 1, "image": file.name, "text": text, "label": answer.lower()}
 
 
 def write_mme_pair(folder: Path, scene: dict, name: str, rng: random.Random) -> None:
-    """A picture in MME's folder of one attribute, and beside it two questions: a true one and a false one."""
+    """Write a picture to MME's folder of one attribute, and a true and a false question beside it."""
     save_picture(scene, folder / f"{name}.png", rng)
     lines = []
     for is_true in (True, False):
@@ -355,38 +403,41 @@ def write_json(file: Path, content) -> None:
 
 
 def write_tokenizer(folder) -> None:
-    """Write tokenizer.json and tokenizer_config.json of the toy world to `folder`.
+    """Write tokenizer.json and tokenizer_config.json to `folder`.
 
-    A word is a token, and so is an option's letter with its dot. Phrases that never vary are one token each,
+    A word is a token, and so is an option's letter with its dot. Each phrase that never varies is one token,
     which keeps a tiny model's sequences short. The ids of <unk>, <s> and </s> are Llama's.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    specials = ["<unk>", "<s>", "</s>"]
     split = pre_tokenizers.Split(Regex(r"\n|[A-E]\.|\w+|[^\w\s]"), "removed", invert=True)
-    vocabulary = ["<unk>", "<s>", "</s>", *known_words(split)]
-    ids = {word: number for number, word in enumerate(vocabulary)}
+    ids = {word: number for number, word in enumerate(specials + known_words(split))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.WordPiece(prefix="##", cleanup=True)
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    phrases = (SYSTEM, SHORT_ANSWER, LETTER_ANSWER, ". The answer is")
-    tokenizer.add_tokens([AddedToken(text.strip(), normalized=False) for text in phrases])
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    tokenizer.add_special_tokens(specials)
+    for phrase in (SYSTEM, SHORT_ANSWER, LETTER_ANSWER, ". The answer is"):
+        tokenizer.add_tokens([AddedToken(phrase.strip(), normalized=False)])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
-         "unk_token": "<unk>", "pad_token": "<unk>", "clean_up_tokenization_spaces": False}, indent=2))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>", "pad_token": "<unk>", "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
 def known_words(split) -> list:
-    """Every word of the world's texts, sorted; `split` is the pre-tokenizer that says what a word is."""
-    texts = [*WORDINGS, *DESCRIBE, *HINTS, *YES_NO.values(), SCIENCEQA_ANSWER, "Yes No",
-             "Context: A B C D E A. B. C. D. E. USER: ASSISTANT:\n"]
+    """Every word of the world's texts, sorted. `split` is the pre-tokenizer that cuts texts into words."""
+    texts = [*WORDINGS, *DESCRIBE, *HINTS, *YES_NO.values(), SCIENCEQA_ANSWER, "Yes No"]
+    texts.append("Context: A B C D E A. B. C. D. E. USER: ASSISTANT:\n")
     for group in (*QUESTIONS.values(), *VALUES.values()):
         texts += group
     found = set()
     for text in texts:
-        plain = text.replace("{", " ").replace("}", " ")  # the names in a form's braces are words, too
+        plain = text.replace("{", " ").replace("}", " ")  # the names in braces are words, too
         found.update(word for word, _ in split.pre_tokenize_str(plain))
     return sorted(found)
 
@@ -396,7 +447,7 @@ def main():
     parser.add_argument("folder", type=Path, help="where to; the tiny preset reads data/toy")
     parser.add_argument("--seed", type=int, default=0, help="of its pictures and questions")
     args = parser.parse_args()
-    if is_complete(args.folder):
+    if is_complete(args.folder, FILES):
         print(f"{args.folder} holds a complete toy world already, which stays as it is")
     try:
         write_world(args.folder, args.seed)

@@ -24,6 +24,8 @@ import losses
 import train
 from llm import LLM, LLMConfig
 from projector import VLM
+from running import order
+from running.options import Config
 from vit import ViT, ViTConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -98,7 +100,7 @@ def run(name, world, micro, checkpointing, shard, rank=0) -> list:
     torch.set_default_dtype(torch.float64)
     try:
         torch.manual_seed(0)
-        config = train.Config(**OPTIONS[name], contrastive_weight=0.7, lr=3e-3, warmup_ratio=0.1)
+        config = Config(**OPTIONS[name], contrastive_weight=0.7, lr=3e-3, warmup_ratio=0.1)
         vit, llm = ViT(ViTConfig(32, 8, 32, 64, 3, 4)), LLM(LLMConfig(VOCABULARY, 32, 48, 2, 4, 2, 8))
         vlm = VLM(vit, llm, "mlp2x_gelu")
         if name == HALF:
@@ -135,11 +137,13 @@ def run_rank(rank, world, *way):
 
 
 def compared(name, line) -> dict:
-    """Those of a log line's keys that are kept and compared. The norms are none of the losses' business; the
-    prompted loss's gradient is measured only to hold a share."""
+    """Those of a log line's keys that are kept and compared. The norms are none of the losses' business. The
+    prompted loss and captioning go through the LLM in one sweep, unmeasured, unless a share is to be held."""
     left_out = {"projected_norm", "word_norm"}
-    if "contrastive_balance" not in OPTIONS[name]:
+    contrastive = OPTIONS[name].get("contrastive")
+    if contrastive in ("prompt", "both") and "contrastive_balance" not in OPTIONS[name]:
         left_out |= {"prompt_grad", "prompt_ratio", "prompt_cosine"}
+        left_out |= {"generative_grad", "patch_ratio", "patch_cosine"}
     return {key: value for key, value in line.items() if key not in left_out}
 
 
@@ -173,8 +177,8 @@ def orders() -> dict:
     """Which records make which step, in two passes over a part of the data: sorted, for how a step is cut up
     changes nothing."""
     lengths = [7 * i % 23 + 1 for i in range(50)]
-    config = train.Config(batch=8, micro_batch=2, epochs=2.0, data_fraction=0.7, seed=3)
-    dealt = data.micro_batches(config, lengths, data.count_steps(config, len(lengths)), 1)
+    config = Config(batch=8, micro_batch=2, epochs=2.0, data_fraction=0.7, seed=3)
+    dealt = order.deal(config, lengths, order.count_steps(config, len(lengths)), 1)
     return {"plain": [sorted(chain(*parts)) for (parts,) in dealt]}
 
 
