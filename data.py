@@ -13,30 +13,28 @@ Labels are never found by a search among tokens: each piece carries its role fro
 Read next: train.py, where the batches go.
 """
 
-import base64
 import contextlib
-import glob
 import hashlib
-import io
 import json
 import math
 import os
 import re
 import sys
 import tempfile
-import warnings
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from plumbing.files import TOKENIZER_FILES, named, read_json, resolve
+from plumbing.files import named, read_json
+from plumbing.pictures import MAX_PIXELS, find_image, load_image
 from plumbing.ranks import barrier, on_every_rank, rank
+from plumbing.tokenizer import bos_ids, check_vocabulary, load_tokenizer, special_names
 
 IMAGE = "<image>"  # the marker in conversations
 IMAGE_MARKER = -200  # the same among ids: one for an image, until collate knows how many tokens it takes
@@ -46,83 +44,13 @@ CONTEXT, ANSWER, END = "context", "answer", "end"  # roles of text: given; to be
 # ------------------------------------------------------------------------------------------------------------
 # Pictures
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit. A larger picture may be a bomb, and takes gigabytes
-
-
-def existing(path: Path) -> Path:
-    """The path, or a file of the same stem if it is missing: OCR-VQA's .gif files are often kept as .jpg."""
-    if path.is_file() or not path.stem:
-        return path
-    others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
-    return next((other for other in others if other.is_file()), path)
-
-
-def find_image(folder, name: str) -> Path:
-    """Where the picture that a record names lies.
-
-    ValueError for a name that leads out of the folder, by itself or by a link: else the author of a record
-    could have any file of this machine read. """
-    path = existing(Path(folder, name))
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise ValueError(f"{name!r} leads out of the folder of images, {folder}")
-    return path
-
-
-def load_image(source) -> Image.Image:
-    """The RGB picture at a path, or in `bytes` (a picture file in base64), as a viewer shows it.
-
-    LLaVA's own code calls `convert("RGB")` and no more. We differ from it if the camera was held sideways
-    (EXIF), if a grey has more than 8 bits (it would turn white), and if the ground is transparent (ours is
-    white; a black drawing would turn black on black). An error names the file. """
-    name = "in base64"
-    if not isinstance(source, bytes):
-        name = existing(Path(source))
-        if not name.is_file():
-            raise FileNotFoundError(f"{name}: no such image")
-    with named(name, "not a readable image"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's do not name the file
-        Image.MAX_IMAGE_PIXELS = None  # ours is checked below, and says what to do
-        file = io.BytesIO(base64.b64decode(source)) if isinstance(source, bytes) else name
-        with Image.open(file) as image:
-            if math.prod(image.size) > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels; raise data.py's MAX_PIXELS, "
-                                 f"{MAX_PIXELS}, for files that you trust")
-            image.load()
-            picture = to_rgb(image)
-            picture.info = {}  # of the EXIF data only the orientation, and only if it is not damaged
-            with contextlib.suppress(Exception):
-                picture.getexif()[0x0112] = image.getexif().get(0x0112, 1)
-            return ImageOps.exif_transpose(picture)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Scale greys of more than 8 bits down to 8, lay transparent pictures over white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return grey_to_8_bits(image).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def grey_to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale white to 255. White is 65,535; of floats, 1, 255 or 65,535: the first that no pixel exceeds."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    largest = values.max()
-    whites = (1, 255, 65535) if image.mode == "F" else (65535,)
-    white = next((white for white in whites if largest <= white), largest)
-    values[values == image.info.get("transparency")] = white  # one grey may be named transparent
-    values = values.clip(0, white) * (255 / white)
-    return Image.fromarray(values.astype(np.uint8))
-
-
 def preprocess(image: Image.Image, tower, fit: str) -> torch.Tensor:
     """RGB picture -> normalised pixels (3, size, size), as CLIP's image processor makes them.
 
     `tower` is a vit.ViTConfig: it knows image_size, image_mean, image_std and resample. `fit` "crop" scales
     the short side to that size and cuts out the centre (LLaVA's stage 1). "pad" first makes the picture
-    square with borders of the mean colour, so that nothing is lost (LLaVA-1.5's stage 2 and evaluation). """
+    square with borders of the mean colour, so that nothing is lost (LLaVA-1.5's stage 2 and evaluation).
+    """
     size = tower.image_size
     if fit == "pad":
         image = pad_to_square(image, tower.image_mean)
@@ -208,7 +136,8 @@ def clean_turns(record) -> list:
     its turn.
 
     LLaVA's own code does both: wherever the data has the marker, the model sees the image before the
-    question. In a text-only record a literal <image> stays text. """
+    question. In a text-only record a literal <image> stays text.
+    """
     cleaned = []
     for turn in record["conversations"]:
         text = turn["value"]
@@ -307,7 +236,8 @@ def plain(tokenizer, prompt: str = "") -> Form:
 
     Behind a tokenizer without BOS a newline comes first, which is ours. Every head of an LLM attends to the
     first position when it has nothing to say (Xiao et al. 2023, arXiv 2309.17453). With a fresh projector's
-    patch there, the gradient becomes a matter of rounding. """
+    patch there, the gradient becomes a matter of rounding.
+    """
     opening = "" if bos_ids(tokenizer) else "\n"
     if prompt:
         return Form(opening, f"\n{prompt}", " ", "\n", "")
@@ -324,7 +254,8 @@ def chat(tokenizer) -> Form:
     words.
 
     A model that can think does not, unless an answer brings its thoughts. ValueError for a template that
-    drops a question, changes what came before, or ends an answer with no special token. """
+    drops a question, changes what came before, or ends an answer with no special token.
+    """
     if tokenizer.chat_template is None:
         raise ValueError("this tokenizer has no chat template")
     words = ("kwqxquestion", "kwqxanswer", "kwqxagain", "kwqxthought")
@@ -440,7 +371,8 @@ def as_text(text: str, tokenizer, has_marker: bool) -> str:
     """The text, with a space in each name of a special token: `</s>` becomes `< /s>`.
 
     Only templates may write special tokens. Otherwise data could end its own turn. An image marker at the
-    front stays. """
+    front stays.
+    """
     marker = IMAGE if has_marker and text.startswith(IMAGE) else ""
     names = f"{special_names(tokenizer)}|{IMAGE}"
     return marker + re.sub(names, lambda name: f"{name[0][0]} {name[0][1:]}", text.removeprefix(marker))
@@ -449,68 +381,12 @@ def as_text(text: str, tokenizer, has_marker: bool) -> str:
 # ------------------------------------------------------------------------------------------------------------
 # Pieces -> ids
 
-def load_tokenizer(folder_or_id):
-    """The LLM's tokenizer. Padding gets the id of the unknown token, as in LLaVA, or that of the end."""
-    from transformers import AutoTokenizer  # imported late: it takes seconds
-    folder = resolve(folder_or_id, ("*.json", *TOKENIZER_FILES))
-    problem = ("no tokenizer could be made. Without a tokenizer.json, as in Vicuna's folders, put one there "
-               "(for Vicuna 1.5 that of llava-hf/llava-1.5-7b-hf) or `pip install sentencepiece protobuf`")
-    with named(folder, problem):  # transformers raises many kinds, most of them about packages
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask, and wait
-    if not tokenizer.is_fast:
-        raise ValueError(f"{folder}: labels need to know where tokens stand; a tokenizer.json says so")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{folder}: the tokenizer names no end token (eos_token in tokenizer_config.json): "
-                         "answers could not end")
-    tokenizer.model_max_length = 10**9  # no warning of the tokenizer's own: collate cuts or refuses long rows
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
-
-
-def check_vocabulary(tokenizer, size: int):
-    """Refuse a tokenizer of more tokens than the LLM has embeddings: it is another LLM's.
-
-    Tokens that were added to it later do not count. LLaVA's tokenizer serves Vicuna, which has no row for its
-    <image> and <pad>; `special_names` keeps these out of texts.
-    """
-    largest = max(tokenizer.vocab_size - 1, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0)
-    if largest >= size:
-        raise ValueError(f"{tokenizer.name_or_path}: ids up to {largest}, the LLM has {size} embeddings")
-    tokenizer.rows = size
-
-
-def special_names(tokenizer) -> str:
-    """A pattern of the names that must not come out of a text: special tokens, and tokens without a row of
-    the LLM's."""
-    return names_beyond(tokenizer, getattr(tokenizer, "rows", math.inf))
-
-
-@lru_cache(8)
-def names_beyond(tokenizer, rows) -> str:
-    names = []
-    for i, token in tokenizer.added_tokens_decoder.items():
-        name = token.content
-        is_special = token.special or name in tokenizer.all_special_tokens
-        has_letters = re.search(r"\w", name)
-        has_signs = re.search(r"[^\w\s]", name)  # without both it is an ordinary word or sign, and stays one
-        if i >= rows or (is_special and has_letters and has_signs):
-            names.append(name)
-    names.sort(key=len, reverse=True)
-    return "|".join(map(re.escape, names)) or "(?!)"
-
-
-def bos_ids(tokenizer) -> list:
-    """[BOS] if the tokenizer opens a text with it. (Some add an end token as well.)"""
-    bos = tokenizer.bos_token_id
-    return [bos] if tokenizer("").input_ids[:1] == [bos] else []
-
-
 def tokenise(pieces, tokenizer, has_image: bool) -> tuple:
     """(ids, roles) of pieces [(text, role)], two lists, with one IMAGE_MARKER for the image.
 
     A tokenizer may treat a word differently inside a sentence and at its start. So all pieces up to the image
-    are one text, all behind it another, and the tokenizer tells whose characters each token covers. """
+    are one text, all behind it another, and the tokenizer tells whose characters each token covers.
+    """
     text = "".join(text for text, _ in pieces)
     role_of = []  # of each character
     for part, role in pieces:
@@ -572,7 +448,8 @@ class Conversations(torch.utils.data.Dataset):
     `tower`: the vit.ViTConfig that the pixels are for. `prompts`, for the plain template: the words after the
     image, and those after the caption. With the latter a sample also has "text_ids", the text-only
     [caption][prompt] of the prompted contrastive loss. `cache`: keep samples in memory, in each process that
-    reads. """
+    reads.
+    """
 
     def __init__(self, records, images, tokenizer, template: str, tower, fit: str, prompts=("", None),
                  cache: bool = False):
@@ -697,7 +574,8 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
     Training pads on the right, where causal attention needs no mask. Generation pads on the left (`side`), so
     that the last position is the prompt's last token in every row. Rows are cut at `max_length`, but never in
     an image. Prompts are not cut at all, because their end matters most. ValueError if one, or an image, does
-    not fit. """
+    not fit.
+    """
     rows = [expand(sample, num_image_tokens, max_length, image_token_id, side) for sample in samples]
     captions = [row["caption_ids"] for row in rows]
     batch = {

@@ -66,7 +66,8 @@ def generative_loss(hidden, labels, head_weight, loss_at):
     flattened labels whose *next* token is supervised (see data.collate).
 
     Only these places go through the head. At 16 x 700 tokens and 32,000 words the fp32 logits of all places
-    take 1.4 GB, those of the captions some 30 MB. """
+    take 1.4 GB, those of the captions some 30 MB.
+    """
     hidden = hidden.flatten(0, 1)[loss_at]  # (n, C)
     targets = labels.flatten()[loss_at + 1]  # (n,)
     logits = at_least_fp32(F.linear(hidden, head_weight))  # (n, V)
@@ -77,7 +78,8 @@ def caption_pass(vlm, m, patches) -> tuple:
     """Run the LLM over one micro-batch `m` (a dict, see data.collate) with projected patches (I, N, C).
 
     Returns the summed generative loss, and the hidden states (B, C) just before each caption begins.
-    Attention is causal, so these states have seen the image and the prompt, and nothing of the caption. """
+    Attention is causal, so these states have seen the image and the prompt, and nothing of the caption.
+    """
     embeds = vlm.splice(m["ids"], patches, m["image_at"])  # (B, S, C)
     hidden = vlm.llm.hidden(embeds)  # (B, S, C)
     loss = generative_loss(hidden, m["labels"], vlm.llm.head_weight, m["loss_at"])
@@ -97,7 +99,8 @@ def pool_caption(embeds, mask):
     """Text vectors (B, C): the mean of the unit vectors of embeds (B, T, C) where mask (B, T) is True.
 
     These are not unit vectors. The paper averages similarities, not embeddings, so the length of the mean
-    says how alike the tokens are. A caption without tokens gives zeros. """
+    says how alike the tokens are. A caption without tokens gives zeros.
+    """
     filled = mask[..., None].to(embeds.dtype)  # (B, T, 1)
     total = (unit(embeds) * filled).sum(1)  # (B, C)
     return total / filled.sum(1).clamp(min=1)  # (B, C)
@@ -133,7 +136,8 @@ class GatherWithGradient(torch.autograd.Function):
     Rank r's rows enter the loss of *every* rank, so their gradient is the sum of what all ranks say about
     them: the backward of an all-gather is a reduce-scatter with SUM. Two common shortcuts are wrong. To
     gather without gradient loses about half of it. To return only the own slice of the gradient loses what
-    the other ranks say. Both change with W, and with it the balance with the generative loss. """
+    the other ranks say. Both change with W, and with it the balance with the generative loss.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -199,7 +203,8 @@ class ContrastiveTerm(nn.Module):
     1/0.07 and at most 100. The parameter is the logarithm, in fp32, and takes no weight decay.
 
     The weight is `weight`, as the papers write it. With a `share` above 0 it is whatever makes the gradient
-    of this loss that share of the captioning loss's. """
+    of this loss that share of the captioning loss's.
+    """
 
     def __init__(self, weight: float = 1.0, share: float = 0.0):
         super().__init__()

@@ -21,12 +21,10 @@ import gc
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
 import weakref
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -42,8 +40,8 @@ import data
 import losses
 from llm import LLM, load_llm_config
 from plumbing.files import ROOT, named, read_json
-from plumbing.ranks import (all_gather, barrier, choose_dtype, command, peak_memory, rank, reduce_scatter,
-                            say, start_ranks, sum_over_ranks, world_size)
+from plumbing.ranks import (all_gather, barrier, caught_signals, choose_dtype, command, peak_memory, rank,
+                            reduce_scatter, say, start_ranks, sum_over_ranks, world_size)
 from projector import VLM, find_projector
 from running import checkpoint, features, options, order, plan
 from running.options import Config
@@ -203,7 +201,8 @@ class DataParallelAdamW:
 
     Small gradients vanish in float16. So losses are multiplied by `loss_scale` before backward, and gradients
     are divided by it here. A step that overflows is skipped and halves the scale; 2000 good steps double it.
-    With other dtypes the scale is 1, and a gradient that is not finite is an error. """
+    With other dtypes the scale is 1, and a gradient that is not finite is an error.
+    """
 
     def __init__(self, parameters, weight_decay=0.0, clip=0.0, betas=(0.9, 0.999), shard=False,
                  bucket_size=2**22):
@@ -357,7 +356,8 @@ class Recomputed(torch.autograd.Function):
 
     Time for memory (Chen et al. 2016, arXiv 1604.06174): only the input is kept. These models have no
     dropout, so the second run equals the first bit for bit. function(x, *rest): only x and parameters get
-    gradients. """
+    gradients.
+    """
 
     @staticmethod
     def forward(ctx, function, x, *rest):
@@ -483,8 +483,8 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
     The gradient is that of one process with the whole batch in one piece. So every loss is divided by a count
     over all ranks and micro-batches, and a contrastive loss sees the images of all micro-batches at once. The
-    graph is cut behind the projector: each loss leaves its gradient there, the gradients are weighted and added
-    up, and the projector's backward runs once (gradient caching, Gao et al. 2021, arXiv 2101.06983).
+    graph is cut behind the projector: each loss leaves its gradient there, the gradients are weighted and
+    added up, and the projector's backward runs once (gradient caching, Gao et al. 2021, arXiv 2101.06983).
     """
     device = vlm.llm.head_weight.device
     scale = optimizer.loss_scale
@@ -516,7 +516,8 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
         reached = states if name == "prompt" else leaves
         *at_cut[name], at_scale[name] = torch.autograd.grad(scale * loss, [*reached, terms[name].log_scale])
 
-    # 4. Captioning, backward to the cut. The prompted loss goes with it in the same sweep, weighted, and cannot
+    # 4. Captioning, backward to the cut. The prompted loss goes with it in the same sweep, weighted, and
+    # cannot
     #    be told from it then. A share of the gradient can only be held with a sweep of its own.
     is_mixed = bool(states) and not config.contrastive_balance
     at_states = at_cut.pop("prompt", [])
@@ -564,7 +565,7 @@ def train_stage(config: Config, device):
     if config.resume and checkpoint.is_finished(config):
         say(f"{config.out}: this run is finished; nothing is left to do")
         return
-    ensure_data(config)
+    options.ensure_data(config)
     began = time.time()
     dtype = choose_dtype(device, config.dtype)
     if device.type == "cuda":
@@ -648,48 +649,8 @@ def shown(line: dict, terms) -> dict:
     return {key: f"{line[key]:.3g}" for key in keys if line.get(key) is not None}
 
 
-@contextmanager
-def caught_signals(is_wanted: bool):
-    """A list that takes the first SIGINT or SIGTERM, so that the current step can finish and be saved.
-
-    The second acts as it always does.
-    """
-    caught = []
-    before = {}
-
-    def restore(*found):
-        caught.extend(found)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    if is_wanted:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, restore)
-    try:
-        yield caught
-    finally:
-        restore()
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 6. Both stages, and the command
-
-def ensure_data(config):
-    """Write the toy world if it is wanted and missing. FileNotFoundError for other data, with where to get
-    it."""
-    if config.init and not Path(config.init).exists():
-        raise FileNotFoundError(f"{config.init}: no align run to start from; "
-                                f"`python train.py --stage align --preset {config.preset}` makes one")
-    if rank() == 0 and config.annotations.startswith("data/toy/") and not Path("data/toy").exists():
-        say("writing the toy world to data/toy")
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, "-m", "lab.toy_world", "data/toy"], env=environment)
-    barrier()
-    if not Path(config.annotations).exists():
-        raise FileNotFoundError(f"{config.annotations}: no such file. Name a LLaVA JSON, as of the Hub's "
-                                f"{options.hub_id(config)}, with --annotations and its pictures with --images "
-                                f"(now {config.images}); or take --preset tiny, or --dry_run with any preset")
-
 
 def run_all(given: dict, device):
     """Align, instruct, and eval.py's ScienceQA before, between and after: what each stage adds."""

@@ -4,6 +4,7 @@
 import ctypes
 import gc
 import os
+import signal
 import sys
 import time
 import traceback
@@ -153,3 +154,26 @@ def choose_dtype(device, name: str = "") -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+@contextmanager
+def caught_signals(is_wanted: bool):
+    """A list that takes the first SIGINT or SIGTERM, so that the current step can finish and be saved.
+
+    The second acts as it always does.
+    """
+    caught = []
+    before = {}
+
+    def restore(*found):
+        caught.extend(found)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    if is_wanted:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, restore)
+    try:
+        yield caught
+    finally:
+        restore()

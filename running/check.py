@@ -1,7 +1,7 @@
 """Check a list of records before it is trained on: `python -m running.check annotations.json images/`.
 
-It prints bad records and unreadable pictures, and writes annotations.clean.json without them. With --llm it also
-makes every row as training would, and prints those without a word of an answer.
+It prints bad records and unreadable pictures, and writes annotations.clean.json without them. With --llm it
+also makes every row as training would, and prints those without a word of an answer.
 """
 
 import argparse

@@ -7,6 +7,8 @@
 import argparse
 import math
 import os
+import subprocess
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import torch
 
 from data import PROMPTS, TEMPLATES
 from losses import CONTRASTIVE
+from plumbing.files import ROOT
+from plumbing.ranks import barrier, rank, say
 
 def option(default, help, choices=None, heading=None):
     return field(default=default, metadata={"help": help, "choices": choices, "heading": heading})
@@ -201,3 +205,20 @@ def hub_id(config: Config) -> str:
     if config.stage == "align":
         return "liuhaotian/LLaVA-Pretrain"
     return "liuhaotian/LLaVA-Instruct-150K (mix665k)"
+
+
+def ensure_data(config):
+    """Write the toy world if it is wanted and missing. FileNotFoundError for other data, with where to get
+    it."""
+    if config.init and not Path(config.init).exists():
+        raise FileNotFoundError(f"{config.init}: no align run to start from; "
+                                f"`python train.py --stage align --preset {config.preset}` makes one")
+    if rank() == 0 and config.annotations.startswith("data/toy/") and not Path("data/toy").exists():
+        say("writing the toy world to data/toy")
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-m", "lab.toy_world", "data/toy"], env=environment)
+    barrier()
+    if not Path(config.annotations).exists():
+        raise FileNotFoundError(f"{config.annotations}: no such file. Name a LLaVA JSON, as of the Hub's "
+                                f"{hub_id(config)}, with --annotations and its pictures with --images "
+                                f"(now {config.images}); or take --preset tiny, or --dry_run with any preset")

@@ -55,7 +55,8 @@ def token_counts(config, samples, vlm) -> list:
     """The tokens of each record's row, image included. Counted, not estimated: a budget of tokens is a bound.
 
     Every rank counts its part, and bad records are told before the first step. A resumed run has the counts
-    in OUT/lengths.npy. """
+    in OUT/lengths.npy.
+    """
     kept = Path(config.out) / "lengths.npy"
     if config.resume and kept.exists():
         lengths = np.load(kept).tolist()
@@ -161,7 +162,8 @@ def spread(batch: list, lengths, size: int, budget: int, world: int) -> list:
 
     A micro-batch holds samples of similar length: at most `size` of them and, with a `budget` above 0, at
     most so many tokens, padding included (but one sample at least). Every rank gets as many micro-batches as
-    any other. """
+    any other.
+    """
     longest_first = sorted(batch, key=lambda i: -lengths[i])
     cut = cut_by_tokens(longest_first, lengths, size, budget)
     if budget:  # as many micro-batches as these, but filled evenly

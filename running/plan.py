@@ -59,7 +59,8 @@ def memory_sum(config, vlm, dtype, rows: int, length: int) -> dict:
 
     The largest micro-batch has `rows` rows of `length` tokens. Left out: what CUDA, NCCL and fragmentation
     take. Memory grows while the LLM goes forward and falls while it goes back. The gradients of what learns
-    grow meanwhile. So the worst moment is where backward begins, or where it ends. """
+    grow meanwhile. So the worst moment is where backward begins, or where it ends.
+    """
     c = vlm.llm.config
     itemsize = dtype.itemsize
     llm_learns = config.stage == "instruct"

@@ -1,0 +1,87 @@
+"""Pictures: find a file, read it as a viewer shows it."""
+
+import base64
+import contextlib
+import glob
+import io
+import math
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from plumbing.files import named
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit. A larger picture may be a bomb, and takes gigabytes
+
+
+def existing(path: Path) -> Path:
+    """The path, or a file of the same stem if it is missing: OCR-VQA's .gif files are often kept as .jpg."""
+    if path.is_file() or not path.stem:
+        return path
+    others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
+    return next((other for other in others if other.is_file()), path)
+
+
+def find_image(folder, name: str) -> Path:
+    """Where the picture that a record names lies.
+
+    ValueError for a name that leads out of the folder, by itself or by a link: else the author of a record
+    could have any file of this machine read.
+    """
+    path = existing(Path(folder, name))
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"{name!r} leads out of the folder of images, {folder}")
+    return path
+
+
+def load_image(source) -> Image.Image:
+    """The RGB picture at a path, or in `bytes` (a picture file in base64), as a viewer shows it.
+
+    LLaVA's own code calls `convert("RGB")` and no more. We differ from it if the camera was held sideways
+    (EXIF), if a grey has more than 8 bits (it would turn white), and if the ground is transparent (ours is
+    white; a black drawing would turn black on black). An error names the file.
+    """
+    name = "in base64"
+    if not isinstance(source, bytes):
+        name = existing(Path(source))
+        if not name.is_file():
+            raise FileNotFoundError(f"{name}: no such image")
+    with named(name, "not a readable image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's do not name the file
+        Image.MAX_IMAGE_PIXELS = None  # ours is checked below, and says what to do
+        file = io.BytesIO(base64.b64decode(source)) if isinstance(source, bytes) else name
+        with Image.open(file) as image:
+            if math.prod(image.size) > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels; raise MAX_PIXELS in plumbing/pictures.py, "
+                                 f"{MAX_PIXELS}, for files that you trust")
+            image.load()
+            picture = to_rgb(image)
+            picture.info = {}  # of the EXIF data only the orientation, and only if it is not damaged
+            with contextlib.suppress(Exception):
+                picture.getexif()[0x0112] = image.getexif().get(0x0112, 1)
+            return ImageOps.exif_transpose(picture)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Scale greys of more than 8 bits down to 8, lay transparent pictures over white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return grey_to_8_bits(image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def grey_to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale white to 255. White is 65,535; of floats, 1, 255 or 65,535: the first that no pixel exceeds."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    largest = values.max()
+    whites = (1, 255, 65535) if image.mode == "F" else (65535,)
+    white = next((white for white in whites if largest <= white), largest)
+    values[values == image.info.get("transparency")] = white  # one grey may be named transparent
+    values = values.clip(0, white) * (255 / white)
+    return Image.fromarray(values.astype(np.uint8))
