@@ -122,7 +122,7 @@ def parse_args(argv=None, prog=None) -> dict:
         prog=prog,
         usage="%(prog)s [--OPTION VALUE ...]",
         description="Train a vision-language model: the align stage, the instruct stage, or both.",
-        epilog="A preset changes many defaults. The plan of a run and its config.json have the values in force; "
+        epilog="A preset changes many defaults. A run's plan and its config.json have the values in force; "
                "running/options.py lists the presets.",
         allow_abbrev=False,
     )
