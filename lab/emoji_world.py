@@ -37,7 +37,8 @@ from PIL import Image
 
 from data import IMAGE, SHORT_ANSWER
 from lab.toy_world import SCIENCEQA, turn_pair, write_json
-from vit import load_vit_config, write_preprocessor_config
+from vit import load_vit_config
+from plumbing.clip import write_preprocessor_config
 from plumbing.files import read_json
 from plumbing.weights import write_weights
 

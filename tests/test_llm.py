@@ -11,7 +11,7 @@ import transformers
 from conftest import ROOT, assert_close, first_wrong, layer_by_layer, llama_config, shaken
 from safetensors.torch import save_file
 
-from llm import LLM, NO_TOKEN, KVCache, choose, load_llm_config, rope_tables, rotate
+from llm import LLM, NO_TOKEN, choose, load_llm_config, rope_tables, rotate
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -156,41 +156,6 @@ def test_batched_generation_equals_each_prompt_alone(llama_folder):
     for row, prompt in zip(batch, prompts):
         assert row.tolist() == without_cache(llm, prompt, 12).tolist()
         assert row.tolist() == llm.generate(llm.embed(prompt), max_new_tokens=12)[0].tolist()
-
-
-@pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize("first", [1, 5, 8])
-def test_the_last_block_may_leave_out_what_is_not_read(llama_folder, first, padding):
-    """States and gradients of the positions from `first` on, with and without left padding, and of a prefill
-    with a cache."""
-    llm, ids = LLM.from_pretrained(llama_folder, torch.float64), torch.randint(0, 75, (2, 9))
-    mask = torch.arange(9)[None] >= torch.tensor([[padding], [0]]) if padding else None
-    found = []
-    for way in ("whole", "part", "cached"):
-        embeds = llm.embed(ids).clone().requires_grad_()
-        cache = KVCache(llm.config, 2, 9, torch.float64, "cpu") if way == "cached" else None
-        with torch.set_grad_enabled(cache is None):
-            hidden = llm.hidden(embeds, mask, cache, first=0 if way == "whole" else first)[:, -(9 - first) :]
-        if cache is None:
-            hidden.square().sum().backward()
-            found.append((hidden, embeds.grad))
-    assert hidden.shape[1] == 9 - first
-    torch.testing.assert_close(found[0], found[1])
-    torch.testing.assert_close(hidden, found[0][0].detach())
-
-
-def test_what_stands_behind_a_prompt_is_as_if_it_were_run_with_it(llama_folder):
-    """Several ends of two prompts of different lengths, each alone and whole."""
-    llm, prompts = LLM.from_pretrained(llama_folder), [[3, 4, 5, 6], [7, 8]]
-    ends = [torch.tensor([[9, 10], [11, 12]]), torch.tensor([[13, 14, 15], [16, 17, 18]])]
-    padded = torch.tensor([prompts[0], [0, 0, *prompts[1]]])
-    mask = torch.tensor([[True] * 4, [False, False, True, True]])
-    with torch.no_grad():
-        found = llm.hidden_behind(llm.embed(padded), mask, ends)
-        for ids, hidden in zip(ends, found, strict=True):
-            for prompt, end, row in zip(prompts, ids.tolist(), hidden, strict=True):
-                whole = llm.hidden(llm.embed(torch.tensor([prompt + end])))[0, len(prompt) :]
-                torch.testing.assert_close(row, whole)
 
 
 def test_each_row_stops_at_its_own_end(llama_folder):
