@@ -202,20 +202,18 @@ class VLM(nn.Module):
         folder = resolve_model(folder)
         with named(folder, "cannot be opened"):
             found = llava.read(folder)
+            vit, llm, layer = found["vit"], found["llm"], found["feature_layer"]
             here = nn.ModuleDict()  # the parts whose weights are in this folder; other towers have a name
-            vit, llm = found["vit"], found["llm"]
             if isinstance(vit, str):
-                vit = ViT.from_pretrained(vit, found["feature_layer"], dtype, device)
+                vit = ViT.from_pretrained(vit, layer, dtype, device)
             else:
                 with torch.device("meta"):  # only shapes: the weights come from the files
-                    vit = ViT(config_from_dict(ViTConfig, vit, folder), found["feature_layer"])
-                here["vit"] = vit
+                    vit = here["vit"] = ViT(config_from_dict(ViTConfig, vit, folder), layer)
             if isinstance(llm, str):
                 llm = LLM.from_pretrained(llm, dtype, device)
             else:
                 with torch.device("meta"):
-                    llm = LLM(config_from_dict(LLMConfig, llm, folder))
-                here["llm"] = llm
+                    llm = here["llm"] = LLM(config_from_dict(LLMConfig, llm, folder))
             llava.check_class_token(found, vit.config.family.class_token, folder)
             vlm = cls(vit, llm, found["projector"], found["sources"])
             if here:
@@ -249,14 +247,9 @@ class VLM(nn.Module):
         """Write a folder that transformers opens as a LlavaForConditionalGeneration: weights, config.json,
         tokenizer, processor."""
         vit, llm = self.vit.config, self.llm.config
-        settings = {
-            "projector": self.projector_kind,
-            "feature_layer": self.vit.feature_layer,
-            "image_tokens": self.num_image_tokens,
-            "drops": "default" if vit.family.class_token else "full",
-            "tokenizer": self.sources["llm"],
-            "template": self.template,
-        }
+        settings = {"projector": self.projector_kind, "feature_layer": self.vit.feature_layer,
+                    "image_tokens": self.num_image_tokens, "has_class_token": vit.family.class_token,
+                    "tokenizer": self.sources["llm"], "template": self.template}
         vision = clip.config_json(vit)
         text = llama.config_json(llm, FAMILIES[llm.model_type].architecture)
         llava.export(folder, self.named_parameters(), vision, text, settings, SYSTEM, vicuna_form)

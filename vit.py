@@ -206,8 +206,7 @@ class ViT(nn.Module):
         layers = config.num_hidden_layers
         if not -layers - 1 <= feature_layer <= layers:
             raise ValueError(f"feature_layer {feature_layer} does not exist in a tower of {layers} blocks")
-        self.config = config
-        self.feature_layer = feature_layer
+        self.config, self.feature_layer = config, feature_layer
         self.num_patches = config.num_patches
         self.blocks_run = feature_layer % (layers + 1)  # -2 of 24 blocks: 23
         self.embeddings = Embeddings(config)

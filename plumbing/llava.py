@@ -172,7 +172,7 @@ def as_jinja(system: str, form) -> str:
 
 
 def prepare_tokenizer(source: Path, template: str, system: str, vicuna_form):
-    """(the LLM's tokenizer with the placeholder and an export's chat template, what ends that one's answers)."""
+    """(the LLM's tokenizer with the placeholder and an export's chat template, what ends its answers)."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     tokenizer.add_tokens(IMAGE, special_tokens=True)
@@ -201,9 +201,8 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
     """Write a folder in transformers' format: weights, config.json, tokenizer, and settings around them.
 
     `tensors`: (our name, tensor). `vision`, `text`: the content of each tower's config.json. `settings`: the
-    kind of "projector", "feature_layer", "image_tokens" of an image, "drops" ("default": the class token,
-    "full": nothing), the "tokenizer"'s folder or id, the "template"'s name. `system`, `vicuna_form`: v1's
-    strings.
+    kind of "projector", "feature_layer", "image_tokens" of an image, "has_class_token", the "tokenizer"'s
+    folder or id, the "template"'s name. `system` and `vicuna_form`: the strings of template v1.
     """
     if settings["projector"] != "mlp2x_gelu":
         raise ValueError(f"transformers' LLaVA has no projector {settings['projector']!r}, only mlp2x_gelu")
@@ -222,7 +221,7 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             tensor = F.pad(tensor, (0, 0, 0, vocab_size - text["vocab_size"]))  # (vocab_size, C)
         weights[their_name(name)] = tensor
-    strategy = settings["drops"]
+    strategy = "default" if settings["has_class_token"] else "full"  # drop the class token, or nothing
     write_weights(weights, folder, {
         "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
         "vision_config": vision, "text_config": text | {"vocab_size": vocab_size},
@@ -235,6 +234,6 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
         "pad_token_id": tokenizer.pad_token_id})
     write_json(folder / "processor_config.json", {
         "processor_class": "LlavaProcessor", "image_token": IMAGE, "patch_size": vision["patch_size"],
-        "num_additional_image_tokens": int(strategy == "default"),  # the class token
+        "num_additional_image_tokens": int(settings["has_class_token"]),
         "vision_feature_select_strategy": strategy})
     tokenizer.save_pretrained(folder)

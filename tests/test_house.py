@@ -27,7 +27,7 @@ def our_files() -> list:
 
 
 def room_of(name: str) -> str:
-    """The first part of a module's or a file's name: "plumbing" of "plumbing.files" and of "plumbing/files.py"."""
+    """The first part of a name: "plumbing" of "plumbing.files" and of "plumbing/files.py"."""
     return Path(name).parts[0].split(".")[0] if name else ""
 
 

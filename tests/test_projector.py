@@ -111,11 +111,22 @@ def test_splice_equals_a_plain_loop(vlm):
         "by patch; or another token has lost its embedding")
 
 
+def test_splice_with_known_places_equals_splice(vlm):
+    """Of two images, and of a batch of text."""
+    for ids in (torch.tensor([row(2, 1, 3), row(5, 0, 9), row(1, 1, 1)]), torch.tensor([row(5, 0, 9)])):
+        image_at = (ids == IMAGE_TOKEN_ID).flatten().nonzero()[:, 0]
+        patches = torch.randn(2, 16, 32)
+        assert torch.equal(vlm.splice(ids, patches, image_at), vlm.splice(ids, patches))
+
+
 def test_splice_refuses_wrong_counts(vlm):
+    """A row with a part of an image, other images than placeholders, and these with known places."""
     with pytest.raises(ValueError, match="16, 15"):
         vlm.splice(torch.tensor([row(2, 1, 3), row(2, 1, 3)[:17] + [0] * 43]), torch.randn(2, 16, 32))
-    with pytest.raises(ValueError, match="3 images"):
-        vlm.splice(torch.tensor([row(2, 1, 3), row(2, 1, 3)]), torch.randn(3, 16, 32))
+    ids = torch.tensor([row(2, 1, 3), row(2, 1, 3)])
+    for image_at in (None, (ids == IMAGE_TOKEN_ID).flatten().nonzero()[:, 0]):
+        with pytest.raises(ValueError, match="32 placeholders; 3 images of 16 tokens"):
+            vlm.splice(ids, torch.randn(3, 16, 32), image_at)
 
 
 def test_text_only_batch_gives_the_projector_a_zero_gradient(vlm):
