@@ -11,7 +11,7 @@ import transformers
 from conftest import ROOT, assert_close, first_wrong, layer_by_layer, llama_config, shaken
 from safetensors.torch import save_file
 
-from llm import LLM, NO_TOKEN, KVCache, choose, load_llm_config, rope_tables, rotate
+from llm import LLM, NO_TOKEN, KVCache, choose, load_llm_config, rope_tables, rotate, visible_positions
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -106,6 +106,24 @@ def test_where_parity_fails_a_table_names_the_first_wrong_layer(llama_folder, br
     assert all(str(error.value).count(f"\n{name} ") == 1 for name in ("model.embed_tokens", "the whole"))
     assert str(error.value).count("\nmodel.layers.") == 2 * 9
     assert not any(module._forward_hooks for model in (ours, theirs) for module in model.modules())
+
+
+@pytest.mark.parametrize("padding", [None, 0, 2])
+@pytest.mark.parametrize("start, S", [(0, 1), (0, 4), (3, 1), (3, 2)])
+def test_what_a_query_sees_equals_a_plain_loop(start, S, padding):
+    """Earlier real tokens, and itself: a query without any key would make NaN."""
+    keys, padding_ends = start + S, padding or 0
+    mask = None if padding is None else torch.arange(keys)[None] >= padding
+    visible, is_causal = visible_positions(mask, start, S, "cpu")
+    if visible is None:
+        visible = torch.ones(S, keys, dtype=torch.bool)
+        visible = visible.tril() if is_causal else visible
+    else:
+        assert not is_causal
+    for query in range(start, keys):
+        for key in range(keys):
+            expected = padding_ends <= key <= query or key == query
+            assert visible.reshape(S, keys)[query - start, key] == expected
 
 
 def test_right_padding_changes_nothing_before_it(llama_folder):
