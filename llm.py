@@ -95,17 +95,16 @@ class RMSNorm(nn.Module):
 def rope_frequencies(config: LLMConfig, device):
     """Angle per position of each pair of dimensions, (head_dim / 2,) in fp32: theta^(-2i / head_dim).
 
-    Llama 3.1 and later learned `original_max_position_embeddings` positions first and were stretched then.
-    Waves longer than that length / low_freq_factor become slower by `factor`. Waves shorter than length /
-    high_freq_factor stay. Those between are blended.
+    Llama 3.1 learned `original_max_position_embeddings` positions first. Then waves longer than that length /
+    low_freq_factor were made slower by `factor`. Waves shorter than that length / high_freq_factor stayed.
+    Waves between the two were blended.
     """
     even = torch.arange(0, config.head_dim, 2, device=device).float()  # (head_dim / 2,)
     frequencies = config.rope_theta ** -(even / config.head_dim)  # (head_dim / 2,)
     if config.rope_parameters is None:
         return frequencies
     rope = config.rope_parameters
-    low = rope["low_freq_factor"]
-    high = rope["high_freq_factor"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original length
     kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short waves, 0: long ones
     return frequencies * (kept + (1 - kept) / rope["factor"])  # (head_dim / 2,)
@@ -120,43 +119,10 @@ def rope_tables(positions, frequencies, dtype):
 def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + half]) of x (B, S, H, head_dim) by its angle.
 
-    Hugging Face's weights pair i with i + half. (Meta's files pair 2i with 2i + 1: the same rotation of
-    permuted weights.)
+    Hugging Face's weights pair i with i + half, Meta's own files pair 2i with 2i + 1.
     """
     first, second = x.chunk(2, dim=-1)  # each (B, S, H, head_dim / 2)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)  # (B, S, H, head_dim)
-
-
-def causal(start: int, S: int, device):
-    """Queries start .. start + S - 1 see themselves and what stands before them: (S, start + S) boolean."""
-    query = torch.arange(start, start + S, device=device)[:, None]  # (S, 1)
-    key = torch.arange(start + S, device=device)  # (start + S,)
-    return key <= query  # (S, start + S)
-
-
-def with_padding(visible, mask):
-    """Hide padding: `visible` (S, keys), `mask` (B, keys) False at padding -> (B, 1, S, keys).
-
-    Every position still sees itself, padding included: softmax over no key at all gives NaN.
-    """
-    S, keys = visible.shape
-    itself = visible.triu(keys - S)  # (S, keys): the last key that each query sees
-    return (visible & (mask[:, None] | itself))[:, None]  # (B, 1, S, keys)
-
-
-def visible_positions(mask, start: int, S: int, device):
-    """(mask, is_causal) of scaled_dot_product_attention, for S queries behind `start` cached positions.
-
-    A mask of None is faster, and enough without padding: from the first position on, attention is plainly
-    causal, and a single query sees everything before it.
-    """
-    if mask is not None:
-        return with_padding(causal(start, S, device), mask), False
-    if S == 1:
-        return None, False
-    if start == 0:
-        return None, True
-    return causal(start, S, device), False
 
 
 class KVCache:
@@ -174,6 +140,38 @@ class KVCache:
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def causal(start: int, S: int, device):
+    """Queries start .. start + S - 1 see themselves and what stands before them: (S, start + S) boolean."""
+    query = torch.arange(start, start + S, device=device)[:, None]  # (S, 1)
+    key = torch.arange(start + S, device=device)  # (start + S,)
+    return key <= query  # (S, start + S)
+
+
+def with_padding(visible, mask):
+    """Hide padding: `visible` (S, keys), `mask` (B, keys) False at padding -> (B, 1, S, keys).
+
+    Every position still sees itself, padding included: softmax over no key at all gives NaN.
+    """
+    S, keys = visible.shape
+    itself = visible.triu(keys - S)  # (S, keys), True only at the last key that each query sees
+    return (visible & (mask[:, None] | itself))[:, None]  # (B, 1, S, keys)
+
+
+def visible_positions(mask, start: int, S: int, device):
+    """(mask, is_causal) of scaled_dot_product_attention, for S queries behind `start` cached positions.
+
+    A mask of None is faster. Without padding it is enough for a whole sequence, whose attention is plainly
+    causal, and for a single query, which sees everything before it.
+    """
+    if mask is not None:
+        return with_padding(causal(start, S, device), mask), False
+    if S == 1:
+        return None, False
+    if start == 0:
+        return None, True
+    return causal(start, S, device), False
 
 
 class Attention(nn.Module):
@@ -286,8 +284,7 @@ class LLM(nn.Module):
         if mask is None:
             positions = torch.arange(start, start + S, device=embeds.device)[None]  # (1, S)
         else:
-            positions = mask.long().cumsum(1) - 1  # (B, start + S); -1 at padding
-            positions = positions.clamp(min=0)[:, start:]  # (B, S)
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]  # (B, S)
         cos, sin = rope_tables(positions, rope_frequencies(self.config, embeds.device), embeds.dtype)
         visible, is_causal = visible_positions(mask, start, S, embeds.device)
         x = embeds
@@ -315,15 +312,14 @@ class LLM(nn.Module):
         of the config's end tokens or of `end_tokens`. It keeps that token, and NO_TOKEN fills the rest.
         """
         B, S, C = embeds.shape
-        device = embeds.device
         if mask is not None and mask.all():
             mask = None  # attention without a mask is faster
         ends = self.config.eos_token_id
         if not isinstance(ends, list):
             ends = [ends]
-        ends = torch.tensor([*ends, *end_tokens], device=device)
-        cache = KVCache(self.config, B, S + max_new_tokens, embeds.dtype, device)
-        is_done = torch.zeros(B, dtype=torch.bool, device=device)
+        ends = torch.tensor([*ends, *end_tokens], device=embeds.device)
+        cache = KVCache(self.config, B, S + max_new_tokens, embeds.dtype, embeds.device)
+        is_done = torch.zeros(B, dtype=torch.bool, device=embeds.device)
         new = []
         while len(new) < max_new_tokens:
             hidden = self.hidden(embeds, mask, cache)[:, -1]  # (B, C)
@@ -368,8 +364,7 @@ def choose(logits, temperature: float, top_p: float):
     probabilities, tokens = probabilities.sort(-1, descending=True)  # each (B, V)
     before = probabilities.cumsum(-1) - probabilities  # (B, V), the sum of all likelier tokens
     kept = probabilities.masked_fill(before >= top_p, 0)  # (B, V); the likeliest always stays
-    place = torch.multinomial(kept, 1)  # (B, 1)
-    return tokens.gather(1, place)[:, 0]  # (B,)
+    return tokens.gather(1, torch.multinomial(kept, 1))[:, 0]  # (B,)
 
 
 def load_llm_config(folder_or_id) -> LLMConfig:

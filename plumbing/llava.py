@@ -5,8 +5,9 @@
     transformers' format   wraps those of both towers            all                       here
     LLaVA's own            the LLM's, with `mm_` fields          LLM and projector         elsewhere
 
-We read all three, and write the first two. Reading gives a dict: "vit" and "llm" (sizes of a tower that is
-here, or the name of a folder), "projector" (its kind), "feature_layer", "sources", "our_name" (a function).
+`read` reads all three, VLM.save writes the first, `export` the second. Reading gives a dict: "vit" and "llm"
+(sizes of a tower that is here, or the name of a folder), "projector" (its kind), "feature_layer", "sources",
+"our_name" (a function), and what only one of the forms knows: "template", "image_token_id", "drops".
 """
 
 import json
@@ -139,10 +140,10 @@ def read_original(folder: Path, config: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The chat template of an export, in Jinja, which servers render
+# The chat template of an export, in Jinja, which servers render. They send messages whose content is a list of
+# pictures and texts. An LLM's own template wants text, so MESSAGES comes before it: each picture becomes the
+# placeholder, in front of the text.
 
-# Servers send messages whose content is a list of pictures and texts. An LLM's own template wants text, so
-# this comes before it: each picture becomes the placeholder in front of the text.
 MESSAGES = """{%- set flat = namespace(messages=[]) -%}
 {%- for m in messages -%}
 {%- set said = namespace(image='', text='') -%}
@@ -172,7 +173,8 @@ def as_jinja(system: str, form) -> str:
 
 
 def prepare_tokenizer(source: Path, template: str, system: str, vicuna_form):
-    """(the LLM's tokenizer with the placeholder and an export's chat template, what ends its answers)."""
+    """Return the LLM's tokenizer with the placeholder and an export's chat template, and a list of the id that
+    this template puts after an answer, if it is a special token."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     tokenizer.add_tokens(IMAGE, special_tokens=True)

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 import pytest
 import torch
 import transformers
-from conftest import assert_close, first_wrong, layer_by_layer, shaken
+from conftest import assert_close, layer_by_layer, shaken
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, SiglipVisionConfig,
@@ -72,20 +72,6 @@ def test_features_and_gradients_equal_transformers(tmp_path, family):
     print(f"{family:<16} features, max abs difference: fp32 {(found - expected).abs().max():.1e}, "
           f"bf16 {(half - their_half).abs().max():.1e}; largest {expected.abs().max():.1f}")
     assert (half - found).abs().max() < 2 * (their_half - expected).abs().max()
-
-
-@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2"])
-def test_where_parity_fails_a_table_names_the_first_wrong_layer(tmp_path, family):
-    theirs = shaken(FAMILIES[family][0](FAMILIES[family][1]))
-    theirs.save_pretrained(tmp_path)
-    ours, pixels, broken = ViT.from_pretrained(tmp_path), torch.randn(2, 3, 32, 32), "self_attn.v_proj"
-    with torch.no_grad():
-        ours.encoder["layers"][1].get_submodule(broken).weight *= 1.5
-    with pytest.raises(AssertionError) as error, layer_by_layer(ours, theirs, clip.our_name):
-        expected = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, -16:]
-        assert_close(ours(pixels), expected)
-    assert first_wrong(error) == f"encoder.layers.1.{broken}"
-    assert str(error.value).count("\nencoder.layers.") >= 2 * 8
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
