@@ -140,9 +140,9 @@ def read_original(folder: Path, config: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The chat template of an export, in Jinja, which servers render. They send messages whose content is a list of
-# pictures and texts. An LLM's own template wants text, so MESSAGES comes before it: each picture becomes the
-# placeholder, in front of the text.
+# The chat template of an export, in Jinja, which servers render. They send messages whose content is a list
+# of pictures and texts. An LLM's own template wants text, so MESSAGES comes before it: each picture becomes
+# the placeholder, in front of the text.
 
 MESSAGES = """{%- set flat = namespace(messages=[]) -%}
 {%- for m in messages -%}
@@ -173,8 +173,8 @@ def as_jinja(system: str, form) -> str:
 
 
 def prepare_tokenizer(source: Path, template: str, system: str, vicuna_form):
-    """Return the LLM's tokenizer with the placeholder and an export's chat template, and a list of the id that
-    this template puts after an answer, if it is a special token."""
+    """Return the LLM's tokenizer with the placeholder and an export's chat template, and a list of the special
+    token that this template puts after an answer, if there is one."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     tokenizer.add_tokens(IMAGE, special_tokens=True)

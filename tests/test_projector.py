@@ -168,10 +168,11 @@ def test_run_directory_round_trip(vlm, tmp_path, with_llm):
         shutil.copy(file, folder)
     (folder / "chat_template.jinja").write_text("a template")
     vlm.sources["llm"], tmp_path = str(folder), tmp_path / "run"
-    vlm.save(tmp_path, {"stage": "align"}, with_llm)
+    vlm.save(tmp_path, {"stage": "align", "template": "chat"}, with_llm)
     again = VLM.from_pretrained(tmp_path)
     ids, pixels = torch.tensor([row(2, 1, 3)]), torch.randn(1, 3, 32, 32)
     assert torch.equal(again(ids, pixels), vlm(ids, pixels))
+    assert again.template == "chat"
     assert (tmp_path / "llm" / "tokenizer.json").exists() == with_llm
     assert (data.load_tokenizer(again.sources["llm"]).chat_template) == "a template"
     assert not with_llm or again.sources["llm"] == str(tmp_path / "llm")
@@ -180,6 +181,9 @@ def test_run_directory_round_trip(vlm, tmp_path, with_llm):
 def test_bad_run_directories(vlm, tmp_path, clip_folder, llama_folder):
     with pytest.raises(ValueError, match="config.json: vit is None; a run directory has a name there"):
         VLM.from_pretrained(llama_folder)
+    vlm.save(tmp_path, {"stage": "instruct"}, with_llm=False)
+    with pytest.raises(FileNotFoundError, match="this run tuned the LLM and has lost it"):
+        VLM.from_pretrained(tmp_path)
     vlm.save(tmp_path, {}, with_llm=False)
     VLM.from_towers(clip_folder, llama_folder, "linear").save(tmp_path / "other", {}, with_llm=False)
     shutil.copy(tmp_path / "other/projector.safetensors", tmp_path)
@@ -288,6 +292,7 @@ def test_the_exported_placeholder_is_a_token_of_its_own_behind_the_vocabulary(ex
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     placeholder = tokenizer.convert_tokens_to_ids("<image>")
     assert placeholder == theirs.config.image_token_index == toy_world.VOCABULARY
+    assert theirs.config.text_config.vocab_size == toy_world.VOCABULARY + 1
 
 
 def test_what_we_export_has_equal_logits_in_transformers(exported):
