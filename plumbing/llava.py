@@ -173,7 +173,7 @@ def as_jinja(system: str, form) -> str:
 
 
 def prepare_tokenizer(source: Path, template: str, system: str, vicuna_form):
-    """Return the LLM's tokenizer with the placeholder and an export's chat template, and a list of the special
+    """Return the LLM's tokenizer with the placeholder and an export's chat template, and a list: the special
     token that this template puts after an answer, if there is one."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
