@@ -4,34 +4,44 @@
     logits = llm(ids)                                      # (B, S) -> (B, S, V)
     new = llm.generate(llm.embed(ids), max_new_tokens=32)  # with a key-value cache -> (B, <= 32)
 
-A Llama decoder (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288). Against GPT-2 it has RMSNorm for
-LayerNorm, rotary positions (RoPE) for learned ones, a gated MLP (SwiGLU), no biases, and in the larger models
-fewer key-value heads than query heads (grouped-query attention, GQA). Vicuna, TinyLlama, SmolLM2 and Mistral
-are Llamas of other sizes; what Qwen changes is in the table FAMILIES, what Llama 3 changes in
-`rope_frequencies`.
+A Llama decoder (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288). GPT-2 has LayerNorm, learned
+positions, a plain MLP and biases. Llama has RMSNorm, rotary positions (RoPE), a gated MLP (SwiGLU) and no
+biases. Its larger models have fewer key-value heads than query heads (grouped-query attention, GQA). Vicuna,
+TinyLlama, SmolLM2 and Mistral are Llamas of other sizes. FAMILIES lists what Qwen changes, `rope_frequencies`
+does what Llama 3 changes.
 
-A vision-language model feeds it *embeddings*: image tokens have no id. So everything below works on
+A vision-language model feeds it *embeddings*, because image tokens have no id. So everything below works on
 embeddings, and `embed` is the only place where an id becomes a vector.
 
-Module names are those of the Hugging Face checkpoints. Read next: projector.py.
+Module names are those of the Hugging Face checkpoints, which plumbing/llama.py reads.
+Read next: projector.py.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from plumbing.files import named, resolve, resolve_model
-from plumbing.llama import llm_config_from_dict, llm_config_to_dict, our_llm_name
-from plumbing.weights import load_strictly, read_config, read_weights, write_weights
+
+from plumbing import llama
+from plumbing.files import resolve, resolve_model
+from plumbing.weights import config_from_dict, load_strictly, read_weights, write_weights
 
 
-FAMILIES = {  # by config.json's model_type: transformers' class, a bias on q, k and v, a norm on q and k
-    "llama": ("LlamaForCausalLM", False, False), "mistral": ("MistralForCausalLM", False, False),
-    "qwen2": ("Qwen2ForCausalLM", True, False), "qwen3": ("Qwen3ForCausalLM", False, True),
+class Family(NamedTuple):
+    architecture: str  # transformers' class
+    has_bias: bool  # on queries, keys and values
+    has_norm: bool  # an RMSNorm on each query and key
+
+
+FAMILIES = {  # by config.json's model_type
+    "llama": Family("LlamaForCausalLM", has_bias=False, has_norm=False),
+    "mistral": Family("MistralForCausalLM", has_bias=False, has_norm=False),
+    "qwen2": Family("Qwen2ForCausalLM", has_bias=True, has_norm=False),
+    "qwen3": Family("Qwen3ForCausalLM", has_bias=False, has_norm=True),
 }
 
 
@@ -53,21 +63,21 @@ class LLMConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | list = 2  # generation stops here; Llama 3 lists several
     model_type: str = "llama"
-    rope_parameters: dict | None = None  # for Llama 3 alone, see `rope_frequencies`
+    rope_parameters: dict | None = None  # only for Llama 3, see `rope_frequencies`
 
     def __post_init__(self):
         if self.model_type not in FAMILIES:
             raise ValueError(f"the LLM's model_type is {self.model_type!r}; known: {', '.join(FAMILIES)}")
         if self.num_attention_heads % self.num_key_value_heads:
-            heads, key_heads = self.num_attention_heads, self.num_key_value_heads
-            raise ValueError(f"{heads} query heads cannot share {key_heads} key-value heads")
+            raise ValueError(f"{self.num_attention_heads} query heads cannot share "
+                             f"{self.num_key_value_heads} key-value heads")
         if self.head_dim % 2:
             raise ValueError(f"RoPE turns pairs of dimensions; a head of {self.head_dim} has an odd one")
-        rope_frequencies(self, "cpu")  # an error now, not in the first step
+        rope_frequencies(self, "cpu")  # with incomplete `rope_parameters`, fail now and not in the first step
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight. PyTorch's own kernel computes in fp32 where x has less."""
+    """x / rms(x) * weight, over the last axis. PyTorch computes it in fp32."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -78,27 +88,25 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-# RoPE (Su et al. 2021, arXiv 2104.09864): queries and keys are turned by angles that grow with their
-# position, so that their product depends on the distance alone. Pairs of dimensions turn at different speeds.
-
+# RoPE (Su et al. 2021, arXiv 2104.09864) turns queries and keys by angles that grow with their position. So
+# the product of a query and a key depends only on their distance. Pairs of dimensions differ in speed.
 
 def rope_frequencies(config: LLMConfig, device):
     """Angle per position of each pair of dimensions, (head_dim / 2,) in fp32: theta^(-2i / head_dim).
 
-    Llama 3.1 and later were trained on `original_max_position_embeddings` first and then stretched: waves
-    longer than that length / low_freq_factor are slowed down by `factor`, waves shorter than length /
-    high_freq_factor are kept, and those between are blended.
+    Llama 3.1 learned `original_max_position_embeddings` positions first. Then waves longer than that length /
+    low_freq_factor were made slower by `factor`. Waves shorter than that length / high_freq_factor stayed.
+    Waves between the two were blended.
     """
     even = torch.arange(0, config.head_dim, 2, device=device).float()  # (head_dim / 2,)
-    frequencies = config.rope_theta ** -(even / config.head_dim)
+    frequencies = config.rope_theta ** -(even / config.head_dim)  # (head_dim / 2,)
     if config.rope_parameters is None:
         return frequencies
     rope = config.rope_parameters
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    length = rope["original_max_position_embeddings"]
-    turns = length * frequencies / (2 * math.pi)  # full turns within the original length
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original length
     kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short waves, 0: long ones
-    return frequencies * (kept + (1 - kept) / rope["factor"])
+    return frequencies * (kept + (1 - kept) / rope["factor"])  # (head_dim / 2,)
 
 
 def rope_tables(positions, frequencies, dtype):
@@ -110,70 +118,101 @@ def rope_tables(positions, frequencies, dtype):
 def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + half]) of x (B, S, H, head_dim) by its angle.
 
-    This half-split layout is that of the Hugging Face weights. (Meta's own files pair 2i with 2i + 1: the
-    same rotation of permuted weights.)
+    Hugging Face's weights pair i with i + half, Meta's own files pair 2i with 2i + 1.
     """
     first, second = x.chunk(2, dim=-1)  # each (B, S, H, head_dim / 2)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)  # (B, S, H, head_dim)
 
 
 class KVCache:
-    """Keys and values of every layer for up to `max_len` positions; made for one `generate`."""
+    """Keys and values of every layer for up to `max_len` positions, so that each is computed once."""
 
     def __init__(self, config: LLMConfig, batch: int, max_len: int, dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_len, config.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0  # positions filled so far; all layers of one pass write at the same place
+        self.length = 0  # positions filled so far; `LLM.hidden` counts on when all layers have appended
 
     def append(self, layer: int, k, v):
-        """Store k, v (B, key heads, S, head_dim) behind what is there; return all of this layer's so far."""
+        """Store k, v (B, key heads, S, head_dim) after the earlier ones; return all of this layer so far."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def advance(self, S: int):
-        """All layers have appended S positions."""
-        self.length += S
+
+def causal(start: int, S: int, device):
+    """Queries start .. start + S - 1 see themselves and what stands before them: (S, start + S) boolean."""
+    query = torch.arange(start, start + S, device=device)[:, None]  # (S, 1)
+    key = torch.arange(start + S, device=device)  # (start + S,)
+    return key <= query  # (S, start + S)
+
+
+def with_padding(visible, mask):
+    """Hide padding: `visible` (S, keys), `mask` (B, keys) False at padding -> (B, 1, S, keys).
+
+    Every position still sees itself, padding included: softmax over no key at all gives NaN.
+    """
+    S, keys = visible.shape
+    itself = visible.triu(keys - S)  # (S, keys), True only at the last key that each query sees
+    return (visible & (mask[:, None] | itself))[:, None]  # (B, 1, S, keys)
+
+
+def visible_positions(mask, start: int, S: int, device):
+    """(mask, is_causal) of scaled_dot_product_attention, for S queries behind `start` cached positions.
+
+    A mask of None is faster. Without padding it is enough for a whole sequence, whose attention is plainly
+    causal, and for a single query, which sees everything before it.
+    """
+    if mask is not None:
+        return with_padding(causal(start, S, device), mask), False
+    if S == 1:
+        return None, False
+    if start == 0:
+        return None, True
+    return causal(start, S, device), False
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped key-value heads. (B, S, C) -> (B, R, C), of the
-    R positions from `first` on."""
+    """Causal self-attention with rotary positions and grouped key-value heads. (B, S, C) -> (B, S, C)."""
 
     def __init__(self, config: LLMConfig, layer: int):
         super().__init__()
-        self.head_dim, self.layer = config.head_dim, layer
-        _, has_bias, has_norm = FAMILIES[config.model_type]
-        C, query_width = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.layer = layer
+        C = config.hidden_size
+        query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(C, query_width, has_bias)
-        self.k_proj = nn.Linear(C, key_width, has_bias)
-        self.v_proj = nn.Linear(C, key_width, has_bias)
+        family = FAMILIES[config.model_type]
+        self.q_proj = nn.Linear(C, query_width, family.has_bias)
+        self.k_proj = nn.Linear(C, key_width, family.has_bias)
+        self.v_proj = nn.Linear(C, key_width, family.has_bias)
         self.o_proj = nn.Linear(query_width, C, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+        if family.has_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, visible, cache, first):
-        B, S, _ = x.shape
-        R = S - first
-        q = self.q_norm(self.q_proj(x[:, first:]).view(B, R, -1, self.head_dim))  # (B, R, H, head_dim)
+    def forward(self, x, cos, sin, visible=None, is_causal=True, cache=None):
+        B, S, C = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, S, -1, self.head_dim))  # (B, S, H, head_dim)
         k = self.k_norm(self.k_proj(x).view(B, S, -1, self.head_dim))  # (B, S, key heads, head_dim)
         v = self.v_proj(x).view(B, S, -1, self.head_dim)  # (B, S, key heads, head_dim)
-        # turned before they are transposed: so attention's result lies in memory as the last line needs it
-        q = rotate(q, cos[:, first:], sin[:, first:]).transpose(1, 2)  # (B, H, R, head_dim)
-        k, v = rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)  # (B, key heads, S, head_dim)
+        # Rotate before the transpose, so that attention's result lies in memory as the last line needs it.
+        q = rotate(q, cos, sin).transpose(1, 2)  # (B, H, S, head_dim)
+        k = rotate(k, cos, sin).transpose(1, 2)  # (B, key heads, S, head_dim)
+        v = v.transpose(1, 2)  # (B, key heads, S, head_dim)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # now start + S keys, the cached ones first
-        is_causal = visible is None and (cache is None or S > 1)  # one query behind others sees them all
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal,
-                                           enable_gqa=k.shape[1] != q.shape[1])  # (B, H, R, head_dim)
-        return self.o_proj(x.transpose(1, 2).reshape(B, R, -1))  # (B, R, C)
+            k, v = cache.append(self.layer, k, v)  # (B, key heads, start + S, head_dim)
+        is_grouped = k.shape[1] != q.shape[1]  # several query heads share one key-value head
+        x = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=is_causal, enable_gqa=is_grouped)  # (B, H, S, head_dim)
+        return self.o_proj(x.transpose(1, 2).flatten(2))  # (B, S, C)
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)). (B, S, C) -> (B, S, C)."""
 
     def __init__(self, config: LLMConfig):
         super().__init__()
@@ -186,8 +225,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: attention, then the MLP, each added to what came in. (B, S, C) -> (B, R, C), of the R
-    positions from `first` on, which see those before, too."""
+    """Attention, then the MLP. Each reads normalised input and adds to x. (B, S, C) -> (B, S, C)."""
 
     def __init__(self, config: LLMConfig, layer: int):
         super().__init__()
@@ -196,8 +234,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, visible=None, cache=None, first=0):
-        x = x[:, first:] + self.self_attn(self.input_layernorm(x), cos, sin, visible, cache, first)
+    def forward(self, x, cos, sin, visible=None, is_causal=True, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, visible, is_causal, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -223,23 +261,23 @@ class LLM(nn.Module):
 
     @property
     def head_weight(self):
-        """The output matrix (V, C): its own, or the embedding table where the two are tied."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        """The output matrix (V, C): its own, or the embedding table if the two are tied."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.weight
+        return self.lm_head.weight
 
     def embed(self, ids):
         return self.model.embed_tokens(ids)  # (B, S, C)
 
-    def hidden(self, embeds, mask=None, cache=None, first: int = 0):
-        """Last hidden states (B, S - first, C), after the final norm, of embeddings (B, S, C). Those before
-        `first` are not asked for, and so the last block does not compute them: keys and values alone.
+    def hidden(self, embeds, mask=None, cache=None):
+        """Last hidden states (B, S, C), after the final norm, of embeddings (B, S, C).
 
-        `mask` (B, positions so far) is False at left padding; leave it out where nothing is padded on the
-        left. Right padding needs no mask: attention is causal, so nothing real ever sees it. Positions count
-        real tokens only. `cache` holds the earlier positions, and grows by S. ValueError beyond the LLM's
-        positions.
+        `mask` (B, earlier and new positions) is False at left padding. Only left padding needs one: attention
+        is causal, so no real token sees padding on its right. Positions count real tokens only. `cache` holds
+        the earlier positions and grows by S.
         """
-        B, S, _ = embeds.shape
-        start = cache.length if cache is not None else 0
+        B, S, C = embeds.shape
+        start = 0 if cache is None else cache.length
         if start + S > self.config.max_position_embeddings:
             raise ValueError(f"{start + S} positions; this LLM has {self.config.max_position_embeddings}")
         if mask is None:
@@ -247,187 +285,88 @@ class LLM(nn.Module):
         else:
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]  # (B, S)
         cos, sin = rope_tables(positions, rope_frequencies(self.config, embeds.device), embeds.dtype)
-        visible = visible_positions(mask, start, S, embeds.device)
-        *blocks, last = self.model.layers
+        visible, is_causal = visible_positions(mask, start, S, embeds.device)
         x = embeds
-        for block in blocks:
-            x = block(x, cos, sin, visible, cache)
-        visible = visible_positions(mask, start, S, embeds.device, first) if first else visible
-        x = last(x, cos, sin, visible, cache, first)  # (B, S - first, C)
+        for block in self.model.layers:
+            x = block(x, cos, sin, visible, is_causal, cache)
         if cache is not None:
-            cache.advance(S)
-        return self.model.norm(x)  # (B, S - first, C)
+            cache.length += S
+        return self.model.norm(x)  # (B, S, C)
 
     def logits(self, hidden):
         return F.linear(hidden, self.head_weight)  # (..., V)
 
     def forward(self, ids=None, embeds=None, mask=None, cache=None):
-        """Logits (B, S, V) of `ids` (B, S), or of `embeds` (B, S, C) given in their place."""
-        embeds = self.embed(ids) if embeds is None else embeds
+        """Logits (B, S, V) of `ids` (B, S), or of `embeds` (B, S, C) in their place."""
+        if embeds is None:
+            embeds = self.embed(ids)
         return self.logits(self.hidden(embeds, mask, cache))  # (B, S, V)
 
     @torch.no_grad()
     def generate(self, embeds, mask=None, max_new_tokens: int = 32, temperature: float = 0.0,
                  top_p: float = 1.0, end_tokens=()):
-        """Continuation of left-padded prompts: embeddings (B, S, C), mask (B, S) -> new ids (B, <= max).
+        """Continue left-padded prompts: embeddings (B, S, C), mask (B, S) -> new ids (B, <= max_new_tokens).
 
-        Greedy at temperature 0; above it, sampled from the smallest set of tokens that holds `top_p` of the
-        probability (Holtzman et al. 2020, arXiv 1904.09751), with torch's own random state. A row stops at
-        one of the config's end tokens or of `end_tokens`, which is kept, and is filled up with NO_TOKEN
-        behind it.
+        Temperature 0 is greedy. Above 0, `choose` samples with torch's own random state. A row stops at one
+        of the config's end tokens or of `end_tokens`. It keeps that token, and NO_TOKEN fills the rest.
         """
-        B, S, _ = embeds.shape
-        if mask is not None:  # without padding attention needs none, and is faster
-            mask = None if mask.all() else F.pad(mask, (0, max_new_tokens), value=True)  # (B, S + max)
+        B, S, C = embeds.shape
+        if mask is not None and mask.all():
+            mask = None  # attention without a mask is faster
         ends = self.config.eos_token_id
-        ends = [*(ends if isinstance(ends, list) else [ends]), *end_tokens]
-        ends = torch.tensor(ends, device=embeds.device)
+        if not isinstance(ends, list):
+            ends = [ends]
+        ends = torch.tensor([*ends, *end_tokens], device=embeds.device)
         cache = KVCache(self.config, B, S + max_new_tokens, embeds.dtype, embeds.device)
-        done = torch.zeros(B, dtype=torch.bool, device=embeds.device)
+        is_done = torch.zeros(B, dtype=torch.bool, device=embeds.device)
         new = []
-        for length in range(S, S + max_new_tokens):
-            seen = None if mask is None else mask[:, :length]
-            hidden = self.hidden(embeds, seen, cache, first=embeds.shape[1] - 1)  # (B, 1, C)
-            token = choose(self.logits(hidden[:, 0]), temperature, top_p)  # (B,)
-            new.append(token.masked_fill(done, NO_TOKEN))
-            done |= torch.isin(token, ends)
-            if done.all():
+        while len(new) < max_new_tokens:
+            hidden = self.hidden(embeds, mask, cache)[:, -1]  # (B, C)
+            token = choose(self.logits(hidden), temperature, top_p)  # (B,)
+            new.append(token.masked_fill(is_done, NO_TOKEN))
+            is_done |= torch.isin(token, ends)
+            if is_done.all():
                 break
-            embeds = self.embed(token)[:, None]  # (B, 1, C): the cache knows the rest
+            embeds = self.embed(token)[:, None]  # (B, 1, C): the cache holds the rest
+            if mask is not None:
+                mask = F.pad(mask, (0, 1), value=True)  # (B, one more)
         return torch.stack(new, dim=1)  # (B, <= max_new_tokens)
-
-    def hidden_behind(self, embeds, mask, ends) -> list:
-        """Last hidden states (B, T, C) for each of `ends`, ids (B, T), right behind the same left-padded
-        prompts: embeddings (B, S, C), mask (B, S). The prompts are computed once: the cache is wound back."""
-        B, S, _ = embeds.shape
-        longest = max(ids.shape[1] for ids in ends)
-        cache, found = KVCache(self.config, B, S + longest, embeds.dtype, embeds.device), []
-        self.hidden(embeds, mask, cache)
-        for ids in ends:
-            cache.length = S  # what the one before has stored there is overwritten
-            seen = torch.cat([mask, torch.ones_like(ids, dtype=torch.bool)], dim=1)  # (B, S + T)
-            found.append(self.hidden(self.embed(ids), seen, cache))
-        return found
 
     @classmethod
     def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
-        """The frozen LLM of a folder of one of FAMILIES. Strict: see weights.load_strictly."""
+        """The frozen LLM of a folder of one of FAMILIES. ValueError if a tensor is missing or left over."""
         folder = resolve_model(folder_or_id)
-        with torch.device("meta"):  # shapes only; the weights come from the files
+        with torch.device("meta"):  # only shapes: the weights come from the files
             llm = cls(load_llm_config(folder))
-        rename = partial(our_llm_name, is_tied=llm.config.tie_word_embeddings)
-        load_strictly(llm, read_weights(folder), folder, dtype, device, rename)
+        our_name = partial(llama.our_name, is_tied=llm.config.tie_word_embeddings)
+        load_strictly(llm, read_weights(folder), folder, dtype, device, our_name)
         return llm.requires_grad_(False).eval()
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, which transformers opens as what it was loaded from."""
-        architecture = FAMILIES[self.config.model_type][0]
-        config = llm_config_to_dict(self.config, architecture)
+        """Write config.json and model.safetensors, which transformers opens as the family's own class."""
+        config = llama.config_json(self.config, FAMILIES[self.config.model_type].architecture)
         write_weights(dict(self.named_parameters()), folder, config)
 
 
-NO_TOKEN = -1  # what stands behind the end of a finished row
+NO_TOKEN = -1  # fills a row of new ids behind its end
 
 
 def choose(logits, temperature: float, top_p: float):
-    """The next token (B,) of each row of logits (B, V): see `generate`."""
+    """The next token (B,) of each row of logits (B, V): the likeliest at temperature 0, else a sample.
+
+    Samples come from the smallest set of tokens that holds `top_p` of the probability (Holtzman et al. 2020,
+    arXiv 1904.09751).
+    """
     if temperature == 0:
         return logits.argmax(-1)  # (B,)
-    probabilities, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V)
-    before = probabilities.cumsum(-1) - probabilities  # (B, V) what likelier tokens hold together
-    kept = probabilities.masked_fill(before >= top_p, 0)  # the likeliest always stays
+    probabilities = (logits.float() / temperature).softmax(-1)  # (B, V)
+    probabilities, tokens = probabilities.sort(-1, descending=True)  # each (B, V)
+    before = probabilities.cumsum(-1) - probabilities  # (B, V), the sum of all likelier tokens
+    kept = probabilities.masked_fill(before >= top_p, 0)  # (B, V); the likeliest always stays
     return tokens.gather(1, torch.multinomial(kept, 1))[:, 0]  # (B,)
 
-
-def visible_positions(mask, start: int, S: int, device, first: int = 0):
-    """What each of S new queries, from `first` on, may see, (B or 1, 1, S - first, start + S) boolean; None
-    means plain causal attention, which of a single query is all.
-
-    One explicit mask or `is_causal`, never both: where the two meet, a padded row can lose all its keys and
-    turn to NaN. For the same reason every position may see itself, padding included.
-    """
-    if mask is None and (start + first == 0 or S == 1):
-        return None
-    query = torch.arange(start + first, start + S, device=device)[:, None]  # (S - first, 1)
-    key = torch.arange(start + S, device=device)[None]  # (1, start + S)
-    causal = key <= query  # (S - first, start + S)
-    if mask is None:
-        return causal[None, None]  # (1, 1, S - first, start + S)
-    return (causal & (mask[:, None, :] | (key == query)))[:, None]  # (B, 1, S - first, start + S)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# For training: blocks that are compiled, and that compute again in backward what they did not keep
-
-def checkpointed(function):
-    """`function`, keeping only its arguments for backward: the rest is computed again when backward first
-    asks.
-
-    While it runs, each tensor that autograd wants to save is replaced by its number. When backward asks for
-    the first of them, the function runs a second time, and what autograd saves then is given out under these
-    numbers. (The older way, an autograd.Function that calls backward inside its own, fires a shared module's
-    hooks twice.)
-    """
-    def run(*args):
-        if not torch.is_grad_enabled():
-            return function(*args)
-        state, numbers, saved = random_state(), itertools.count(), {}
-
-        def unpack(number):
-            if number not in saved:
-                saved.update(enumerate(saved_tensors(function, args, state)))
-            return saved.pop(number)
-
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: next(numbers), unpack):
-            return function(*args)
-
-    return run
-
-
-def saved_tensors(function, args, state: list) -> list:
-    """What autograd saves in a run of `function`, in order: a second run, with the first's random state."""
-    tensors, detached = [], []
-    for arg in args:
-        is_tensor = isinstance(arg, torch.Tensor)
-        detached.append(arg.detach().requires_grad_(arg.requires_grad) if is_tensor else arg)
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: tensors.append(x.detach()), lambda _: None)
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(gpus), torch.enable_grad(), hooks:
-        set_random_state(state)
-        function(*detached)
-    return tensors
-
-
-def random_state() -> list:
-    """Of the CPU and, where there is one, of this rank's GPU."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-
-
-def set_random_state(state: list):
-    for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), state):
-        set_state(value)
-
-
-def checkpoint_blocks(blocks, which: str):
-    """"every" block, "every-other" (half the recomputation for half the saving), or "none"."""
-    for i, block in enumerate(blocks):
-        if which == "every" or (which == "every-other" and i % 2 == 0):
-            block.forward = checkpointed(block.forward)
-
-
-def compile_blocks(blocks):
-    """One graph for all blocks and lengths, and a few for a last block that computes a part; before
-    `checkpoint_blocks`, which runs it twice."""
-    compiled = torch.compile(type(blocks[0]).forward, dynamic=True)
-    for block in blocks:
-        block.forward = partial(compiled, block)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# On disk: config.json and the names of the tensors
 
 def load_llm_config(folder_or_id) -> LLMConfig:
     """The sizes of the LLM in a folder or on the Hub, without its weights."""
     folder = resolve(folder_or_id, ["*.json"])
-    with named(folder):
-        return llm_config_from_dict(LLMConfig, read_config(folder, FAMILIES), folder)
+    return config_from_dict(LLMConfig, llama.read_sizes(folder, FAMILIES), folder)

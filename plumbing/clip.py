@@ -1,61 +1,108 @@
 """CLIP, SigLIP and DINOv2 on disk: config.json, preprocessor_config.json, and the names of the tensors.
+
+Reading gives a dict of sizes. vit.py makes its ViTConfig of that. Writing takes the ViTConfig.
 """
 
-import json
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
 
-from plumbing.files import read_json
-from plumbing.weights import config_from_dict
+from plumbing.files import named, read_json, write_json
+from plumbing.weights import read_config, read_weights
+
+KINDS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2")  # model_type in config.json
 
 
-def vit_config_from_dict(config_class, config: dict, folder: Path):
-    """From the content of a config.json whose defaults are filled in; `folder` is where it lies."""
+# ------------------------------------------------------------------------------------------------------------
+# Sizes
+
+def read_sizes(folder: Path) -> dict:
+    """Sizes of the vision tower in a folder."""
+    with named(folder):
+        config = read_config(folder, KINDS)
+        return sizes_of(config.get("vision_config", config), folder)  # a whole CLIP holds two towers
+
+
+def sizes_of(config: dict, folder: Path) -> dict:
+    """Sizes from a vision tower's config.json, completed by the preprocessor_config.json in `folder`."""
     if config.get("use_swiglu_ffn"):
         raise ValueError(f"{folder}: DINOv2 giant's gated MLP is not supported")
+    sizes = dict(config)
     if config["model_type"] == "dinov2":
-        config["intermediate_size"] = config["hidden_size"] * config["mlp_ratio"]
+        sizes["intermediate_size"] = config["hidden_size"] * config["mlp_ratio"]
     file = folder / "preprocessor_config.json"
     preprocessor = read_json(file) if file.exists() else {}
-    config |= {key: preprocessor.get(key) for key in ("image_mean", "image_std", "resample")}
-    return config_from_dict(config_class, config, folder)
+    for key in ("image_mean", "image_std", "resample"):
+        sizes[key] = preprocessor.get(key)
+    mean, std, resample = sizes["image_mean"], sizes["image_std"], sizes["resample"]
+    if not is_color(mean) or not is_color(std) or 0 in (std or ()):
+        raise ValueError(f"{file}: image_mean is {mean}, image_std {std}")
+    if resample is not None and resample not in range(6):
+        raise ValueError(f"{file}: resample is {resample!r}; Pillow's filters are 0 to 5")
+    return sizes
 
 
-def vit_config_to_dict(config) -> dict:
-    return asdict(config) | {"vision_use_head": False}  # SigLIP's pooling head, which we do not keep
+def is_color(values) -> bool:
+    """Whether these are three finite numbers, or nothing."""
+    if not values:
+        return True
+    return len(values) == 3 and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
+
+
+def config_json(config) -> dict:
+    """The content of config.json for a ViTConfig."""
+    return asdict(config) | {"vision_use_head": False}  # False: without SigLIP's pooling head
 
 
 def write_preprocessor_config(config, folder, fit: str = "crop"):
-    """preprocessor_config.json, of which transformers makes CLIP's or LLaVA's processor: what data.preprocess
-    does with "crop" or "pad", for every family. (SigLIP's own squeezes pictures to squares.)"""
+    """Write preprocessor_config.json, which makes transformers prepare pictures as data.preprocess does.
+
+    "crop" gives CLIP's processor, "pad" LLaVA's, for every family: SigLIP's own would squeeze pictures.
+    """
     size = config.image_size
-    kind = {"crop": {"image_processor_type": "CLIPImageProcessor"},
-            "pad": {"image_processor_type": "LlavaImageProcessor", "do_pad": True}}[fit]
-    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(
-        kind | {"do_resize": True, "size": {"shortest_edge": size},
-         "resample": config.resample, "do_center_crop": True, "crop_size": {"height": size, "width": size},
-         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
-         "image_mean": config.image_mean, "image_std": config.image_std}, indent=2) + "\n")
+    kind = {"image_processor_type": "CLIPImageProcessor"}
+    if fit == "pad":
+        kind = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    write_json(Path(folder) / "preprocessor_config.json", kind | {
+        "do_convert_rgb": True,
+        "do_resize": True, "size": {"shortest_edge": size}, "resample": config.resample,
+        "do_center_crop": True, "crop_size": {"height": size, "width": size},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": config.image_mean, "image_std": config.image_std})
 
 
-# What a folder holds beside the tower: a text half, SigLIP's pooling head, DINOv2's training mask.
-NOT_OURS = re.compile(r"text_model\.|text_projection\.|visual_projection\.|logit_(scale|bias)"
-                      r"|(vision_model\.)?head\.|embeddings\.mask_token|.*position_ids$")
-DINOV2_ROWS = ("embeddings.cls_token", "embeddings.position_embeddings")  # these have a batch axis of one
-DINOV2_NAMES = (  # a part of their name, ours; no name of CLIP or SigLIP holds one of these parts
+# ------------------------------------------------------------------------------------------------------------
+# Tensors
+
+# A folder may hold more than the tower: a text tower, SigLIP's pooling head, DINOv2's training mask.
+NOT_OURS = re.compile(
+    r"text_model\.|text_projection\.|visual_projection\.|logit_(scale|bias)"
+    r"|(vision_model\.)?head\.|embeddings\.mask_token|.*position_ids$")
+DINOV2_NAMES = (  # part of their name, part of ours; no name of CLIP or SigLIP contains one of these parts
     ("cls_token", "class_embedding"), ("position_embeddings", "position_embedding.weight"),
     ("patch_embeddings.projection", "patch_embedding"), ("encoder.layer.", "encoder.layers."),
     ("attention.attention.", "self_attn."), ("attention.output.dense", "self_attn.out_proj"),
     (".query", ".q_proj"), (".key", ".k_proj"), (".value", ".v_proj"),
     (".norm1", ".layer_norm1"), (".norm2", ".layer_norm2"))
+DINOV2_BATCHES_OF_ONE = ("embeddings.cls_token", "embeddings.position_embeddings")
 
 
-def our_vit_name(name: str) -> str:
-    """Our name of a tensor in a folder of any family; "" for what is not the tower's."""
+def our_name(name: str) -> str:
+    """Our name of a tensor of any family, or "" if the tensor is not part of the tower."""
     if NOT_OURS.match(name):
         return ""
     name = name.removeprefix("vision_model.")
     for theirs, ours in DINOV2_NAMES:
         name = name.replace(theirs, ours)
-    return f"post_{name}" if name.startswith("layernorm.") else name  # DINOv2's last norm
+    if name.startswith("layernorm."):  # DINOv2's last norm
+        name = "post_" + name
+    return name
+
+
+def read_tensors(folder: Path):
+    """Yield (their name, tensor) of every tensor in a folder, in the shape that we use."""
+    for name, tensor in read_weights(folder):
+        if name in DINOV2_BATCHES_OF_ONE:
+            tensor = tensor.squeeze()
+        yield name, tensor

@@ -111,11 +111,22 @@ def test_splice_equals_a_plain_loop(vlm):
         "by patch; or another token has lost its embedding")
 
 
+def test_splice_with_known_places_equals_splice(vlm):
+    """Of two images, and of a batch of text."""
+    for ids in (torch.tensor([row(2, 1, 3), row(5, 0, 9), row(1, 1, 1)]), torch.tensor([row(5, 0, 9)])):
+        image_at = (ids == IMAGE_TOKEN_ID).flatten().nonzero()[:, 0]
+        patches = torch.randn(2, 16, 32)
+        assert torch.equal(vlm.splice(ids, patches, image_at), vlm.splice(ids, patches))
+
+
 def test_splice_refuses_wrong_counts(vlm):
+    """A row with a part of an image, other images than placeholders, and these with known places."""
     with pytest.raises(ValueError, match="16, 15"):
         vlm.splice(torch.tensor([row(2, 1, 3), row(2, 1, 3)[:17] + [0] * 43]), torch.randn(2, 16, 32))
-    with pytest.raises(ValueError, match="3 images"):
-        vlm.splice(torch.tensor([row(2, 1, 3), row(2, 1, 3)]), torch.randn(3, 16, 32))
+    ids = torch.tensor([row(2, 1, 3), row(2, 1, 3)])
+    for image_at in (None, (ids == IMAGE_TOKEN_ID).flatten().nonzero()[:, 0]):
+        with pytest.raises(ValueError, match="32 placeholders; 3 images of 16 tokens"):
+            vlm.splice(ids, torch.randn(3, 16, 32), image_at)
 
 
 def test_text_only_batch_gives_the_projector_a_zero_gradient(vlm):
@@ -157,10 +168,11 @@ def test_run_directory_round_trip(vlm, tmp_path, with_llm):
         shutil.copy(file, folder)
     (folder / "chat_template.jinja").write_text("a template")
     vlm.sources["llm"], tmp_path = str(folder), tmp_path / "run"
-    vlm.save(tmp_path, {"stage": "align"}, with_llm)
+    vlm.save(tmp_path, {"stage": "align", "template": "chat"}, with_llm)
     again = VLM.from_pretrained(tmp_path)
     ids, pixels = torch.tensor([row(2, 1, 3)]), torch.randn(1, 3, 32, 32)
     assert torch.equal(again(ids, pixels), vlm(ids, pixels))
+    assert again.template == "chat"
     assert (tmp_path / "llm" / "tokenizer.json").exists() == with_llm
     assert (data.load_tokenizer(again.sources["llm"]).chat_template) == "a template"
     assert not with_llm or again.sources["llm"] == str(tmp_path / "llm")
@@ -169,6 +181,9 @@ def test_run_directory_round_trip(vlm, tmp_path, with_llm):
 def test_bad_run_directories(vlm, tmp_path, clip_folder, llama_folder):
     with pytest.raises(ValueError, match="config.json: vit is None; a run directory has a name there"):
         VLM.from_pretrained(llama_folder)
+    vlm.save(tmp_path, {"stage": "instruct"}, with_llm=False)
+    with pytest.raises(FileNotFoundError, match="this run tuned the LLM and has lost it"):
+        VLM.from_pretrained(tmp_path)
     vlm.save(tmp_path, {}, with_llm=False)
     VLM.from_towers(clip_folder, llama_folder, "linear").save(tmp_path / "other", {}, with_llm=False)
     shutil.copy(tmp_path / "other/projector.safetensors", tmp_path)
@@ -277,6 +292,7 @@ def test_the_exported_placeholder_is_a_token_of_its_own_behind_the_vocabulary(ex
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     placeholder = tokenizer.convert_tokens_to_ids("<image>")
     assert placeholder == theirs.config.image_token_index == toy_world.VOCABULARY
+    assert theirs.config.text_config.vocab_size == toy_world.VOCABULARY + 1
 
 
 def test_what_we_export_has_equal_logits_in_transformers(exported):
