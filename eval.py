@@ -26,11 +26,11 @@ import torch
 from tqdm import tqdm
 
 import data
-from benchmarks import BENCHES, Bench, is_scored_here, load_questions
+from benchmarks import BENCHES, Bench, load_questions
 from benchmarks.likelihood import split_options
 from benchmarks.predictions import append_answers, read_answers, write_predictions
 from benchmarks.questions import without_picture
-from benchmarks.score import measures, score_floors, standard_errors
+from benchmarks.score import in_words, measures, score_floors, scores_and_errors
 from plumbing.files import named, read_json, read_text, resolve_model
 from plumbing.ranks import choose_dtype, command, on_every_rank, rank, say, start_ranks, world_size
 from projector import VLM
@@ -161,7 +161,7 @@ def make_batches(questions, batch: int) -> list:
     that a lack of memory shows soon."""
     def length(i):
         has_image = questions[i]["image"] is not None
-        return len(questions[i]["prompt"]) + PICTURE * has_image
+        return 1 + len(questions[i]["prompt"]) + PICTURE * has_image
 
     order = sorted(range(len(questions)), key=length, reverse=True)
     batches = []
@@ -194,9 +194,8 @@ def in_batches(questions, answer, batch: int, file=None) -> list:
 def answer_batches(questions, batches, answer, file) -> dict:
     """{index: answer} of this rank's batches; each is also appended to the file of this rank."""
     answers = {}
-    count = sum(map(len, batches))
     is_quiet = rank() > 0 or len(questions) == 1
-    with tqdm(desc="ask", total=count, unit=" questions", disable=is_quiet) as bar:
+    with tqdm(desc="ask", total=sum(map(len, batches)), unit=" questions", disable=is_quiet) as bar:
         for indices in batches:
             rows = [questions[i] for i in indices]
             texts = answer(rows)
@@ -220,8 +219,7 @@ def about(image, text: str) -> dict:
 def chat(vlm, tokenizer, template: str, image, **how):
     """Answer a question a line of stdin, until an empty one, the end or Ctrl-C.
 
-    The model sees the whole conversation each time, so the prompt grows. ValueError when it has become too
-    long for the LLM.
+    The model sees the whole conversation each time. ValueError when that has become too long for the LLM.
     """
     before = []
     mark = "> " if sys.stdin.isatty() else ""  # a pipe gets only the answers
@@ -270,21 +268,12 @@ def ask_bench(vlm, tokenizer, template: str, bench: Bench, questions, file) -> t
     return answers, choices
 
 
-def score_bench(bench: Bench, questions, choices) -> dict:
-    """The scores and their standard errors; only the number of questions if a server scores them."""
-    if not is_scored_here(questions):
-        return {"questions": len(questions)}
-    scores = bench.score(questions, choices)
-    return measures(scores) | standard_errors(bench.score, questions, choices) | scores
-
-
-def answer_bench(vlm, tokenizer, template: str, name: str, folder, split=None, limit=None,
-                 file=None) -> tuple:
+def answer_bench(vlm, tokenizer, template, name, folder, split=None, limit=None, file=None) -> tuple:
     """(scores, questions, answers, choices) of one benchmark."""
     bench = BENCHES[name]
     questions = load_questions(name, folder, split, limit)
     answers, choices = ask_bench(vlm, tokenizer, template, bench, questions, file)
-    return score_bench(bench, questions, choices), questions, answers, choices
+    return scores_and_errors(bench.score, questions, choices), questions, answers, choices
 
 
 def choose_likeliest(vlm, tokenizer, template: str, questions, choices, file) -> list:
@@ -302,8 +291,7 @@ def run_bench(name: str, ckpt, run: tuple, folder, args) -> dict:
     bench = BENCHES[name]
     kept = Path(ckpt) / f"{name}.partial"
     scores, questions, answers, choices = answer_bench(
-        vlm, tokenizer, template, name, folder, args.split, args.limit, kept
-    )
+        vlm, tokenizer, template, name, folder, args.split, args.limit, kept)
     split = bench.split if args.split is None else args.split
     result = {"ckpt": str(ckpt), "bench": name, "split": split} | scores
 
@@ -312,11 +300,11 @@ def run_bench(name: str, ckpt, run: tuple, folder, args) -> dict:
             write_predictions(Path(ckpt) / f"{name}.json", result, questions, answers, choices)
 
     write()  # before anything that may fail
-    is_scored = is_scored_here(questions)
+    is_scored = "accuracy" in result  # otherwise a server or a judge does it
     has_options = any(question.get("options") for question in questions)
     if args.score == "likelihood" and is_scored and has_options:
         likeliest = choose_likeliest(vlm, tokenizer, template, questions, choices, f"{kept}-likelihood")
-        result["likelihood"] = measures(score_bench(bench, questions, likeliest))
+        result["likelihood"] = measures(scores_and_errors(bench.score, questions, likeliest))
     if args.floors and is_scored:
         blind_questions = [without_picture(question) for question in questions]
         _, blind = ask_bench(vlm, tokenizer, template, bench, blind_questions, f"{kept}-blind")
@@ -331,28 +319,14 @@ def run_bench(name: str, ckpt, run: tuple, folder, args) -> dict:
     return result
 
 
-def in_words(result: dict) -> str:
-    """What a person wants to read of the scores."""
-    words = [f"{result['bench']} of {result['ckpt']}: {result['questions']} questions"]
-    for name, value in result.items():
-        if f"{name}_se" in result:
-            words.append(f"{name} {value} (standard error {result[f'{name}_se']})")
-    if "likelihood" in result:
-        found = result["likelihood"]
-        words.append(f"by likelihood {found['accuracy']} (standard error {found['accuracy_se']})")
-    if "unparsed" in result:
-        words.append(f"{result['unparsed']} answers that the rule cannot read")
-    return ", ".join(words)
-
-
-def find_folders(config: dict, args) -> dict:
+def find_folders(ckpt, config: dict, args) -> dict:
     """{benchmark: its folder} for --bench and --data. Of `all` only those that are there."""
     is_all = args.bench == "all"
     if args.data and not is_all:
         return {args.bench: Path(args.data)}
     root = args.data or config.get("benchmarks")
     if not root:
-        raise ValueError("the run's config.json names no folder of benchmarks; name one with --data")
+        raise ValueError(f"{ckpt}: its config.json names no folder of benchmarks; name one with --data")
     folders = {}
     for name in BENCHES if is_all else [args.bench]:
         folder = Path(root) / BENCHES[name].folder
@@ -366,10 +340,9 @@ def find_folders(config: dict, args) -> dict:
 
 
 def run_benches(ckpt, args, device):
-    """Print the scores of --bench. A benchmark of `all` that fails does not stop the others; a ValueError
-    names it at the end."""
+    """Print the scores of --bench. If one of `all` fails, the others still run; the last line tells."""
     run = load_run(ckpt, device)
-    folders = find_folders(run[2], args)
+    folders = find_folders(ckpt, run[2], args)
     failed = []
     for name, folder in folders.items():
         try:

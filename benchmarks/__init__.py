@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from benchmarks import gqa, mmbench, mme, mmmu, mmvet, pope, scienceqa, seed, textvqa, vqav2
+from benchmarks.questions import has_answers
 from benchmarks.score import score_accuracy
 from data import IMAGE
 from plumbing.files import named
@@ -56,14 +57,9 @@ def load_questions(name: str, folder, split=None, limit=None) -> list:
     return [question for question, group in zip(questions, groups) if group in first]
 
 
-def is_scored_here(questions) -> bool:
-    """Whether we know answers. Otherwise a server or a judge scores."""
-    return any(question["answer"] is not None for question in questions)
-
-
 def check(questions):
     """ValueError for the first question that cannot be asked or scored."""
-    is_scored = is_scored_here(questions)
+    is_scored = has_answers(questions)
     seen = set()
     for question in questions:
         image = question["image"]

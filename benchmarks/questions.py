@@ -45,6 +45,11 @@ def lettered(text: str, choices) -> str:
     return "\n".join(lines)
 
 
+def has_answers(questions) -> bool:
+    """Whether anything can be scored here, and not only by a server or a judge."""
+    return any(question["answer"] is not None for question in questions)
+
+
 def grade(questions, choices) -> list:
     """For each question whether the choice is right. No choice (None) is wrong."""
     return [choice == question["answer"] for question, choice in zip(questions, choices)]

@@ -8,7 +8,7 @@ import random
 import statistics
 from collections import Counter
 
-from benchmarks.questions import grade
+from benchmarks.questions import grade, has_answers
 
 DRAWS = 400  # of the pictures: so a standard error is right within some 4 %
 SHEETS = 100  # of random choices
@@ -82,6 +82,28 @@ def standard_errors(score, questions, choices) -> dict:
         for name, value in measures(score(drawn_questions, drawn_choices)).items():
             values.setdefault(name, []).append(value)
     return {f"{name}_se": round(statistics.stdev(drawn), 2) for name, drawn in values.items()}
+
+
+def scores_and_errors(score, questions, choices) -> dict:
+    """What `score` returns, with standard errors; only the number of questions if we have no answers."""
+    if not has_answers(questions):
+        return {"questions": len(questions)}
+    scores = score(questions, choices)
+    return measures(scores) | standard_errors(score, questions, choices) | scores
+
+
+def in_words(result: dict) -> str:
+    """What a person wants to read of scores and errors."""
+    words = [f"{result['bench']} of {result['ckpt']}: {result['questions']} questions"]
+    for name, value in result.items():
+        if f"{name}_se" in result:
+            words.append(f"{name} {value} (standard error {result[f'{name}_se']})")
+    if "likelihood" in result:
+        found = result["likelihood"]
+        words.append(f"by likelihood {found['accuracy']} (standard error {found['accuracy_se']})")
+    if "unparsed" in result:
+        words.append(f"{result['unparsed']} answers that the rule cannot read")
+    return ", ".join(words)
 
 
 def score_floors(score, questions, blind) -> dict:

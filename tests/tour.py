@@ -35,7 +35,7 @@ STOPS = {  # {number: (its title, {file: functions, or methods, or whole classes
             "__init__", "collect", "last_backward", "send", "receive", "step", "update", "write_weights")),
                      "learning_rate", "train_step"]}),
     7: ("Questions", {
-        "eval.py": ["to_samples", "ask", "parse_choice"]}),
+        "eval.py": ["to_sample", "ask", "in_batches"]}),
 }
 
 
