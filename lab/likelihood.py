@@ -20,6 +20,7 @@ import torch
 import data
 import eval as evaluation
 from benchmarks import scienceqa
+from benchmarks.likelihood import mean_log_likelihoods
 from benchmarks.questions import LETTERS, SHORT_ANSWER, grade
 from benchmarks.score import percent
 from plumbing.files import read_json
@@ -39,20 +40,13 @@ def load_problems(folder, split: str) -> list:
     return questions
 
 
-def mean_likelihoods(vlm, tokenizer, questions, template: str) -> list:
-    """For each question the mean log-probability, in nats per token, of each of its options."""
-    means = []
-    for question, sums in zip(questions, evaluation.likelihoods(vlm, tokenizer, questions, template)):
-        words_alone = question | {"image": None}
-        _, *answers = evaluation.to_samples(vlm, tokenizer, words_alone, template, *question["options"])
-        means.append([total / answer["roles"].count(data.ANSWER) for total, answer in zip(sums, answers)])
-    return means
-
-
 def choose(vlm, tokenizer, questions, template: str) -> list:
     """The letter of each question's likeliest option, the first of equals."""
-    means = mean_likelihoods(vlm, tokenizer, questions, template)
-    return [LETTERS[max(range(len(row)), key=row.__getitem__)] for row in means]
+    letters = []
+    for question in questions:
+        means = mean_log_likelihoods(vlm, tokenizer, template, question, question["options"])
+        letters.append(LETTERS[means.index(max(means))])
+    return letters
 
 
 def score_run(run, folder, split: str) -> dict:
