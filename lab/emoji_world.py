@@ -79,7 +79,7 @@ FILES = (  # of a complete world
 
 
 def check_packages(packages: Path) -> None:
-    """An error for the first package that is missing or broken, with the command that installs it."""
+    """FileNotFoundError or ValueError for the first bad package, with the command that installs it."""
     for module in PIP:
         find_package(module)
     for vendor in VENDORS:
@@ -108,14 +108,14 @@ def vendor_folder(packages, vendor: str) -> Path:
 
 
 def read_emoji(packages: Path, vendor: str) -> list:
-    """The content of a vendor's emoji.json. ValueError with npm's command if the package is not whole."""
+    """The content of a vendor's emoji.json; an error with npm's command if the package is not whole."""
     folder = vendor_folder(packages, vendor)
     command = f"npm install --no-save {folder.name}@{VERSION}"
     try:
         version = read_json(folder / "package.json")["version"]
         entries = read_json(folder / "emoji.json")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{error}: {command}") from None
+        raise type(error)(f"{error}: {command}") from None
     if version != VERSION:
         raise ValueError(f"{folder}: is version {version}, not {VERSION}: {command}")
     if not (folder / "img" / vendor / str(PIXELS)).is_dir():

@@ -2,12 +2,12 @@
 
     python -m lab.likelihood RUN ... --data data/emoji/ScienceQA
 
-A small LLM hardly knows what "answer with the option's letter" asks of it: SmolLM2-135M says A to
-everything. So each choice is read as the answer to the open question, which names no choices, and the one
-whose tokens have the highest mean log-probability is taken.
+A small LLM hardly knows what "answer with the option's letter" asks of it: SmolLM2-135M says A to everything.
+So each choice is read as the answer to the open question, which names no choices, and the one whose tokens
+have the highest mean log-probability is taken.
 
-The last line printed, one a run, is a JSON object with the percentages: of all questions, and of each of
-problems.json's categories.
+Each run prints one JSON object with the percentages: of all questions, and of each of problems.json's
+categories.
 """
 
 import argparse
@@ -23,16 +23,17 @@ from plumbing.files import read_json
 
 
 def load_problems(folder, split: str) -> list:
-    """The questions of `data.load_scienceqa`, open: "options" in words; and a key more, "category"."""
-    folder, questions = Path(folder), []
-    problems = read_json(folder / "problems.json")
+    """The questions of `data.load_scienceqa`, but open, with "options" in words; also their "category"."""
+    problems = read_json(Path(folder) / "problems.json")
+    questions = []
     for question in data.load_scienceqa(folder, split):
         problem = problems[question["id"]]
         context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
         mark = f"{data.IMAGE}\n" if question["image"] else ""
-        prompt = mark + context + problem["question"] + data.SHORT_ANSWER
-        questions.append(question | {"prompt": prompt, "options": problem["choices"],
-                                     "category": problem.get("category", "")})
+        question["prompt"] = mark + context + problem["question"] + data.SHORT_ANSWER
+        question["options"] = problem["choices"]
+        question["category"] = problem.get("category", "")
+        questions.append(question)
     return questions
 
 
@@ -42,29 +43,32 @@ def mean_likelihoods(vlm, tokenizer, questions, template: str) -> list:
     for question, sums in zip(questions, evaluation.likelihoods(vlm, tokenizer, questions, template)):
         words_alone = question | {"image": None}
         _, *answers = evaluation.to_samples(vlm, tokenizer, words_alone, template, *question["options"])
-        means.append([total / answer["roles"].count(data.ANSWER) for total, answer in zip(sums, answers)])
+        counts = [answer["roles"].count(data.ANSWER) for answer in answers]
+        means.append([total / count for total, count in zip(sums, counts)])
     return means
 
 
 def choose(vlm, tokenizer, questions, template: str) -> list:
     """The letter of each question's likeliest option, the first of equals."""
     means = mean_likelihoods(vlm, tokenizer, questions, template)
-    return [data.LETTERS[max(range(len(row)), key=row.__getitem__)] for row in means]
+    return [data.LETTERS[row.index(max(row))] for row in means]
 
 
 def score_run(run, folder, split: str) -> dict:
-    """The percentages of a run directory; also written to its likelihood.json, with the choices made."""
+    """The percentages of a run directory. Also writes them to its likelihood.json, with the choices made."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vlm, tokenizer, config = evaluation.load_run(run, device)
-    questions, right = load_problems(folder, split), {"all": []}
+    questions = load_problems(folder, split)
     choices = choose(vlm, tokenizer, questions, config["template"])
-    for question, is_right in zip(questions, evaluation.grade(questions, choices)):
-        for key in ("all", question["category"]):
-            right.setdefault(key, []).append(is_right)
+    right = {"all": []}
+    predictions = []
+    for question, choice in zip(questions, choices):
+        is_right = choice == question["answer"]
+        right["all"].append(is_right)
+        right.setdefault(question["category"], []).append(is_right)
+        predictions.append({"id": question["id"], "choice": choice, "answer": question["answer"]})
     result = {"ckpt": str(run), "measure": "likelihood", "data": str(folder), "split": split,
               "questions": len(questions)} | {key: evaluation.percent(rows) for key, rows in right.items()}
-    predictions = [{"id": question["id"], "choice": choice, "answer": question["answer"]}
-                   for question, choice in zip(questions, choices)]
     (Path(run) / "likelihood.json").write_text(json.dumps({"scores": result, "predictions": predictions}))
     return result
 
