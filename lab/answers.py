@@ -4,14 +4,13 @@
     python -m lab.answers runs/tiny/align scienceqa          # draws runs/tiny/align/scienceqa.png from it
 """
 
-import argparse
 import math
-import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 import data
+from lab import errors_in_one_line, parser_of
 from plumbing.files import read_json
 
 COLUMNS, ROWS = 4, 2
@@ -42,19 +41,16 @@ def contact_sheet(predictions, file):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m lab.answers", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("lab.answers", __doc__)
     parser.add_argument("run", type=Path, help="a run directory that eval.py has scored")
     parser.add_argument("bench", help="the benchmark, such as scienceqa")
     args = parser.parse_args(argv)
     file = args.run / f"{args.bench}.png"
-    try:
+    with errors_in_one_line("lab.answers"):
         predictions = read_json(args.run / f"{args.bench}.json")["predictions"]
         if not any(prediction["image"] for prediction in predictions):
             raise ValueError(f"{args.run}: no question of {args.bench} has a picture")
         contact_sheet(predictions, file)
-    except (OSError, ValueError) as error:
-        sys.exit(f"lab.answers: {error}")
     print(file)
 
 

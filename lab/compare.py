@@ -25,7 +25,6 @@ choose nothing. Contrast first has steps of its own, and so sees its pictures mo
 captions for the time that they take.
 """
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -42,7 +41,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from lab import score, toy_world
+from lab import errors_in_one_line, parser_of, score, toy_world
 from lab.report import report
 from plumbing.files import read_json, resolve_model
 from plumbing.ranks import start_ranks
@@ -55,7 +54,6 @@ RECIPES = {
     "patch": {"contrastive": "patch"},
     "prompt": {"contrastive": "prompt"},
     "both": {"contrastive": "both"},
-    "share 0.1": {"contrastive": "patch", "contrastive_balance": 0.1},
     "share 0.3": {"contrastive": "patch", "contrastive_balance": 0.3},
     "share 1": {"contrastive": "patch", "contrastive_balance": 1.0},
     "first": {"contrastive": "patch", "contrastive_weight": 0.0, "first": True},
@@ -86,7 +84,8 @@ class Size(NamedTuple):
 REAL = dict(vit="towers/dinov2-small", llm="towers/smollm2", projector="pixel_shuffle", dtype="bfloat16")
 SIZES = {
     "full": Size(tuple(RECIPES), seeds=10, steps=240, lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-                 instruct_lr=(2e-4, 4e-4, 8e-4, 1.6e-3), fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0), epochs=4.0),
+                 instruct_lr=(2e-4, 4e-4, 8e-4, 1.6e-3), epochs=4.0,
+                 fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0)),
     "claims": Size(("none", "none, longer", "patch", "prompt", "both", "share 0.3", "first"), seeds=10,
                    steps=120, lr=(4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)),
     "quick": Size(PAPERS, seeds=2, steps=60, lr=(2e-3,), instruct_lr=(4e-4,), epochs=1.0, tune=False),
@@ -98,11 +97,8 @@ SIZES = {
 }
 TUNING_SEED = 1000  # no seed of the comparison itself
 OTHER_STAGE = {"align": ("template",), "instruct": ("prompt",)}  # options that only the other stage has
-SET_HERE = {
-    "stage", "preset", "annotations", "images", "benchmarks", "init", "seed", "data_fraction", "contrastive",
-    "contrastive_weight", "contrastive_balance", "contrastive_first", "epochs", "steps", "lr", "features",
-    "save_every", "resume", "dry_run",
-}
+SET_HERE = set("""stage preset annotations images benchmarks init seed data_fraction contrastive epochs steps
+    contrastive_weight contrastive_balance contrastive_first lr features save_every resume dry_run""".split())
 
 
 class Setting(NamedTuple):
@@ -153,8 +149,7 @@ def spread(jobs: int, title: str, function, items: list) -> list:
         return [future.result() for future in tqdm(waiting, desc=title, unit=" items")]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Each of these two is a piece of work for one process
+# ---- Each of these two is a piece of work for one process --------------------------------------------------
 
 
 def tune(setting: Setting, recipe: str) -> dict:
@@ -167,15 +162,13 @@ def tune(setting: Setting, recipe: str) -> dict:
         weights = weights[:1]
 
     def align_score(pair):
-        options = align_options(setting, recipe, TUNING_SEED, *pair)
-        return cell(setting, "align", "val", **options)[key]
+        return cell(setting, "align", "val", align_options(setting, recipe, TUNING_SEED, *pair))[key]
 
     def instruct_score(rate):
         align = align_options(setting, recipe, TUNING_SEED, lr, weight)
         total = 0.0
         for part in (0.1, 1.0):
-            options = instruct_options(setting, align, part, rate)
-            total += cell(setting, "instruct", "val", **options)[key]
+            total += cell(setting, "instruct", "val", instruct_options(setting, align, part, rate))[key]
         return total
 
     def best(choices, score_of):
@@ -191,10 +184,10 @@ def measure(setting: Setting, tuned: dict, recipe: str, seed: int) -> list:
     best = tuned[recipe]
     align = align_options(setting, recipe, seed, best["lr"], best["weight"])
     entry = {"loss": recipe, "steps": setting.size.steps, "seed": seed}
-    cells = [entry | {"fraction": 0} | cell(setting, "align", "test", **align)]
+    cells = [entry | {"fraction": 0} | cell(setting, "align", "test", align)]
     for part in setting.size.fractions:
         options = instruct_options(setting, align, part, best["instruct_lr"])
-        cells.append(entry | {"fraction": part} | cell(setting, "instruct", "test", **options))
+        cells.append(entry | {"fraction": part} | cell(setting, "instruct", "test", options))
     return cells
 
 
@@ -234,11 +227,10 @@ def train_options(setting: Setting, stage: str, options: dict) -> dict:
     return given
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One run, and what OUT remembers of it
+# ---- One run, and what OUT remembers of it -----------------------------------------------------------------
 
 
-def cell(setting: Setting, stage: str, split: str, **options) -> dict:
+def cell(setting: Setting, stage: str, split: str, options: dict) -> dict:
     """The scores of one training run on the split. It is trained and scored unless an earlier call did it."""
     out = setting.out
     run = run_name(stage, options)
@@ -286,8 +278,7 @@ def open_cells(setting: Setting):
 def read_cells(out: Path) -> dict:
     """{name: scores} of the runs that `out` holds. ValueError for a damaged line."""
     file = out / "cells.jsonl"
-    if not file.exists():
-        return {}
+    file.touch()
     done = {}
     for line in file.read_text().splitlines():
         try:
@@ -312,14 +303,12 @@ def fingerprint(setting: Setting) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line --------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None) -> tuple:
     """(our options, those for train.py). Unknown ones and wrong types end the program."""
-    parser = argparse.ArgumentParser(prog="python -m lab.compare", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("lab.compare", __doc__)
     parser.add_argument("--size", choices=SIZES, default="full", help="what is compared (default full)")
     parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="--size quick")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, metavar="RECIPE",
@@ -330,9 +319,9 @@ def parse_args(argv=None) -> tuple:
     parser.add_argument("--world", type=Path, help="folder of the data; a missing toy world is written "
                         "(default data/toy-1200, of 1,200 test questions with a picture)")
     ours, rest = parser.parse_known_args(argv)
-    is_emoji = ours.size == "emoji"
-    ours.out = ours.out or Path("runs/compare-emoji" if is_emoji else "runs/compare")
-    ours.world = ours.world or Path("data/emoji" if is_emoji else "data/toy-1200")
+    out, world = ("compare-emoji", "emoji") if ours.size == "emoji" else ("compare", "toy-1200")
+    ours.out = ours.out or Path("runs", out)
+    ours.world = ours.world or Path("data", world)
     return ours, train.parse_args(rest, "python -m lab.compare")
 
 
@@ -348,26 +337,24 @@ def check_args(ours, given: dict) -> None:
     if ours.jobs < 1:
         raise ValueError(f"--jobs is {ours.jobs}; at least one process has to do the work")
     if ours.size == "emoji" and not ours.world.exists():
-        raise FileNotFoundError(f"{ours.world}: no such world; `python -m lab.emoji_world {ours.world}` "
-                                "makes it")
+        raise ValueError(f"{ours.world}: no such world; `python -m lab.emoji_world {ours.world}` makes it")
 
 
 def main():
     ours, given = parse_args()
     size = SIZES[ours.size]
     size = size._replace(recipes=ours.recipes or size.recipes, seeds=ours.seeds or size.seeds)
-    try:
+    with errors_in_one_line("lab.compare"):
         check_args(ours, given)
         if not ours.world.exists():
             print(f"writing the toy world to {ours.world}")
             toy_world.write_world(ours.world, test=1600)
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes to come: train.py looks at it
         torch.set_num_threads(1)
-        print(compare(Setting(size, ours.out, ours.world, given), ours.jobs))
-    except (OSError, ValueError) as error:
-        sys.exit(f"lab.compare: {str(error).strip().splitlines()[-1]}")
-    except KeyboardInterrupt:
-        sys.exit("lab.compare: interrupted; the same command goes on from here")
+        try:
+            print(compare(Setting(size, ours.out, ours.world, given), ours.jobs))
+        except KeyboardInterrupt:
+            sys.exit("lab.compare: interrupted; the same command goes on from here")
 
 
 if __name__ == "__main__":

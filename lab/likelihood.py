@@ -10,15 +10,14 @@ Each run prints one JSON object with the percentages: of all questions, and of e
 categories.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 
 import data
 import eval as evaluation
+from lab import errors_in_one_line, parser_of
 from plumbing.files import read_json
 
 
@@ -74,17 +73,14 @@ def score_run(run, folder, split: str) -> dict:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m lab.likelihood", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("lab.likelihood", __doc__)
     parser.add_argument("runs", nargs="+", help="run directories")
     parser.add_argument("--data", required=True, help="a folder in ScienceQA's layout")
     parser.add_argument("--split", default="test", help="of pid_splits.json")
     args = parser.parse_args(argv)
-    try:
+    with errors_in_one_line("lab.likelihood"):
         for run in args.runs:
             print(json.dumps(score_run(run, args.data, args.split)))
-    except (OSError, ValueError) as error:
-        sys.exit(f"lab.likelihood: {error}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ The LLM learns from text alone and never meets the ViT, so that there is somethi
 fixed by criteria that look at no alignment (see `judge`), before any loss is compared on them.
 """
 
-import argparse
 import itertools
 import json
 import random
@@ -23,7 +22,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import losses
-from lab import toy_world
+from lab import parser_of, toy_world
 from llm import LLM, LLMConfig
 from projector import VLM
 from train import Config, DataParallelAdamW, learning_rate
@@ -34,13 +33,12 @@ TINY_VIT = ViTConfig(image_size=toy_world.IMAGE_SIZE, patch_size=8, hidden_size=
 TINY_LLM = LLMConfig(vocab_size=toy_world.VOCABULARY, hidden_size=128, intermediate_size=256,
                      num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, head_dim=64,
                      max_position_embeddings=1024)
-LLMS = {"tiny-llm": TINY_LLM,  # the preset's; the other is for the ablation of its size
-        "tiny-llm-wide": replace(TINY_LLM, hidden_size=192, intermediate_size=384, num_attention_heads=3,
-                                 num_key_value_heads=3)}
+WIDE_LLM = replace(TINY_LLM, hidden_size=192, intermediate_size=384, num_attention_heads=3,
+                   num_key_value_heads=3)
+LLMS = {"tiny-llm": TINY_LLM, "tiny-llm-wide": WIDE_LLM}  # the preset's; for the ablation of its size
 VITS = ("tiny-vit", "tiny-vit-no-text")
 
-# ------------------------------------------------------------------------------------------------------------
-# The vision towers
+# ---- The vision towers -------------------------------------------------------------------------------------
 
 
 def pixels_of(scenes, rng: random.Random) -> torch.Tensor:
@@ -97,8 +95,7 @@ def caption_means(scenes, tokenizer, word_vectors) -> torch.Tensor:
     return word_vectors(torch.tensor(sum(rows, [])), starts)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The language towers
+# ---- The language towers -----------------------------------------------------------------------------------
 
 
 def pretrain_llm(folder: Path, seed: int, most: int = 600, steps=(150, 500, 600), batch: int = 64) -> None:
@@ -119,8 +116,8 @@ def pretrain_llm(folder: Path, seed: int, most: int = 600, steps=(150, 500, 600)
     teach = partial(run_lesson, llm, optimizer, tokenizer.pad_token_id)
 
     rows = batches(lambda number: find_game(tokenizer, number, rng), 2 * batch, 1, rng)
-    teach(f"pretrain {folder.name}, game", rows, most, lambda step: 3e-3 * min(1, (step + 1) / 25), won_at=0.2)
-
+    title = f"pretrain {folder.name}, game"
+    teach(title, rows, most, lambda step: 3e-3 * min(1, (step + 1) / 25), won_at=0.2)
     lessons = ((choice_lesson, 3e-3, 0.0), (yes_no_lesson, 2e-3, 0.0), (all_lesson, 3e-3, 0.5))
     for many, (lesson, lr, noise) in zip(steps, lessons, strict=True):
         rows = batches(lambda number: text_sample(tokenizer, lesson, scenes, number, rng), batch, 16, rng)
@@ -198,8 +195,10 @@ def find_game(tokenizer, number: int, rng: random.Random) -> dict:
     return {"ids": ids, "roles": roles, "pixels": None, "name": f"find {number}"}
 
 
+# Each lesson takes (scene, number, rng) and gives a record of LLaVA's JSON, or a caption.
+
+
 def choice_lesson(scene: dict, number: int, rng: random.Random) -> dict:
-    """One question of multiple choice."""
     return toy_world.text_record(scene, rng, ("choice", "hint"), 1)
 
 
@@ -242,8 +241,7 @@ def text_sample(tokenizer, lesson, scenes, number: int, rng: random.Random) -> d
     return {"ids": ids, "roles": roles, "pixels": None, "name": f"text {number}"}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# How good they are, by criteria that look at no alignment
+# ---- How good they are, by criteria that look at no alignment ----------------------------------------------
 
 
 def judge(folder: Path) -> dict:
@@ -318,8 +316,7 @@ def features(vit, scenes, count: int, rng: random.Random) -> tuple:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m lab.pretrain", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("lab.pretrain", __doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "towers",
                         help="folder of the towers")
     parser.add_argument("--only", choices=[*LLMS, *VITS, "judge"], help="make one tower, or just judge all")

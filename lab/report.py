@@ -28,8 +28,7 @@ SCORES = {
     "seconds": "seconds of the stage, on this machine",
 }
 
-# ------------------------------------------------------------------------------------------------------------
-# Means over seeds
+# ---- Means over seeds --------------------------------------------------------------------------------------
 
 # The 97.5 % quantile of Student's t with 2, 3, ... degrees of freedom. The last one stands for more, too.
 STUDENT = (4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
@@ -77,8 +76,7 @@ def table(corner: str, columns, rows: dict) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A chart, drawn with Pillow, because one more package for one picture would be too much
+# ---- A chart, drawn with Pillow, because one more package for one picture would be too much ----------------
 
 LINE_COLORS = ("#808080", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b")
 WIDTH, HEIGHT = 900, 540  # pixels of the whole picture
@@ -152,8 +150,7 @@ def write(draw, x: float, y: float, text: str, size: int = 14, anchor: str = "mm
     draw.text((x * ZOOM, y * ZOOM), text, "black", font, anchor)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The report of a comparison
+# ---- The report of a comparison ----------------------------------------------------------------------------
 
 
 def report(out, world: str, size: dict, tuned: dict, cells: list) -> str:

@@ -78,8 +78,7 @@ def captions(vlm, tokenizer, config: dict, world: Path) -> dict:
     return {"caption": round(loss / tokens, 4), "r1": r1, "r5": r5}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The pointing game (Zhang et al. 2018, IJCV, "Top-down neural attention by excitation backprop")
+# ---- The pointing game (Zhang et al. 2018, IJCV, "Top-down neural attention by excitation backprop") -------
 
 
 def pointing(vlm, tokenizer, world: Path) -> float:

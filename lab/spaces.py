@@ -10,10 +10,8 @@ Alignment raises R@k, positive_cosine and tacs, and lowers centroid_distance. On
 thing to light up: its background does (lab/README.md).
 """
 
-import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -23,6 +21,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import losses
+from lab import errors_in_one_line, parser_of
 from plumbing.files import resolve_model, whole
 
 
@@ -31,7 +30,8 @@ def micro_batches(vlm, tokenizer, records, images, batch: int = 64):
     c = vlm.vit.config
     samples = data.Conversations(records, images, tokenizer, "plain", c, "crop")
     for start in tqdm(range(0, len(samples), batch), desc="captions", unit=" batches"):
-        rows = [samples[i] for i in range(start, min(start + batch, len(samples)))]
+        end = min(start + batch, len(samples))
+        rows = [samples[i] for i in range(start, end)]
         m = data.collate(rows, vlm.num_image_tokens, vlm.image_token_id, samples.pad_id, c.image_size)
         yield data.to_device(m, vlm.llm.head_weight.device)
 
@@ -57,7 +57,8 @@ def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000) -> 
         text.append(losses.pool_caption(embeds, mask))
         keys.append(m["keys"][:, 0])
         if len(tokens) < 100:  # those of all would take gigabytes
-            tokens += [(p, e[is_word]) for p, e, is_word in zip(patches, embeds, mask)]
+            for i in range(len(patches)):
+                tokens.append((patches[i], embeds[i][mask[i]]))
     keys = torch.cat(keys)
     if len(keys.unique()) < 2:
         raise ValueError(f"{file}: needs at least two different captions")
@@ -67,19 +68,21 @@ def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000) -> 
 def score_retrieval(image, text, keys) -> dict:
     """R@1 and R@5 both ways, in percent. The gallery has each distinct caption once. For a caption, any
     picture that it describes is right."""
-    distinct, owner = keys.unique(return_inverse=True)
-    first = [int((owner == k).nonzero()[0]) for k in range(len(distinct))]  # a row of each caption
-    similarity = image @ text[first].T  # (n, captions)
+    distinct, owner = keys.unique(return_inverse=True)  # owner (n,): the caption of each picture
     captions = torch.arange(len(distinct), device=keys.device)
+    first = (owner == captions[:, None]).int().argmax(1)  # (captions,) a row of each
+    similarity = image @ text[first].T  # (n, captions)
     nearest = similarity.topk(min(5, len(distinct)), dim=1).indices  # (n, 5)
-    to_text = nearest == owner[:, None]
+    scores = recalls("image_to_text", nearest == owner[:, None])
     nearest = similarity.T.topk(min(5, len(image)), dim=1).indices  # (captions, 5)
-    to_image = owner[nearest] == captions[:, None]
-    scores = {}
-    for way, found in (("image_to_text", to_text), ("text_to_image", to_image)):
-        for k in (1, 5):
-            scores[f"{way}_r{k}"] = evaluation.percent(found[:, :k].any(1).tolist())
-    return scores
+    return scores | recalls("text_to_image", owner[nearest] == captions[:, None])
+
+
+def recalls(way: str, is_right) -> dict:
+    """R@1 and R@5 of is_right (n, 5): whether each of the five most similar ones is right."""
+    r1 = is_right[:, 0].tolist()
+    r5 = is_right.any(1).tolist()
+    return {f"{way}_r1": evaluation.percent(r1), f"{way}_r5": evaluation.percent(r5)}
 
 
 def score_gap(image, text, keys, tokens) -> dict:
@@ -124,8 +127,7 @@ def measure(command: str, ckpt, file, images, device) -> dict:
     return result
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Heat maps
+# ---- Heat maps ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -143,7 +145,8 @@ def word_maps(vlm, tokenizer, image, text) -> dict:
     cosine = losses.unit(words) @ losses.unit(patches).T  # (T, N)
     side = math.isqrt(vlm.num_image_tokens)
     maps = cosine.view(len(ids), side, side).cpu()
-    return {tokenizer.decode([i]).strip(): word_map for i, word_map in zip(ids, maps)}
+    names = [tokenizer.decode([i]).strip() for i in ids]
+    return dict(zip(names, maps))
 
 
 def tint(picture, strength):
@@ -152,10 +155,13 @@ def tint(picture, strength):
         small = Image.fromarray(values.to(torch.uint8).numpy())
         return small.resize(picture.size, Image.Resampling.NEAREST)
 
-    red, blue, white = (Image.new("RGB", picture.size, name) for name in ("red", "blue", "white"))
+    red = Image.new("RGB", picture.size, "red")
+    blue = Image.new("RGB", picture.size, "blue")
+    white = Image.new("RGB", picture.size, "white")
     color = Image.composite(red, blue, as_image(255 * (strength > 0)))
     grey = Image.blend(picture.convert("L").convert("RGB"), white, 0.5)
-    return Image.composite(color, grey, as_image((255 * strength.abs()).round()))
+    amount = (255 * strength.abs()).round()
+    return Image.composite(color, grey, as_image(amount))
 
 
 CELL, GAP, HEAD, MARGIN = 132, 6, 24, 150  # pixels of a sheet of heat maps
@@ -170,7 +176,8 @@ def heat_map(runs, path, text, file, device) -> dict:
         vlm, tokenizer, _ = evaluation.load_run(run, device)
         maps.append(word_maps(vlm, tokenizer, picture, text))
     largest = max(cosine.abs().max().item() for words in maps for cosine in words.values())
-    thumbnail = ImageOps.fit(picture, (CELL, CELL), Image.Resampling.NEAREST)  # the centre, as the model saw it
+    # the centre, as the model saw it
+    thumbnail = ImageOps.fit(picture, (CELL, CELL), Image.Resampling.NEAREST)
     width = MARGIN + (CELL + GAP) * (1 + len(maps[0]))
     height = HEAD + (CELL + GAP) * len(runs)
     sheet = Image.new("RGB", (width, height), "white")
@@ -179,7 +186,8 @@ def heat_map(runs, path, text, file, device) -> dict:
     results = []
     for row, (run, words) in enumerate(zip(runs, maps)):
         y = HEAD + row * (CELL + GAP)
-        draw.multiline_text((6, y + CELL // 2), "\n".join(Path(run).parts[-2:]), "black", font, "lm")
+        name = "\n".join(Path(run).parts[-2:])
+        draw.multiline_text((6, y + CELL // 2), name, "black", font, "lm")
         sheet.paste(thumbnail, (MARGIN, y))
         for column, (word, cosine) in enumerate(words.items(), start=1):
             x = MARGIN + column * (CELL + GAP)
@@ -193,8 +201,7 @@ def heat_map(runs, path, text, file, device) -> dict:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser("python -m lab.spaces", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("lab.spaces", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     retrieval = commands.add_parser("retrieval", help="R@1 and R@5 of pictures against captions, both ways")
     gap = commands.add_parser("gap", help="distance of the centroids, cosines, norms, TACS")
@@ -213,16 +220,14 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        runs = [resolve_model(run) for run in args.ckpt] if args.ckpt else [evaluation.last_run()]
+    with errors_in_one_line("lab.spaces"):
+        runs = [resolve_model(run) for run in args.ckpt or ()] or [evaluation.last_run()]
         if args.command == "heatmap":
             file = args.out or runs[0] / "heatmap.png"
             print(json.dumps(heat_map(runs, args.image, args.text, file, device)))
             return
         for run in runs:
             print(json.dumps(measure(args.command, run, args.data, args.images, device)))
-    except (OSError, ValueError) as error:
-        sys.exit(f"lab.spaces: {error}")
 
 
 if __name__ == "__main__":

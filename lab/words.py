@@ -7,10 +7,8 @@ place) minus its mean cosine with the wrong words of that kind. It is averaged o
 touches, over the others, and over 120 pictures.
 """
 
-import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 import data
 import eval as evaluation
 import losses
-from lab import toy_world
+from lab import errors_in_one_line, parser_of, toy_world
 
 
 def shape_patches(picture, scene: dict, patch_size: int):
@@ -69,14 +67,11 @@ def lead_of_right_words(run) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m lab.words", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("lab.words", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of an align or instruct run")
-    for run in parser.parse_args().runs:
-        try:
-            print(json.dumps({"run": run, **lead_of_right_words(run)}), flush=True)
-        except (OSError, ValueError) as error:
-            sys.exit(f"lab.words: {error}")
+    with errors_in_one_line("lab.words"):
+        for run in parser.parse_args().runs:
+            print(json.dumps({"run": run} | lead_of_right_words(run)), flush=True)
 
 
 if __name__ == "__main__":

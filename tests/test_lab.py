@@ -252,7 +252,7 @@ def test_a_weight_is_tuned_and_a_share_is_not(world, tmp_path, monkeypatch):
     not run. What validates best is taken."""
     tried = []
 
-    def scored(setting, stage, split, **options):
+    def scored(setting, stage, split, options):
         tried.append(options)
         return {"accuracy_img": options["lr"] + options.get("contrastive_weight", 0)}
 
