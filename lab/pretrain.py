@@ -7,14 +7,15 @@ The LLM learns from text alone and never meets the ViT, so that there is somethi
 fixed by criteria that look at no alignment (see `judge`), before any loss is compared on them.
 """
 
-import argparse
 import itertools
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -24,10 +25,11 @@ import losses
 from benchmarks import pope, scienceqa
 from benchmarks.questions import LETTERS
 from benchmarks.score import percent
-from lab import toy_world
+from lab import parser_of, toy_world
 from llm import LLM, LLMConfig
 from projector import VLM
-from train import Config, DataParallelAdamW, learning_rate
+from running.options import Config
+from train import DataParallelAdamW, learning_rate
 from vit import ViT, ViTConfig
 
 TINY_VIT = ViTConfig(image_size=toy_world.IMAGE_SIZE, patch_size=8, hidden_size=96, intermediate_size=384,
@@ -35,13 +37,12 @@ TINY_VIT = ViTConfig(image_size=toy_world.IMAGE_SIZE, patch_size=8, hidden_size=
 TINY_LLM = LLMConfig(vocab_size=toy_world.VOCABULARY, hidden_size=128, intermediate_size=256,
                      num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, head_dim=64,
                      max_position_embeddings=1024)
-LLMS = {"tiny-llm": TINY_LLM,  # the preset's; the other is for the ablation of its size
-        "tiny-llm-wide": replace(TINY_LLM, hidden_size=192, intermediate_size=384, num_attention_heads=3,
-                                 num_key_value_heads=3)}
+WIDE_LLM = replace(TINY_LLM, hidden_size=192, intermediate_size=384, num_attention_heads=3,
+                   num_key_value_heads=3)
+LLMS = {"tiny-llm": TINY_LLM, "tiny-llm-wide": WIDE_LLM}  # the preset's; for the ablation of its size
 VITS = ("tiny-vit", "tiny-vit-no-text")
 
-# ------------------------------------------------------------------------------------------------------------
-# The vision towers
+# ---- The vision towers -------------------------------------------------------------------------------------
 
 
 def pixels_of(scenes, rng: random.Random) -> torch.Tensor:
@@ -50,27 +51,37 @@ def pixels_of(scenes, rng: random.Random) -> torch.Tensor:
 
 
 def pretrain_vit(folder: Path, seed: int, sees_text: bool = True, steps: int = 1000, batch: int = 96) -> None:
-    """A small CLIP: the picture (mean of the last block's patches) against its caption (mean word vector).
+    """Train a small CLIP: the picture (mean of the last block's patches) against its caption (mean word
+    vector). Without text, against another picture of the same scene, as self-supervised encoders are.
 
-    Without text, against another picture of the same scene, as self-supervised encoders are trained. The
-    words are those of the tokenizer in the folder tiny-llm beside this one.
+    The words are those of the tokenizer in the folder tiny-llm beside this one.
     """
     torch.manual_seed(seed)
-    rng, scenes = random.Random(seed), toy_world.scenes()["train"]
+    rng = random.Random(seed)
+    scenes = toy_world.scenes()["train"]
     tokenizer = data.load_tokenizer(folder.parent / "tiny-llm")
-    vit, config = ViT(TINY_VIT, feature_layer=-1), Config(lr=2e-3, warmup_ratio=0.1)
-    word_vectors, to_image = nn.EmbeddingBag(len(tokenizer), 96), nn.Linear(96, 96)
+    vit = ViT(TINY_VIT, feature_layer=-1)
+    word_vectors = nn.EmbeddingBag(len(tokenizer), 96)
+    to_image = nn.Linear(96, 96)
     scale = losses.ContrastiveTerm()
-    parts = [vit, to_image, scale, word_vectors] if sees_text else [vit, to_image, scale]
-    optimizer = DataParallelAdamW(nn.ModuleList(parts).parameters(), clip=1.0)
-    for step in (bar := tqdm(range(steps), desc=f"pretrain {folder.name}")):
+    parts = nn.ModuleList([vit, to_image, scale])
+    if sees_text:
+        parts.append(word_vectors)
+
+    def image_vectors(chosen):
+        return losses.unit(to_image(vit(pixels_of(chosen, rng)).mean(1)))  # (B, D)
+
+    optimizer = DataParallelAdamW(parts.parameters(), clip=1.0)
+    config = Config(lr=2e-3, warmup_ratio=0.1)
+    bar = tqdm(range(steps), desc=f"pretrain {folder.name}")
+    for step in bar:
         chosen = [rng.choice(scenes) for _ in range(batch)]
         keys = torch.tensor([[scenes.index(scene)] for scene in chosen])  # a scene is not its own negative
-        image = losses.unit(to_image(vit(pixels_of(chosen, rng)).mean(1)))  # (B, D)
+        image = image_vectors(chosen)
         if sees_text:
             other = losses.unit(caption_means(chosen, tokenizer, word_vectors))  # (B, D)
         else:
-            other = losses.unit(to_image(vit(pixels_of(chosen, rng)).mean(1)))  # (B, D)
+            other = image_vectors(chosen)
         loss, accuracy = losses.contrastive_loss(image, other, scale(), keys)
         loss.backward()
         optimizer.step(learning_rate(step, steps, config))
@@ -82,38 +93,70 @@ def pretrain_vit(folder: Path, seed: int, sees_text: bool = True, steps: int = 1
 def caption_means(scenes, tokenizer, word_vectors) -> torch.Tensor:
     """The mean word vector of each scene's caption, (B, D)."""
     captions = [toy_world.CAPTION.format(**scene) for scene in scenes]
-    ids = [torch.tensor(i) for i in tokenizer(captions, add_special_tokens=False).input_ids]
-    starts = torch.tensor([0] + [len(i) for i in ids[:-1]]).cumsum(0)  # of each caption among all words
-    return word_vectors(torch.cat(ids), starts)
+    rows = tokenizer(captions, add_special_tokens=False).input_ids
+    ends = torch.tensor([len(row) for row in rows]).cumsum(0)
+    starts = F.pad(ends[:-1], (1, 0))  # of each caption among all words
+    return word_vectors(torch.tensor(sum(rows, [])), starts)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The language towers
+# ---- The language towers -----------------------------------------------------------------------------------
 
 
 def pretrain_llm(folder: Path, seed: int, most: int = 600, steps=(150, 500, 600), batch: int = 64) -> None:
-    """A language model of the toy world's text: a game with words, then three lessons of so many `steps`.
+    """Train a language model on the toy world's text: a game with words, then three lessons of `steps`.
 
     The game has the hard skill in its purest form: find a word and say what stood before it, as the letter of
-    one's answer does. It is played until it is won, in at most `most` steps: how many it takes is luck (seed
-    2: about 300). Without it, the many easy tokens of questions drown the few hard ones. After it, 100 steps
-    of multiple choice gave 99 % of 100 questions. Yes or no takes a lesson of its own; noise comes last.
+    an answer does. It is played until it is won, in at most `most` steps. Without it, the many easy tokens of
+    questions drown the few hard ones. Yes or no takes a lesson of its own; noise comes last.
     """
     torch.manual_seed(seed)
-    rng, scenes = random.Random(seed), toy_world.scenes()["train"]
+    rng = random.Random(seed)
+    scenes = toy_world.scenes()["train"]
     toy_world.write_tokenizer(folder)
     tokenizer = data.load_tokenizer(folder)
     llm = LLM(LLMS[folder.name])
     init_wide(llm)
     optimizer = DataParallelAdamW(llm.parameters(), clip=1.0, betas=(0.9, 0.98))
+    teach = partial(run_lesson, llm, optimizer, tokenizer.pad_token_id)
+
     rows = batches(lambda number: find_game(tokenizer, number, rng), 2 * batch, 1, rng)
-    play(llm, optimizer, rows, tokenizer.pad_token_id, most, f"pretrain {folder.name}, game")
+    title = f"pretrain {folder.name}, game"
+    teach(title, rows, most, lambda step: 3e-3 * min(1, (step + 1) / 25), won_at=0.2)
     lessons = ((choice_lesson, 3e-3, 0.0), (yes_no_lesson, 2e-3, 0.0), (all_lesson, 3e-3, 0.5))
-    for many, (lesson, rate, noise) in zip(steps, lessons, strict=True):
-        rows = batches(lambda n: text_sample(tokenizer, lesson, scenes, n, rng), batch, 16, rng)
-        run_lesson(llm, optimizer, rows, tokenizer.pad_token_id, many, rate, noise,
-                   f"pretrain {folder.name}, {lesson.__name__}")
+    for many, (lesson, lr, noise) in zip(steps, lessons, strict=True):
+        rows = batches(lambda number: text_sample(tokenizer, lesson, scenes, number, rng), batch, 16, rng)
+        config = Config(lr=lr, warmup_ratio=0.1)
+        title = f"pretrain {folder.name}, {lesson.__name__}"
+        teach(title, rows, many, lambda step: learning_rate(step, many, config), noise)
     llm.half().save_pretrained(folder)
+
+
+def run_lesson(llm, optimizer, pad_id: int, title: str, rows, steps: int, rate_at, noise: float = 0.0,
+               won_at: float = 0.0) -> None:
+    """Train for `steps` at the rates `rate_at(step)`, or until the running loss is below `won_at`.
+
+    Noise on the embeddings, of up to this standard deviation (NEFTune, Jain et al. 2023, arXiv 2310.05914),
+    prepares the model for inputs that are not quite words, such as patches.
+    """
+    mean = 9.0
+    bar = tqdm(range(steps), desc=title)
+    for step in bar:
+        loss = text_loss(llm, next(rows), pad_id, noise)
+        loss.backward()
+        optimizer.step(rate_at(step))
+        mean = 0.8 * mean + 0.2 * loss.item()
+        bar.set_postfix(loss=f"{mean:.3f}")
+        if mean < won_at:
+            break
+
+
+def text_loss(llm, samples, pad_id: int, noise: float):
+    """The mean next-token loss, with noise of up to this standard deviation on the embeddings of each row."""
+    m = data.collate(samples, 0, data.IMAGE_MARKER, pad_id, TINY_VIT.image_size)
+    embeds = llm.embed(m["ids"])  # (B, S, C)
+    embeds = embeds + noise * torch.rand(len(embeds), 1, 1) * torch.randn_like(embeds)
+    logits = llm(embeds=embeds)[:, :-1]  # (B, S - 1, V)
+    return F.cross_entropy(logits.flatten(0, 1), m["labels"][:, 1:].flatten(), ignore_index=data.IGNORE)
 
 
 def init_wide(llm) -> None:
@@ -125,24 +168,41 @@ def init_wide(llm) -> None:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
 
+def batches(sample, batch: int, pool: int, rng: random.Random):
+    """Yield lists of `batch` samples without end, none twice; `sample(number)` makes one.
+
+    `pool` batches are made at a time and share out their samples by length, because otherwise half of a batch
+    is padding.
+    """
+    for start in itertools.count(0, pool * batch):
+        made = [sample(start + n) for n in range(pool * batch)]
+        made.sort(key=lambda row: len(row["ids"]))
+        for first in rng.sample(range(0, len(made), batch), pool):
+            yield made[first : first + batch]
+
+
 def find_game(tokenizer, number: int, rng: random.Random) -> dict:
     """A sample for data.collate: eight words and their repetition backwards; or four pairs of words, and each
-    pair turned round. In every other sample of pairs, what stands before the letter in real answers stands
-    between the two: then the word must be remembered."""
+    pair turned round. In every other sample of pairs, the words that precede the letter in real answers stand
+    between the two, so that the word must be remembered."""
     words = rng.sample(range(3, toy_world.VOCABULARY), 8)  # any tokens but the special ones
-    ids, roles = [tokenizer.bos_token_id, *words], [data.CONTEXT] * 9
+    ids = [tokenizer.bos_token_id, *words]
+    roles = [data.CONTEXT] * 9
     if number % 2:
-        ids, roles = ids + words[::-1], roles + [data.CONTEXT] + [data.ANSWER] * 7
+        ids += words[::-1]
+        roles += [data.CONTEXT] + [data.ANSWER] * 7
     else:
-        between = [tokenizer.convert_tokens_to_ids(". The answer is")] * (number % 4 // 2)
+        between = [tokenizer.convert_tokens_to_ids(". The answer is")] if number % 4 else []
         for first, second in rng.sample(list(zip(words[::2], words[1::2])), 4):
             ids += [second, *between, first]
             roles += [data.CONTEXT] * (1 + len(between)) + [data.ANSWER]
     return {"ids": ids, "roles": roles, "pixels": None, "name": f"find {number}"}
 
 
+# Each lesson takes (scene, number, rng) and gives a record of LLaVA's JSON, or a caption.
+
+
 def choice_lesson(scene: dict, number: int, rng: random.Random) -> dict:
-    """One question of multiple choice."""
     return toy_world.text_record(scene, rng, ("choice", "hint"), 1)
 
 
@@ -153,9 +213,19 @@ def yes_no_lesson(scene: dict, number: int, rng: random.Random) -> dict:
     return toy_world.text_record(scene, rng, ("choice", "hint", "yes-no"), 1)
 
 
+def all_lesson(scene: dict, number: int, rng: random.Random) -> dict:
+    """All forms in conversations, yes or no in every other one, and one time in five a caption."""
+    if number % 5 == 4:
+        return {"caption": toy_world.CAPTION.format(**scene), "of": toy_world.words(scene, rng)}
+    if number % 2:
+        return yes_no_record(scene, rng)
+    forms = ("yes-no", "choice", "hint") * 2 + ("open", "describe")
+    return toy_world.text_record(scene, rng, forms, len(toy_world.QUESTIONS))
+
+
 def yes_no_record(scene: dict, rng: random.Random) -> dict:
     """A yes-or-no question about every attribute: four hard tokens about one scene, where a conversation of
-    toy_world.text_record has one or two. None comes up twice, so that the scene alone tells the answer."""
+    toy_world.text_record has one or two. None comes up twice, so only the scene tells the answer."""
     turns = []
     for kind in rng.sample(list(toy_world.QUESTIONS), len(toy_world.QUESTIONS)):
         seen = "" if turns else toy_world.words(scene, rng) + "\n"
@@ -164,79 +234,18 @@ def yes_no_record(scene: dict, rng: random.Random) -> dict:
     return {"conversations": turns}
 
 
-EVERYTHING = ("yes-no", "choice", "hint") * 2 + ("open", "describe")  # forms of toy_world.text_record
-
-
-def all_lesson(scene: dict, number: int, rng: random.Random) -> dict:
-    """All forms in conversations, yes or no in every other one, and one time in five a caption."""
-    if number % 5 == 4:
-        return {"caption": toy_world.CAPTION.format(**scene), "of": toy_world.words(scene, rng)}
-    if number % 2:
-        return yes_no_record(scene, rng)
-    return toy_world.text_record(scene, rng, EVERYTHING, len(toy_world.QUESTIONS))
-
-
 def text_sample(tokenizer, lesson, scenes, number: int, rng: random.Random) -> dict:
-    """A sample for data.collate of what `lesson(scene, number, rng)` says: a conversation or a caption."""
+    """A sample for data.collate of the record `lesson(scene, number, rng)`: a conversation or a caption."""
     record = lesson(rng.choice(scenes), number, rng)
     if "caption" in record:  # what stage 1 looks like: a scene, then its caption
         pieces = [(record["of"], data.CONTEXT), (" " + record["caption"], data.ANSWER), ("\n", data.END)]
+        ids, roles = data.tokenise(pieces, tokenizer, has_image=False)
     else:
-        pieces = data.v1(data.clean_turns(record), tokenizer)
-    ids, roles = data.tokenise(pieces, tokenizer, has_image=False)
+        ids, roles = data.encode(data.clean_turns(record), data.form_of("v1", tokenizer), tokenizer, False)
     return {"ids": ids, "roles": roles, "pixels": None, "name": f"text {number}"}
 
 
-def batches(sample, batch: int, pool: int, rng: random.Random):
-    """Yield lists of `batch` samples without end, none twice; `sample(number)` makes one.
-
-    `pool` batches are made at a time and share out their samples by length: half of a batch is padding
-    otherwise.
-    """
-    for start in itertools.count(0, pool * batch):
-        made = sorted((sample(start + n) for n in range(pool * batch)), key=lambda row: len(row["ids"]))
-        for first in rng.sample(range(0, len(made), batch), pool):
-            yield made[first : first + batch]
-
-
-def play(llm, optimizer, rows, pad_id: int, most: int, title: str, lr: float = 3e-3) -> None:
-    """Train until the running loss says that the game is won."""
-    mean = 9.0
-    for step in (bar := tqdm(range(most), desc=title)):
-        loss = text_loss(llm, next(rows), pad_id, noise=0.0)
-        loss.backward()
-        optimizer.step(lr * min(1, (step + 1) / 25))
-        mean = 0.8 * mean + 0.2 * loss.item()
-        bar.set_postfix(loss=f"{mean:.3f}")
-        if mean < 0.2:
-            break
-
-
-def run_lesson(llm, optimizer, rows, pad_id: int, steps: int, lr: float, noise: float, title: str) -> None:
-    """`steps` steps, from a warm-up to the rate `lr` and down to zero.
-
-    The noise on the embeddings, of up to this standard deviation (NEFTune, Jain et al. 2023,
-    arXiv 2310.05914), prepares the model for inputs that are not quite words, such as patches.
-    """
-    config = Config(lr=lr, warmup_ratio=0.1)
-    for step in (bar := tqdm(range(steps), desc=title)):
-        loss = text_loss(llm, next(rows), pad_id, noise)
-        loss.backward()
-        optimizer.step(learning_rate(step, steps, config))
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-
-
-def text_loss(llm, samples, pad_id: int, noise: float):
-    """The mean next-token loss, with noise of up to this standard deviation on the embeddings of each row."""
-    m = data.collate(samples, 0, data.IMAGE_MARKER, pad_id, TINY_VIT.image_size)
-    embeds = llm.embed(m["ids"])  # (B, S, C)
-    embeds = embeds + noise * torch.rand(len(embeds), 1, 1) * torch.randn_like(embeds)
-    loss = losses.generative_loss(llm.hidden(embeds), m["labels"], llm.head_weight)
-    return loss / losses.count_supervised(m["labels"])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# How good they are, by criteria that look at no alignment
+# ---- How good they are, by criteria that look at no alignment ----------------------------------------------
 
 
 def judge(folder: Path) -> dict:
@@ -266,18 +275,22 @@ def text_accuracy(vlm, tokenizer, form: str, count: int = 400) -> float:
 
 def text_questions(form: str, rng: random.Random, count: int) -> list:
     """Questions as `evaluation.ask` takes them: a scene in words, then multiple choice or yes-no."""
-    scenes, questions = toy_world.scenes()["val"], []
+    scenes = toy_world.scenes()["val"]
+    questions = []
     for number in range(count):
-        scene, kind = rng.choice(scenes), rng.choice(list(toy_world.QUESTIONS))
+        scene = rng.choice(scenes)
+        kind = rng.choice(list(toy_world.QUESTIONS))
         question = {"id": number, "image": None}
         if form == "choice":
             problem = toy_world.problem(scene, kind, rng, rng.choice(toy_world.HINTS), None)
-            question |= {"num_choices": len(problem["choices"]), "answer": LETTERS[problem["answer"]]}
             asked = scienceqa.to_prompt(problem)
+            question["num_choices"] = len(problem["choices"])
+            question["answer"] = LETTERS[problem["answer"]]
         else:
             asked, answer = toy_world.yes_no(scene, kind, rng.random() < 0.5, rng)
             question["answer"] = answer.lower()
-        questions.append(question | {"prompt": f"{toy_world.words(scene, rng)}\n{asked}"})
+        question["prompt"] = f"{toy_world.words(scene, rng)}\n{asked}"
+        questions.append(question)
     return questions
 
 
@@ -288,26 +301,26 @@ def linear_probe(vit, rng: random.Random) -> float:
     splits = toy_world.scenes()
     x, known = features(vit, splits["train"], 1500, rng)
     x_val, asked = features(vit, splits["val"], 400, rng)
+    gram = x.T @ x + 0.1 * torch.eye(x.shape[1])
     right = []
     for kind, values in toy_world.VALUES.items():
-        target = torch.zeros(len(known), len(values))  # one-hot
-        target[range(len(known)), [values.index(scene[kind]) for scene in known]] = 1
-        weights = torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1]), x.T @ target)  # ridge regression
-        guess = (x_val @ weights).argmax(1).tolist()
-        right += [values[g] == scene[kind] for g, scene in zip(guess, asked)]
+        numbers = torch.tensor([values.index(scene[kind]) for scene in known])
+        target = F.one_hot(numbers, len(values)).float()
+        weights = torch.linalg.solve(gram, x.T @ target)
+        guesses = (x_val @ weights).argmax(1).tolist()
+        right += [values[guess] == scene[kind] for guess, scene in zip(guesses, asked)]
     return percent(right)
 
 
 def features(vit, scenes, count: int, rng: random.Random) -> tuple:
-    """(mean patch of `count` pictures with a 1 behind it for the bias, (count, D + 1); the scenes shown)."""
+    """(mean patch of `count` pictures and a 1 for the bias, (count, D + 1); the scenes shown)."""
     chosen = [rng.choice(scenes) for _ in range(count)]
     pooled = vit(pixels_of(chosen, rng)).mean(1)  # (count, D)
-    return torch.cat([pooled, torch.ones(count, 1)], dim=1), chosen
+    return F.pad(pooled, (0, 1), value=1.0), chosen
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m lab.pretrain", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("lab.pretrain", __doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "towers",
                         help="folder of the towers")
     parser.add_argument("--only", choices=[*LLMS, *VITS, "judge"], help="make one tower, or just judge all")

@@ -4,13 +4,13 @@
     {"accuracy_img": ..., "accuracy_txt": ...,        ScienceQA's layout, answered by letter: % right
      "likely": ...,                                   or by the likeliest choice in words
      "reworded": ...,                                 the same, asked in words never trained on
-     "pope": ..., "mme": ...,                         yes or no, where the world has these folders
+     "pope": ..., "mme": ...,                         yes or no, if the world has these folders
      "caption": ...,                                  nats per token of held-out captions
      "r1": ..., "r5": ...,                            the right one of the held-out captions is found, in %
      "pointing": ...}                                 the patch likest a thing's name is in its quarter, in %
 
 A world is a folder with ScienceQA/, captions.json, images/ and, if it has them, ScienceQA-reworded/, the
-folders of POPE and MME, and collages.json. What a world lacks, the dict lacks.
+folders of POPE and MME, and collages.json. The dict lacks what the world lacks.
 """
 
 from pathlib import Path
@@ -22,41 +22,44 @@ import eval as evaluation
 import losses
 from benchmarks.questions import grade
 from benchmarks.score import percent
-from lab import likelihood, spaces
+from lab import likelihood, spaces, toy_world
 from plumbing.files import read_json
-
-
-BATCH = 32
 
 
 @torch.no_grad()
 def score_run(folder, world: Path, split: str, device, by_words: bool = False) -> dict:
-    """The numbers above. Of a split other than the test's only the accuracies: tuning needs no others.
-    `by_words`: by the likeliest choice, not by letter."""
+    """The numbers above; of a split other than the test's only the accuracies, because tuning needs no
+    others. `by_words`: by the likeliest choice, not by letter."""
     vlm, tokenizer, config = evaluation.load_run(folder, device)
     template = config["template"]
 
     def letters(name: str, below: str, split=None) -> dict:
-        return evaluation.answer_bench(vlm, tokenizer, template, name, world / below, split)[0]
+        scores, *_ = evaluation.answer_bench(vlm, tokenizer, template, name, world / below, split)
+        return scores
 
     def words(below: str) -> float:
         questions = likelihood.load_problems(world / below, split)
         choices = likelihood.choose(vlm, tokenizer, questions, template)
         return percent(grade(questions, choices))
 
+    line = {}
     if by_words:
-        line = {"likely": words("ScienceQA")}
+        line["likely"] = words("ScienceQA")
     else:
         found = letters("scienceqa", "ScienceQA", split)
-        line = {key: found[key] for key in ("accuracy_img", "accuracy_txt")}
+        line["accuracy_img"] = found["accuracy_img"]
+        line["accuracy_txt"] = found["accuracy_txt"]
     if split != "test":
         return line
-    if (world / "ScienceQA-reworded").is_dir():
-        below = "ScienceQA-reworded"
-        line["reworded"] = words(below) if by_words else letters("scienceqa", below, split)["accuracy_img"]
-    for name, score, key in (("pope", "pope", "accuracy"), ("mme", "mme", "accuracy_plus")):
-        if (world / evaluation.BENCHES[name].folder).is_dir():
-            line[score] = letters(name, evaluation.BENCHES[name].folder)[key]
+    reworded = "ScienceQA-reworded"
+    if by_words:
+        line["reworded"] = words(reworded)
+    else:
+        line["reworded"] = letters("scienceqa", reworded, split)["accuracy_img"]
+    if (world / toy_world.POPE).is_dir():
+        line["pope"] = letters("pope", toy_world.POPE)["accuracy"]
+    if (world / toy_world.MME).is_dir():
+        line["mme"] = letters("mme", toy_world.MME)["accuracy_plus"]
     line |= captions(vlm, tokenizer, config, world)
     if (world / "collages.json").exists():
         line["pointing"] = pointing(vlm, tokenizer, world)
@@ -69,34 +72,26 @@ def captions(vlm, tokenizer, config: dict, world: Path) -> dict:
     file, images = world / "captions.json", world / "images"
     image, text, keys, _ = spaces.caption_vectors(vlm, tokenizer, config, file, images)
     found = spaces.score_retrieval(image, text, keys)
-    samples = data.Conversations(data.load_records(file), images, tokenizer, "plain", vlm.vit.config, "crop")
     loss = tokens = 0
-    for m in batches(samples, vlm):
+    for m in spaces.micro_batches(vlm, tokenizer, data.load_records(file), images):
         loss += losses.caption_pass(vlm, m, vlm.encode(m["pixels"]))[0].item()
-        tokens += losses.count_supervised(m["labels"])
-    return {"caption": round(loss / tokens, 4), "r1": found["image_to_text_r1"],
-            "r5": found["image_to_text_r5"]}
+        tokens += len(m["loss_at"])
+    r1, r5 = found["image_to_text_r1"], found["image_to_text_r5"]
+    return {"caption": round(loss / tokens, 4), "r1": r1, "r5": r5}
 
 
-def batches(samples, vlm):
-    for start in range(0, len(samples), BATCH):
-        rows = [samples[i] for i in range(start, min(start + BATCH, len(samples)))]
-        m = data.collate(rows, vlm.num_image_tokens, vlm.image_token_id, samples.pad_id,
-                         vlm.vit.config.image_size)
-        yield data.to_device(m, vlm.llm.head_weight.device)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The pointing game (Zhang et al. 2018, IJCV, "Top-down neural attention by excitation backprop")
+# ---- The pointing game (Zhang et al. 2018, IJCV, "Top-down neural attention by excitation backprop") -------
 
 
 def pointing(vlm, tokenizer, world: Path) -> float:
     """Percent of the things on collages of 2 x 2 whose name's likest patch lies in their quarter; chance is
-    25. The likeness of a patch and a name is what the patch loss compares: the mean cosine of its tokens."""
+    25. The likeness of a patch and a name is that of the patch loss: the mean cosine of its tokens."""
+    device = vlm.llm.head_weight.device
     right = []
     for record in read_json(world / "collages.json"):
         image = data.load_image(world / "images" / record["image"])
-        patches = vlm.encode(data.preprocess(image, vlm.vit.config, "crop")[None].to(vlm.llm.head_weight))[0]
+        pixels = data.preprocess(image, vlm.vit.config, "crop")[None].to(device)
+        patches = vlm.encode(pixels)[0]  # (N, C)
         for name, quarter in record["places"].items():
             where = word_map(vlm, tokenizer, patches, name)  # (side, side)
             right.append(quarter_of_peak(where) == quarter)
@@ -106,8 +101,7 @@ def pointing(vlm, tokenizer, world: Path) -> float:
 def word_map(vlm, tokenizer, patches, name: str):
     """(side, side) the mean cosine of each projected patch (N, C) with the tokens of the name."""
     ids = torch.tensor(tokenizer(f" {name}", add_special_tokens=False).input_ids, device=patches.device)
-    text = losses.pool_caption(vlm.llm.embed(ids)[None], torch.ones(1, len(ids), dtype=torch.bool,
-                                                                    device=patches.device))[0]  # (C,)
+    text = losses.unit(vlm.llm.embed(ids)).mean(0)  # (C,)
     side = round(len(patches) ** 0.5)
     return (losses.unit(patches) @ text).view(side, side)
 

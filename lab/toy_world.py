@@ -11,12 +11,10 @@ The functions below draw it, tell it in words and ask about it. They use the `rn
 fixed order, so one seed gives one world, byte for byte.
 """
 
-import argparse
 import itertools
 import json
 import random
 import shutil
-import sys
 import uuid
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from PIL import Image, ImageDraw
 from benchmarks.questions import LETTER_ANSWER, LETTERS, SHORT_ANSWER
 from benchmarks.scienceqa import to_prompt
 from data import IMAGE, SYSTEM
+from lab import errors_in_one_line, parser_of
 from plumbing.files import read_json
 
 IMAGE_SIZE = 48  # pixels a side
@@ -68,8 +67,7 @@ FILES = (  # of a complete world
     "ScienceQA/pid_splits.json", "POPE/toy_pope_random.json",
 )
 
-# ------------------------------------------------------------------------------------------------------------
-# Scenes and their pictures
+# ---- Scenes and their pictures -----------------------------------------------------------------------------
 
 
 def scenes(seed: int = 0) -> dict:
@@ -122,8 +120,7 @@ def draw_shape(draw, shape: str, x: float, y: float, r: float, fill: tuple) -> N
             draw.ellipse(box, outline=fill, width=round(0.4 * r))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A scene in words, and questions about it
+# ---- A scene in words, and questions about it --------------------------------------------------------------
 
 
 def words(scene: dict, rng: random.Random) -> str:
@@ -176,8 +173,7 @@ def problem_answer(entry: dict) -> str:
     return SCIENCEQA_ANSWER.format(choice=entry["choices"][number], letter=LETTERS[number])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Records of LLaVA's JSON
+# ---- Records of LLaVA's JSON -------------------------------------------------------------------------------
 
 
 def turn_pair(question: str, answer: str) -> list:
@@ -208,10 +204,11 @@ def image_record(images: Path, name: str, scene: dict, turns_of, rng: random.Ran
     return {"id": name, "image": f"{name}.png", "conversations": turns_of(scene, rng)}
 
 
-def chat_record(name: str, scene: dict, rng: random.Random) -> dict:
-    """A record without an image: the scene in words, then an open question."""
-    question, answer = open_question(scene, rng.choice(list(QUESTIONS)), rng)
-    return {"id": name, "conversations": turn_pair(f"{words(scene, rng)}\n{question}", answer)}
+def caption_records(images: Path, name: str, scenes: list, count: int, rng: random.Random) -> list:
+    records = []
+    for n in range(count):
+        records.append(image_record(images, f"{name}-{n:05d}", rng.choice(scenes), caption_turns, rng))
+    return records
 
 
 FORMS = ("open", "yes-no", "choice", "choice", "hint", "hint", "describe")  # the hard skill twice as often
@@ -248,23 +245,13 @@ def asked_in_form(form: str, scene: dict, kind: str, rng: random.Random) -> tupl
     return to_prompt(entry), problem_answer(entry)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The world on disk
+# ---- The world on disk -------------------------------------------------------------------------------------
 
 
 def write_world(folder, seed: int = 0, align: int = 4000, instruct: int = 2000, text: int = 1000,
                 test: int = 400) -> None:
-    """Write the whole world to `folder`. Numbers count records; `test` counts the questions of a split.
-
-    align.json      captions of train scenes
-    instruct.json   open questions, one record in ten without an image; no multiple choice
-    captions.json   captions of test scenes, for retrieval
-    images/         the pictures of these three
-    text.json       conversations about scenes told in words
-    ScienceQA/      multiple choice about val and test scenes; a quarter has no image but tells it in the hint
-    ScienceQA-reworded/   the same in a wording that no training file has
-    POPE/, MME_Benchmark_release_version/   yes or no about test scenes; MME asks twice about each picture
-    """
+    """Write the whole world, which lab/README.md describes, to `folder`. The numbers count records; `test`
+    counts the questions of a split."""
     def write(building):
         write_files(building, random.Random(seed), align, instruct, text, test)
 
@@ -299,27 +286,21 @@ def write_files(folder: Path, rng: random.Random, align: int, instruct: int, tex
     splits = scenes()
     train = splits["train"]
     images = folder / "images"
-    records = []
-    for n in range(align):
-        records.append(image_record(images, f"align-{n:05d}", rng.choice(train), caption_turns, rng))
-    write_json(folder / "align.json", records)
-
+    write_json(folder / "align.json", caption_records(images, "align", train, align, rng))
     records = []
     for n in range(instruct):
         scene = rng.choice(train)
-        if n % 10 == 9:
-            records.append(chat_record(f"chat-{n:05d}", scene, rng))
+        if n % 10 == 9:  # no image: the scene in words, then an open question
+            question, answer = open_question(scene, rng.choice(list(QUESTIONS)), rng)
+            turns = turn_pair(f"{words(scene, rng)}\n{question}", answer)
+            records.append({"id": f"chat-{n:05d}", "conversations": turns})
         else:
             records.append(image_record(images, f"instruct-{n:05d}", scene, question_turns, rng))
     write_json(folder / "instruct.json", records)
-
     write_json(folder / "text.json", [text_record(rng.choice(train), rng) for _ in range(text)])
     write_scienceqa(folder / SCIENCEQA, splits, test, rng)
     write_pope_and_mme(folder / POPE, folder / MME, splits["test"], test // 2, rng)
-    records = []
-    for n in range(test):
-        scene = rng.choice(splits["test"])
-        records.append(image_record(images, f"caption-{n:05d}", scene, caption_turns, rng))
+    records = caption_records(images, "caption", splits["test"], test, rng)
     write_json(folder / "captions.json", records)
     write_reworded(folder / SCIENCEQA, REWORDED)
 
@@ -358,34 +339,27 @@ def write_scienceqa(folder: Path, splits: dict, count: int, rng: random.Random) 
 
 
 def write_pope_and_mme(pope: Path, mme: Path, test_scenes: list, count: int, rng: random.Random) -> None:
-    """Write `count` pictures and their questions for each. MME's categories are the four attributes."""
+    """Write `count` pictures for each, with one question of POPE's (is there such a shape? every other time
+    there is) and two of MME's, a true and a false one. MME's categories are the four attributes."""
     kinds = list(VALUES)
     lines = []
     for number in range(count):
         scene = rng.choice(test_scenes)
         name = f"{number:05d}"
-        entry = pope_entry(pope / "images" / f"{name}.png", scene, number, rng)
+        save_picture(scene, pope / "images" / f"{name}.png", rng)
+        question, answer = yes_no(scene, "shape", number % 2 == 0, rng)
+        entry = {"question_id": number + 1, "image": f"{name}.png",
+                 "text": question.removesuffix(SHORT_ANSWER), "label": answer.lower()}
         lines.append(json.dumps(entry) + "\n")
-        write_mme_pair(mme / kinds[number % len(kinds)], scene, name, rng)
+
+        kind = kinds[number % len(kinds)]
+        save_picture(scene, mme / kind / f"{name}.png", rng)
+        text = ""
+        for is_true in (True, False):
+            question, answer = yes_no(scene, kind, is_true, rng)
+            text += f"{question.removesuffix(SHORT_ANSWER)} Please answer yes or no.\t{answer}\n"
+        (mme / kind / f"{name}.txt").write_text(text)
     (pope / "toy_pope_random.json").write_text("".join(lines))
-
-
-def pope_entry(file: Path, scene: dict, number: int, rng: random.Random) -> dict:
-    """Draw the picture; return a line of POPE's file: is there such a shape? Every other time there is."""
-    save_picture(scene, file, rng)
-    question, answer = yes_no(scene, "shape", number % 2 == 0, rng)
-    text = question.removesuffix(SHORT_ANSWER)
-    return {"question_id": number + 1, "image": file.name, "text": text, "label": answer.lower()}
-
-
-def write_mme_pair(folder: Path, scene: dict, name: str, rng: random.Random) -> None:
-    """Write a picture to MME's folder of one attribute, and a true and a false question beside it."""
-    save_picture(scene, folder / f"{name}.png", rng)
-    lines = []
-    for is_true in (True, False):
-        question, answer = yes_no(scene, folder.name, is_true, rng)
-        lines.append(f"{question.removesuffix(SHORT_ANSWER)} Please answer yes or no.\t{answer}\n")
-    (folder / f"{name}.txt").write_text("".join(lines))
 
 
 def save_picture(scene: dict, file: Path, rng: random.Random) -> None:
@@ -398,8 +372,7 @@ def write_json(file: Path, content) -> None:
     file.write_text(json.dumps(content, indent=1))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Its tokenizer
+# ---- Its tokenizer -----------------------------------------------------------------------------------------
 
 
 def write_tokenizer(folder) -> None:
@@ -443,16 +416,14 @@ def known_words(split) -> list:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m lab.toy_world", description="Write the toy world.")
+    parser = parser_of("lab.toy_world", __doc__)
     parser.add_argument("folder", type=Path, help="where to; the tiny preset reads data/toy")
     parser.add_argument("--seed", type=int, default=0, help="of its pictures and questions")
     args = parser.parse_args()
     if is_complete(args.folder, FILES):
         print(f"{args.folder} holds a complete toy world already, which stays as it is")
-    try:
+    with errors_in_one_line("lab.toy_world"):
         write_world(args.folder, args.seed)
-    except OSError as error:
-        sys.exit(f"lab.toy_world: {error}")
 
 
 if __name__ == "__main__":

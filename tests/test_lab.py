@@ -25,6 +25,7 @@ from benchmarks import scienceqa
 from benchmarks.questions import SHORT_ANSWER
 from lab import answers, compare, pretrain, report, score, spaces, toy_world, words
 from llm import LLM
+from plumbing.ranks import start_ranks
 from projector import VLM
 from vit import ViT
 
@@ -49,17 +50,29 @@ def tokenizer(tmp_path_factory):
 # ---- the toy world -----------------------------------------------------------------------------------------
 
 
+def digests(folder):
+    """{relative name: sha256} of all files below the folder."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
 def test_the_world_is_the_one_it_was(tmp_path):
-    """Names and bytes of pictures and records: those on which the figures of lab/README.md were measured."""
+    """Every byte of world and tokenizer: the figures of lab/README.md were measured on them."""
+    sizes = dict(align=8, instruct=12, text=4, test=8)
     folder, digest = tmp_path / "toy", hashlib.sha256()
-    toy_world.write_world(folder, align=8, instruct=8, text=2, test=4)
-    for file in sorted([*folder.glob("images/*.png"), folder / "align.json", folder / "instruct.json"]):
-        digest.update(str(file.relative_to(folder)).encode())
-        digest.update(file.read_bytes())
-    assert digest.hexdigest() == "7f126e87e53a75703d09007c99b87997829bf21dbdc3c05cb6b5d6d8e3f3a17d"
+    toy_world.write_world(folder, **sizes)
+    toy_world.write_tokenizer(tmp_path)
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        digest.update((tmp_path / name).read_bytes())
+    assert digest.hexdigest() == "069ce60082b56435b12badd8f527423652dfaf4529a866e427871394569e32d3"
+    toy_world.write_world(tmp_path / "other", seed=1, **sizes)
+    assert digests(tmp_path / "other") != digests(folder)
 
 
 def test_reworded_questions_are_new_and_in_known_words(world, tokenizer):
+    assert len(tokenizer) == toy_world.VOCABULARY
     seen = (world / "instruct.json").read_text() + (world / "text.json").read_text()
     problems, reworded = (json.loads((world / name / "problems.json").read_text())
                           for name in ("ScienceQA", "ScienceQA-reworded"))
@@ -70,18 +83,6 @@ def test_reworded_questions_are_new_and_in_known_words(world, tokenizer):
     assert len(scienceqa.load(world / "ScienceQA-reworded")) == 8
 
 
-def digests(folder):
-    """{relative name: sha256} of all files below the folder."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def test_one_seed_gives_one_world(world, tmp_path):
-    toy_world.write_world(tmp_path / "again", **SIZES)
-    toy_world.write_world(tmp_path / "other", seed=1, **SIZES)
-    assert digests(world) == digests(tmp_path / "again") != digests(tmp_path / "other")
-
-
 def test_a_complete_world_stays_and_anything_else_is_in_the_way(world, tmp_path, monkeypatch, capsys):
     before = digests(world)
     monkeypatch.setattr(sys, "argv", ["toy_world", str(world), "--seed", "1"])
@@ -89,7 +90,7 @@ def test_a_complete_world_stays_and_anything_else_is_in_the_way(world, tmp_path,
     assert "stays as it is" in capsys.readouterr().out and digests(world) == before
     (tmp_path / "text.json").touch()
     monkeypatch.setattr(sys, "argv", ["toy_world", str(tmp_path)])
-    with pytest.raises(SystemExit, match=f"^lab.toy_world: {tmp_path}: is no complete toy world; .*$"):
+    with pytest.raises(SystemExit, match=f"^lab.toy_world: {tmp_path}: is no complete world; .*$"):
         toy_world.main()
     assert [entry.name for entry in tmp_path.iterdir()] == ["text.json"]
 
@@ -126,10 +127,10 @@ def test_instructions_hold_no_multiple_choice(world):
     assert sum("image" not in record for record in records) == len(records) // 10
 
 
-@pytest.mark.parametrize("name", ["align", "instruct", "text", "captions"])
-def test_files_hold_valid_records(world, name):
-    for record in data.load_records(world / f"{name}.json"):  # which refuses others
-        assert "image" not in record or (world / "images" / record["image"]).is_file()
+def test_files_hold_valid_records(world):
+    for name in ("align", "instruct", "text", "captions"):
+        for record in data.load_records(world / f"{name}.json"):  # which refuses others
+            assert "image" not in record or (world / "images" / record["image"]).is_file()
 
 
 def test_an_answer_is_the_choice_and_its_letter():
@@ -144,10 +145,6 @@ def test_a_problem_without_image_tells_the_answer_in_its_hint(world):
     assert len(told) == len(problems) // 4
     for problem in told:
         assert problem["choices"][problem["answer"]] in problem["hint"].replace(",", "").split()
-
-
-def test_vocabulary_size_is_known(tokenizer):
-    assert len(tokenizer) == toy_world.VOCABULARY
 
 
 # ---- the tiny towers ---------------------------------------------------------------------------------------
@@ -193,100 +190,103 @@ def test_the_patches_of_a_shape_lie_where_it_is(place, patch):
 # ---- comparing the losses ----------------------------------------------------------------------------------
 
 
-def small_comparison(out, world, folders, **more):
-    """A comparison in miniature, with an ablation, as lab.compare calls it."""
-    recipes = "none", "patch", "both", "share 0.3", "first, share 0.1"
-    size = compare.SIZES["quick"] | dict(recipes=recipes, budgets=(2, 4), short=2, long=4, epochs=0.5,
-                                         lr=(1e-3, 2e-3), ablations=1)
+def comparison(out, world, folders, recipes, **changes):
+    """A comparison in miniature, as lab.compare calls it."""
+    size = compare.SIZES["quick"]._replace(recipes=recipes, seeds=1, steps=2, epochs=0.5, lr=(1e-3,))
     given = {"vit": str(folders[0]), "llm": str(folders[1]), "batch": 8, "micro_batch": 8,
-             "prompt": "describe", "template": "v1"}  # the last two are each one stage's alone
-    return compare.Setting(size, Path(out), world, given | more)
+             "prompt": "describe", "template": "v1"}  # only one stage has each of the last two
+    return compare.Setting(size._replace(**changes), Path(out), world, given)
 
 
-def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_path, monkeypatch):
-    """In miniature: every cell is there, and a second call trains the one cell that was lost."""
-    ablations = {"projector linear": (dict(projector="linear"), ("none", "patch"))}
-    monkeypatch.setattr(compare, "ABLATIONS", ablations)
-    monkeypatch.chdir(tmp_path)
-    trained, train_stage = [], train.train_stage
+@pytest.fixture
+def trained(monkeypatch):
+    """The folders of the runs that are trained, as they come."""
+    folders, train_stage = [], train.train_stage
 
     def counted(config, device):
-        trained.append(config.out)
+        folders.append(Path(config.out).name)
         train_stage(config, device)
 
-    def compared(**more):
-        trained.clear()
-        return compare.compare(small_comparison("c", world, (clip_folder, llama_folder), **more))
-
     monkeypatch.setattr(train, "train_stage", counted)
-    text = compared()
+    return folders
+
+
+def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_path, monkeypatch, trained):
+    """Every cell is there, and a second call trains the one cell that was lost."""
+    monkeypatch.chdir(tmp_path)
+    towers = clip_folder, llama_folder
+    recipes = ("none", "patch", "both", "share 0.3", "first, share 0.1")
+    setting = comparison("c", world, towers, recipes, lr=(1e-3, 2e-3))
+    text = compare.compare(setting)
     results = json.loads(Path("c/results.json").read_text())
-    assert len(results["cells"]) == 5 * 2 * (2 + 2 * 2) and len(results["ablations"]) == 2
-    assert {"10% over generative 100%, 2 steps", "step factor"} <= results["ratio"]["+ patch"].keys()
-    tunings, ablated = 5 * 2 * 2, 2
-    assert len(trained) == len(set(trained)) == tunings + len(results["cells"]) + ablated
+    assert len(results["cells"]) == 5 * (1 + 2)
+    assert {"accuracy_img", "pope", "mme", "reworded", "caption", "r5"} <= results["cells"][0].keys()
+    assert {"0% over generative 100%", "10% over generative 100%"} == results["ratio"]["+ patch"].keys()
+    assert len(trained) == len(set(trained)) == 5 * 2 + len(results["cells"])  # two rates are tried for each
     assert Path("c/accuracy_by_data.png").exists() and "| + both |" in text and "(p " in text
     assert not list(Path("c/runs").glob("*instruct*")) and not Path("runs/last").exists()
-    for score in ("accuracy_img", "pope", "caption", "r5"):
-        assert score in results["cells"][0]
-    first = Path("c/runs/first-share-0.1-4-seed0-lr0.001/log.jsonl").read_text().splitlines()
-    for run, loss in ("none", "none"), ("both", "both"), ("share-0.3", "patch"):
-        config = json.loads(next(Path("c/runs").glob(f"{run}-4-seed0-*/config.json")).read_text())
+    for run, loss in (("none", "none"), ("both", "both"), ("share-0.3", "patch")):
+        config = json.loads(next(Path("c/runs").glob(f"{run}-2-seed0-*/config.json")).read_text())
         assert config["contrastive"] == loss
-    assert len(first) == 4 + 4 and "generative" not in first[3] and "patch_ratio" in first[4]
+    log = next(Path("c/runs").glob("first-share-0.1-2-seed0-*/log.jsonl")).read_text().splitlines()
+    assert len(log) == 2 + 2 and "generative" not in log[1] and "patch_ratio" in log[2]
 
     cells = Path("c/cells.jsonl").read_text().splitlines(True)
     lost = next(line for line in cells if "instruct1.0" in line and " test" in line)
     Path("c/cells.jsonl").write_text("".join(line for line in cells if line != lost))
-    again = compared()
-    assert len(trained) == 1 and without_seconds(again) == without_seconds(text)
-
-    more = small_comparison("c", world, (clip_folder, llama_folder))
     trained.clear()
-    compare.compare(more._replace(size=more.size | dict(recipes=("none", "patch"), seeds=3)))
-    assert len(trained) == 2 * (2 + 2 * 2)  # a third seed; the ablation has its runs
+    again = compare.compare(setting)
+    assert len(trained) == 1 and without_seconds(again) == without_seconds(text)
 
     Path("c/cells.jsonl").write_text("".join(cells) + cells[0][:20])
     with pytest.raises(ValueError, match="c/cells.jsonl: a damaged line"):
-        compared()
+        compare.compare(setting)
     with pytest.raises(ValueError, match="other options, towers or data"):
-        compared(clip=2.0)
+        compare.compare(setting._replace(given=setting.given | {"clip": 2.0}))
 
 
 def without_seconds(text):
-    return text[: text.index("## seconds")] + text[text.index("## Without") :]
+    return text[: text.index("## seconds")] + text[text.index("ratio ") :]
 
 
-def test_any_number_of_jobs_measures_the_same(world, clip_folder, llama_folder, tmp_path):
-    texts = []
-    for jobs in (1, 2):
-        setting = small_comparison(tmp_path / str(jobs), world, (clip_folder, llama_folder))
-        size = setting.size | dict(recipes=("none", "patch"), lr=(1e-3,), ablations=0)
-        texts.append(without_seconds(compare.compare(setting._replace(size=size), jobs)))
-    assert texts[0] == texts[1]
+def test_a_weight_is_tuned_and_a_share_is_not(world, tmp_path, monkeypatch):
+    """Each rate is tried with the first weight, then the other weights with the best rate; a part of one is
+    not run. What validates best is taken."""
+    tried = []
+
+    def scored(setting, stage, split, options):
+        tried.append(options)
+        return {"accuracy_img": options["lr"] + options.get("contrastive_weight", 0)}
+
+    monkeypatch.setattr(compare, "cell", scored)
+    setting = comparison(tmp_path, world, ("", ""), (), tune=True, lr=(1e-3, 2e-3), instruct_lr=(1e-4, 2e-4))
+    best = compare.tune(setting, "patch")
+    assert best == {"lr": 2e-3, "weight": 10.0, "instruct_lr": 2e-4} and len(tried) == 2 + 5 + 2 * 2
+    tried.clear()
+    best = compare.tune(setting._replace(size=setting.size._replace(instruct_lr=(1e-4,))), "share 0.3")
+    assert best == {"lr": 2e-3, "weight": None, "instruct_lr": 1e-4} and len(tried) == 2
 
 
-def test_a_part_of_a_comparison_adds_to_it(world, clip_folder, llama_folder, tmp_path, monkeypatch):
-    """Also a part without the generative loss, with which there is nothing to compare."""
-    setting = small_comparison(tmp_path / "c", world, (clip_folder, llama_folder))
-
-    def compared(*recipes):
-        size = setting.size | dict(recipes=recipes, seeds=1, budgets=(2,), long=2, lr=(1e-3,), ablations=0)
-        return compare.compare(setting._replace(size=size))
-
-    text = compared("patch")
+def test_parts_and_any_number_of_jobs_measure_the_same(world, clip_folder, llama_folder, tmp_path, trained):
+    """Also a part without the generative loss, with which there is nothing to compare. A part adds its
+    recipes and seeds to what is there."""
+    towers = clip_folder, llama_folder
+    text = compare.compare(comparison(tmp_path / "a", world, towers, ("patch",)))
     assert "| + patch |" in text and "Gain" not in text and text.endswith("ratio {}")
-    text = compared("none")
+    text = compare.compare(comparison(tmp_path / "a", world, towers, ("none",)))
     assert "| + patch |" in text and "| generative |" in text and "Gain over the generative loss" in text
-    monkeypatch.setattr(compare, "train_and_score", None)  # all of it is there
-    assert without_seconds(compared("patch")) == without_seconds(text)
+    whole = comparison(tmp_path / "b", world, towers, ("none", "patch"))
+    assert without_seconds(compare.compare(whole, jobs=2)) == without_seconds(text)
+    trained.clear()
+    compare.compare(comparison(tmp_path / "a", world, towers, ("none",), seeds=2))
+    assert len(trained) == 3 and all("seed1" in name for name in trained)
 
 
 def test_a_comparison_has_one_thread_for_each_process(monkeypatch, tmp_path, capsys):
     """train.py's start takes all cores where nobody says otherwise: several jobs would fight for them."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["lab.compare", "--world", str(tmp_path)])
-    monkeypatch.setattr(compare, "compare", lambda *_: (train.start_ranks(), torch.get_num_threads())[1])
+    monkeypatch.setattr(compare, "compare", lambda *_: (start_ranks(), torch.get_num_threads())[1])
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
     compare.main()
     torch.set_num_threads(threads)
@@ -303,17 +303,24 @@ def test_unknown_options_end_a_comparison(capsys):
 
 
 @pytest.mark.parametrize("argv, ranks, message", [
-    (["--lr", "1"], "1", "lab.compare: the comparison sets --lr itself\n"),
-    (["--seeds", "0"], "1", "lab.compare: --seeds is 0; at least one is needed\n"),
-    ([], "2", "lab.compare: the runs come one after another in --jobs processes, not on several ranks\n"),
-    (["--jobs", "0"], "1", "lab.compare: --jobs is 0; at least one process has to do the work\n"),
-    (["--size", "emoji"], "1", "lab.compare: data/emoji: no such world; `python -m lab.emoji_world "
-                               "data/emoji` makes it\n")])
-def test_the_command_refuses_in_one_line(argv, ranks, message, tmp_path):
+    (["--lr", "1"], "1", "the comparison sets --lr itself"),
+    (["--seeds", "0"], "1", "--seeds is 0; at least one is needed"),
+    ([], "2", "the runs come one after another in --jobs processes, not on several ranks"),
+    (["--jobs", "0"], "1", "--jobs is 0; at least one process has to do the work")])
+def test_a_comparison_that_cannot_run_is_refused(argv, ranks, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lab.compare", *argv])
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    with pytest.raises(SystemExit) as end:
+        compare.main()
+    assert end.value.code == f"lab.compare: {message}" and not list(tmp_path.iterdir())
+
+
+def test_the_command_refuses_in_one_line(tmp_path):
     """As people run it: as a module, from any folder that Python finds the project from."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": ranks}
-    run = subprocess.run([sys.executable, "-m", "lab.compare", *argv], cwd=tmp_path, env=environment,
-                         capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-m", "lab.compare", "--size", "emoji"], cwd=tmp_path, text=True,
+                         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120)
+    message = "lab.compare: data/emoji: no such world; `python -m lab.emoji_world data/emoji` makes it\n"
     assert run.returncode == 1 and run.stdout == "" and run.stderr == message
     assert not list(tmp_path.iterdir())
 
@@ -367,21 +374,25 @@ def test_p_value_counts_the_signs():
 
 
 def test_table_and_chart(tmp_path):
-    rows = {"generative": [[50.0, 52.0], None], "+ patch": [[60.0], [70.0, 70.0, 70.0]]}
-    text = report.table("loss", ["0%", "100%"], rows)
-    assert text.splitlines()[2:] == ["| generative | 50.0 / 52.0 | - |", "| + patch | 60.0 | 70.0 ± 0.0 |"]
-    report.chart(tmp_path / "c.png", "title", "x", "y", ["0%", "100%"], rows)
+    assert report.as_text([50.0, 52.0]) == "50.0 / 52.0" and report.as_text([7.0] * 3) == "7.00 ± 0.00"
+    text = report.table("loss", ["0%", "100%"], {"generative": ["1", "-"]})
+    assert text.splitlines() == ["| loss | 0% | 100% |", "|---|---|---|", "| generative | 1 | - |"]
+    series = {"generative": [[50.0, 52.0], []], "+ patch": [[60.0], [70.0, 70.0, 70.0]]}
+    report.chart(tmp_path / "c.png", "title", "x", "y", ["0%", "100%"], series)
     image = Image.open(tmp_path / "c.png").convert("RGB")
     colors = {color for _, color in image.getcolors(10**6)}
     assert image.size == (900, 540) and {(128, 128, 128), (214, 39, 40)} <= colors
 
 
-def test_step_factor():
-    factor = report.step_factor
-    assert factor((10, 100, 1000), [20, 40, 60], 10, 50) == "31.6"  # half-way from 100 to 1000 on a log scale
-    assert factor((30, 60, 120), [38.0, 36.5, 45.0], 60, 37.0) == "at most 0.5"  # reached before it fell
-    assert factor((10, 100), [20, 40], 10, 41) == "above 10.0"
-    assert factor((10, 100), [20, 40], 20, 10) == "at most 0.5"
+def test_gains_and_claims_are_paired_by_seed():
+    cells = []
+    for loss, values in (("none", {0.1: (40, 60), 1.0: (50, 80)}), ("patch", {0.1: (50, 60), 1.0: (55, 81)})):
+        for part, scores in values.items():
+            cells += [{"loss": loss, "fraction": part, "accuracy_img": score} for score in scores]
+    assert report.gain(cells, "patch", 0.1, "accuracy_img") == "10.00 / 0.00 (p 1)"
+    found = report.claims(cells, ["none", "patch"], "accuracy_img")
+    assert found["generative"]["10% over generative 100%"] == "0.80 / 0.75"
+    assert found["+ patch"] == {"0% over generative 100%": "-", "10% over generative 100%": "1.00 / 0.75"}
 
 
 # ---- where pictures and words lie; the sheet of answers
@@ -390,14 +401,21 @@ def test_step_factor():
 
 def test_gap_against_plain_formulas():
     image, text, keys = losses.unit(torch.randn(6, 4)), torch.randn(6, 4), torch.tensor([1, 2, 3, 4, 1, 5])
-    scores, t = spaces.score_gap(image, text, keys), losses.unit(text)
+    tokens = [(torch.randn(16, 4), torch.randn(3, 4)), (torch.randn(16, 4), torch.randn(1, 4))]
+    scores, t = spaces.score_gap(image, text, keys, tokens), losses.unit(text)
     others = [float(image[i] @ t[j]) for i in range(6) for j in range(6) if keys[i] != keys[j]]
-    pairs = [(image[i] - image[j]).square().sum() for i in range(6) for j in range(i)]
-    assert scores["negative_cosine"] == pytest.approx(sum(others) / len(others), abs=1e-4)
-    assert scores["alignment"] == pytest.approx(2 - 2 * scores["positive_cosine"], abs=3e-4)
-    assert scores["uniformity_image"] == pytest.approx(
-        math.log(sum(torch.exp(-2 * d).item() for d in pairs) / len(pairs)), abs=1e-4)
-    assert scores["centroid_distance"] == pytest.approx((image.mean(0) - t.mean(0)).norm().item(), abs=1e-4)
+    pairs = [float(image[i] @ t[i]) for i in range(6)]
+    largest = []
+    for patches, caption in tokens:
+        cosines = F.cosine_similarity(patches[:, None], caption[None], dim=-1)  # (N, T)
+        largest.append(sum(sorted(cosines.amax(1).tolist())[-10:]) / 10)
+    word_norms = torch.cat([caption.norm(dim=-1) for _, caption in tokens])
+    patch_norms = torch.cat([patches.norm(dim=-1) for patches, _ in tokens])
+    expected = {"centroid_distance": (image.mean(0) - t.mean(0)).norm().item(),
+                "positive_cosine": sum(pairs) / 6, "negative_cosine": sum(others) / len(others),
+                "projected_norm": patch_norms.mean().item(), "word_norm": word_norms.mean().item(),
+                "tacs": sum(largest) / 2}
+    assert scores == pytest.approx(expected, abs=1e-4)
 
 
 def test_retrieval_counts_equal_captions_once_and_any_of_their_pictures():
@@ -408,21 +426,6 @@ def test_retrieval_counts_equal_captions_once_and_any_of_their_pictures():
     scores = spaces.score_retrieval(image, text, keys)
     assert scores["image_to_text_r1"] == 50.0 and scores["text_to_image_r1"] == 100.0
     assert scores["image_to_text_r5"] == scores["text_to_image_r5"] == 100.0
-
-
-def test_patches_against_words(clip_folder, llama_folder):
-    vlm = VLM.from_towers(clip_folder, llama_folder, "linear")
-    patches, embeds = torch.randn(2, 16, 32), torch.randn(2, 3, 32)
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    scores = spaces.score_tokens(vlm, [(patches, embeds, mask)])
-    words = vlm.llm.model.embed_tokens.weight.detach()
-    nearest = [min((patch - word).norm().item() for word in words) for row in patches for patch in row]
-    assert scores["nearest_word_distance"] == pytest.approx(sum(nearest) / len(nearest), abs=1e-3)
-    tacs = []
-    for row, tokens in zip(patches, (embeds[0], embeds[1, :1])):
-        cosines = F.cosine_similarity(row[:, None], tokens[None], dim=-1)  # (N, T)
-        tacs.append(sum(sorted(cosines.amax(1).tolist())[-10:]) / 10)
-    assert scores["tacs"] == pytest.approx(sum(tacs) / 2, abs=1e-4)
 
 
 def test_word_maps_are_cosines_in_reading_order(clip_folder, llama_folder):
