@@ -45,7 +45,7 @@ from lab import errors_in_one_line, parser_of, score, toy_world
 from lab.report import report
 from plumbing.files import read_json, resolve_model
 from plumbing.ranks import start_ranks
-from running.options import configure, parse_args
+from running import options as running_options
 
 # Options of the align stage that make each recipe. `first` and `longer` stand for parts of the captioning
 # steps, which the size of the comparison knows.
@@ -258,7 +258,7 @@ def train_and_score(setting: Setting, run: str, stage: str, split: str, options:
         given["features"] = str(out / "features.pt")  # a real ViT on a CPU takes longer than all else
     with open(out / "runs.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         if not (folder / "config.json").exists():
-            train.train_stage(configure(stage, given), device)
+            train.train_stage(running_options.configure(stage, given), device)
         scores = score.score_run(folder, world, split, device, setting.size.by_words)
     return scores | {"seconds": read_json(folder / "results.json")["seconds"]}
 
@@ -293,7 +293,7 @@ def read_cells(out: Path) -> dict:
 def fingerprint(setting: Setting) -> str:
     """A hash of the towers and the data, because cells of two worlds must not meet in one table."""
     options = train_options(setting, "align", {"steps": 1, "preset": "tiny"})
-    config = configure("align", options)
+    config = running_options.configure("align", options)
     files = [setting.world / name for name in ("align.json", "instruct.json", "ScienceQA/problems.json")]
     for tower in (config.vit, config.llm):
         folder = resolve_model(tower)
@@ -323,7 +323,7 @@ def parse_args(argv=None) -> tuple:
     out, world = ("compare-emoji", "emoji") if ours.size == "emoji" else ("compare", "toy-1200")
     ours.out = ours.out or Path("runs", out)
     ours.world = ours.world or Path("data", world)
-    return ours, parse_args(rest, "python -m lab.compare")
+    return ours, running_options.parse_args(rest, "python -m lab.compare")
 
 
 def check_args(ours, given: dict) -> None:

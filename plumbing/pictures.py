@@ -55,8 +55,8 @@ def load_image(source) -> Image.Image:
         file = io.BytesIO(base64.b64decode(source)) if isinstance(source, bytes) else name
         with Image.open(file) as image:
             if math.prod(image.size) > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels; raise MAX_PIXELS in plumbing/pictures.py, "
-                                 f"{MAX_PIXELS}, for files that you trust")
+                raise ValueError(f"{image.width} x {image.height} pixels; raise plumbing/pictures.py's "
+                                 f"MAX_PIXELS, {MAX_PIXELS}, for files that you trust")
             image.load()
             picture = to_rgb(image)
             picture.info = {}  # of the EXIF data only the orientation, and only if it is not damaged

@@ -121,7 +121,7 @@ def load(config, optimizer, terms, made_of: dict) -> int:
         refuse_other(last, made_of)
         on_every_rank(lambda: check_sums(last, first["ranks"]))
         if "buckets" not in first["optimizer"]:
-            raise ValueError(f"{last}: saved by an older version of this program; only that one goes on with it")
+            raise ValueError(f"{last}: saved by an older version of this program, which has to go on with it")
         states = [first]
         if config.shard:  # each rank reads only its slices: the files are mapped
             states += [read_state(last, number) for number in range(1, first["ranks"])]
