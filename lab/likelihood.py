@@ -29,7 +29,7 @@ def load_problems(folder, split: str) -> list:
     """The questions of `scienceqa.load`, but open, with "options" in words; also their "category"."""
     problems = read_json(Path(folder) / "problems.json")
     questions = []
-    for question in scienceqa.load(folder, split):
+    for question in scienceqa.load(Path(folder), split):
         problem = problems[question["id"]]
         context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
         mark = f"{data.IMAGE}\n" if question["image"] else ""
