@@ -17,7 +17,6 @@ Module names are those of the Hugging Face checkpoints, which plumbing/llama.py 
 Read next: projector.py.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -371,70 +370,3 @@ def load_llm_config(folder_or_id) -> LLMConfig:
     """The sizes of the LLM in a folder or on the Hub, without its weights."""
     folder = resolve(folder_or_id, ["*.json"])
     return config_from_dict(LLMConfig, llama.read_sizes(folder, FAMILIES), folder)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# For training: blocks that are compiled, and that compute again in backward what they did not keep
-
-def checkpointed(function):
-    """`function`, keeping only its arguments for backward: the rest is computed again when backward first
-    asks.
-
-    While it runs, each tensor that autograd wants to save is replaced by its number. When backward asks for
-    the first of them, the function runs a second time, and what autograd saves then is given out under these
-    numbers. (The older way, an autograd.Function that calls backward inside its own, fires a shared module's
-    hooks twice.)
-    """
-    def run(*args):
-        if not torch.is_grad_enabled():
-            return function(*args)
-        state, numbers, saved = random_state(), itertools.count(), {}
-
-        def unpack(number):
-            if number not in saved:
-                saved.update(enumerate(saved_tensors(function, args, state)))
-            return saved.pop(number)
-
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: next(numbers), unpack):
-            return function(*args)
-
-    return run
-
-
-def saved_tensors(function, args, state: list) -> list:
-    """What autograd saves in a run of `function`, in order: a second run, with the first's random state."""
-    tensors, detached = [], []
-    for arg in args:
-        is_tensor = isinstance(arg, torch.Tensor)
-        detached.append(arg.detach().requires_grad_(arg.requires_grad) if is_tensor else arg)
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: tensors.append(x.detach()), lambda _: None)
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(gpus), torch.enable_grad(), hooks:
-        set_random_state(state)
-        function(*detached)
-    return tensors
-
-
-def random_state() -> list:
-    """Of the CPU and, where there is one, of this rank's GPU."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-
-
-def set_random_state(state: list):
-    for set_state, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), state):
-        set_state(value)
-
-
-def checkpoint_blocks(blocks, which: str):
-    """"every" block, "every-other" (half the recomputation for half the saving), or "none"."""
-    for i, block in enumerate(blocks):
-        if which == "every" or (which == "every-other" and i % 2 == 0):
-            block.forward = checkpointed(block.forward)
-
-
-def compile_blocks(blocks):
-    """One graph for all blocks and lengths, and a few for a last block that computes a part; before
-    `checkpoint_blocks`, which runs it twice."""
-    compiled = torch.compile(type(blocks[0]).forward, dynamic=True)
-    for block in blocks:
-        block.forward = partial(compiled, block)
