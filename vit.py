@@ -197,8 +197,7 @@ class ViT(nn.Module):
     """`vit(pixels (B, 3, H, W)) -> patch features (B, P, D)`, without class token and final LayerNorm.
 
     `feature_layer` counts like Hugging Face's `hidden_states`: 0 is the embedding, k the output of block k.
-    Negative numbers count from the end. Later blocks stay in the model, so that it can be saved whole, but
-    never run.
+    Negative numbers count from the end. Later blocks never run, but stay, so that the tower is saved whole.
     """
 
     def __init__(self, config: ViTConfig, feature_layer: int = -2):

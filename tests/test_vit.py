@@ -185,6 +185,7 @@ def test_only_what_is_needed_comes_from_the_hub(tmp_path, monkeypatch, files):
     of_a_run = "projector.safetensors", "llm/model.safetensors", "llm/config.json"
     assert all(fits(file, *asked[1]) for file in of_a_run)
     assert len(asked) == (2 if "safetensors" in files[0] else 3) and (tmp_path / files[0]).exists()
+    assert all(fits("config.json", *question) for question in asked)
 
 
 def test_wrong_image_size(clip_folder):
