@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import SYSTEM
+from data import SYSTEM, v1
 from llm import FAMILIES, LLM, LLMConfig
 from plumbing import clip, llama, llava
 from plumbing.files import TOKENIZER_FILES, copy_files, named, resolve, resolve_model
@@ -252,10 +252,5 @@ class VLM(nn.Module):
                     "tokenizer": self.sources["llm"], "template": self.template}
         vision = clip.config_json(vit)
         text = llama.config_json(llm, FAMILIES[llm.model_type].architecture)
-        llava.export(folder, self.named_parameters(), vision, text, settings, SYSTEM, vicuna_form)
+        llava.export(folder, self.named_parameters(), vision, text, settings, SYSTEM, v1)
         clip.write_preprocessor_config(vit, folder, "pad")  # as instruct trains and eval.py asks
-
-
-def vicuna_form(tokenizer) -> tuple:
-    """The strings of template v1."""
-    return f"{SYSTEM} USER: ", " ASSISTANT:", " ", tokenizer.eos_token, "USER: "

@@ -165,14 +165,14 @@ FORM = """{{- (messages[0].content if messages[0].role == 'system' else system) 
 
 def as_jinja(system: str, form) -> str:
     """A chat template made of a form's five strings. A system message replaces `system`."""
-    opening, to_answer, lead, end, again = form
+    opening, to_answer, lead, end, again = form[:5]
     gap = opening.removeprefix(system).removesuffix(again)
     strings = {"system": system, "gap": gap, "again": again, "to_answer": to_answer, "lead": lead, "end": end}
     given = [f"{{%- set {name} = {json.dumps(text)} -%}}" for name, text in strings.items()]
     return "".join(given) + FORM
 
 
-def prepare_tokenizer(source: Path, template: str, system: str, vicuna_form):
+def prepare_tokenizer(source: Path, template: str, system: str, v1):
     """Return the LLM's tokenizer with the placeholder and an export's chat template, and a list: the special
     token that this template puts after an answer, if there is one."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
@@ -180,7 +180,7 @@ def prepare_tokenizer(source: Path, template: str, system: str, vicuna_form):
     tokenizer.add_tokens(IMAGE, special_tokens=True)
     own = tokenizer.chat_template
     if template == "v1" or not own:
-        own = as_jinja(system, vicuna_form(tokenizer))
+        own = as_jinja(system, v1(tokenizer))
     # SentencePiece puts a space of its own before the text after an image. Some of its tokenizers do not
     # after a special token, so there the template writes it.
     after_image = tokenizer(f"{IMAGE}\n", add_special_tokens=False).input_ids[1:]
@@ -199,12 +199,12 @@ def prepare_tokenizer(source: Path, template: str, system: str, vicuna_form):
 # ------------------------------------------------------------------------------------------------------------
 # Writing
 
-def export(folder, tensors, vision: dict, text: dict, settings: dict, system: str, vicuna_form):
+def export(folder, tensors, vision: dict, text: dict, settings: dict, system: str, v1):
     """Write a folder in transformers' format: weights, config.json, tokenizer, and settings around them.
 
     `tensors`: (our name, tensor). `vision`, `text`: the content of each tower's config.json. `settings`: the
     kind of "projector", "feature_layer", "image_tokens" of an image, "has_class_token", the "tokenizer"'s
-    folder or id, the "template"'s name. `system` and `vicuna_form`: the strings of template v1.
+    folder or id, the "template"'s name. `system` and `v1`: the strings of template v1.
     """
     if settings["projector"] != "mlp2x_gelu":
         raise ValueError(f"transformers' LLaVA has no projector {settings['projector']!r}, only mlp2x_gelu")
@@ -212,7 +212,7 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
         raise ValueError("a DINOv2 tower is read, not written")
     folder = Path(folder)
     source = resolve(settings["tokenizer"], TOKENIZER_FILES)
-    tokenizer, ends = prepare_tokenizer(source, settings["template"], system, vicuna_form)
+    tokenizer, ends = prepare_tokenizer(source, settings["template"], system, v1)
     ends += text["eos_token_id"] if isinstance(text["eos_token_id"], list) else [text["eos_token_id"]]
     # The placeholder needs a row in the embedding table, which is never read. If none is spare, add one.
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
