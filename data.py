@@ -13,14 +13,11 @@ Labels are never found by a search among tokens: each piece carries its role fro
 Read next: train.py, where the batches go.
 """
 
-import contextlib
+import datetime
 import hashlib
-import json
 import math
-import os
 import re
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -31,10 +28,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from plumbing.files import named, read_json
+from plumbing.files import named
 from plumbing.pictures import MAX_PIXELS, find_image, load_image
-from plumbing.ranks import barrier, on_every_rank, rank
-from plumbing.tokenizer import bos_ids, check_vocabulary, load_tokenizer, special_names
+from plumbing.tokenizer import bos_ids, special_names
 
 IMAGE = "<image>"  # the marker in conversations
 IMAGE_MARKER = -200  # the same among ids: one for an image, until collate knows how many tokens it takes
@@ -90,14 +86,18 @@ def cut_centre(image: Image.Image, width: int, height: int) -> Image.Image:
 # ------------------------------------------------------------------------------------------------------------
 # Records: LLaVA's JSON
 
+LIKE_IMAGE = re.compile("image|img|picture|photo|video", re.IGNORECASE)  # keys, of other formats of records
+
+
 def find_problem(record, stage=None) -> str | None:
     """What is wrong with a record, for that stage, too, in a few words, or None. Reads no picture."""
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
-        return "has no conversation turns"
+        other = "messages" if isinstance(record, dict) and "messages" in record else "no conversation turns"
+        return f"has {other}; LLaVA's records have 'conversations', a list of {{'from': .., 'value': ..}}"
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            return "has a turn without text"
+            return "has a turn without text: each has 'from' ('human' or 'gpt') and 'value'"
         if turn.get("from") not in ("human", "gpt"):
             return f"has a turn from {turn.get('from')!r}; the roles are 'human' and 'gpt'"
     if turns[0]["from"] == "gpt":  # LLaVA drops an opening answer
@@ -111,8 +111,14 @@ def find_problem(record, stage=None) -> str | None:
         return "has an empty turn"
     image = tidy(record).get("image")
     marked = [turn["from"] for turn in turns if IMAGE in turn["value"]]
+    if isinstance(image, list):
+        return f"has {len(image)} images; one is supported"
     if not isinstance(image, (str, type(None))):
         return "has an image that is not a file name"
+    if marked and not image:
+        others = [key for key in record if LIKE_IMAGE.search(key) and record[key]]
+        if others:
+            return f"has {IMAGE} in a turn, and no 'image'; is it {others[0]!r}?"
     if image and marked != ["human"]:
         return f"has an image, and {len(marked)} turns with {IMAGE} (one question must have it)"
     if stage == "align" and not (image and len(turns) == 2):
@@ -147,72 +153,12 @@ def clean_turns(record) -> list:
     return cleaned[1:] if cleaned[0][0] == "gpt" else cleaned
 
 
-class Records:
-    """The records of a LLaVA JSON file, by number, tidy.
-
-    Parsed records take four times their text. So each stays JSON, in one array of bytes that all processes of
-    a machine share, and is parsed when it is asked for.
-
-    text (bytes,)     the JSON of all records, end to end
-    starts (n + 1,)   where each begins
-    """
-
-    def __init__(self, text, starts):
-        self.text = text
-        self.starts = starts
-
-    def __len__(self):
-        return len(self.starts) - 1
-
-    def __getitem__(self, i):
-        number = range(len(self))[i]  # also from the end; IndexError behind it
-        start, stop = self.starts[number : number + 2]
-        return json.loads(bytes(self.text[start:stop]))
-
-
-def read_records(file, stage=None) -> list:
-    """The records of a LLaVA JSON file, tidy. ValueError names the first that is bad, or not for this
-    stage."""
-    records = read_json(file)
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{file}: not a JSON list of records")
-    for number, record in enumerate(records):
-        problem = find_problem(record, stage)
-        if problem:
-            name = record.get("id") if isinstance(record, dict) else None
-            raise ValueError(f"{file}: record {number} (id {name!r}) {problem}; `python -m running.check` "
-                             "lists all")
-    return [tidy(record) for record in records]
-
-
-def load_records(file, stage=None) -> Records:
-    """The records of a file, on every rank. One rank of a machine parses it, the others map what that one
-    wrote."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-
-    def pack():
-        if local_rank > 0:
-            return None
-        lengths = [0]
-        with tempfile.NamedTemporaryFile(delete=False) as packed:
-            for record in read_records(file, stage):
-                lengths.append(packed.write(json.dumps(record).encode()))
-        return packed.name, np.cumsum(lengths)
-
-    packed, starts = on_every_rank(pack)[rank() - local_rank]
-    text = np.memmap(packed, dtype=np.uint8, mode="r")
-    barrier()  # all have mapped it: it needs no name any more
-    if local_rank == 0:
-        with contextlib.suppress(OSError):  # Windows
-            os.remove(packed)
-    return Records(text, starts)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Templates: turns -> pieces of text with their roles
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+DATE = datetime.date(2024, 7, 26)  # for templates that tell the date: training and asking must read alike
 THOUGHTS_END = "</think>"  # what stands before it in an answer are thoughts
 
 
@@ -264,7 +210,7 @@ def chat(tokenizer) -> Form:
     def cut(*messages, **how) -> list:
         """The texts between our words in a rendered chat, from its begin to its end."""
         chat = [{"role": role, "content": text} for role, text in messages]
-        how = {"enable_thinking": False} | how
+        how = {"enable_thinking": False, "strftime_now": DATE.strftime} | how
         text = tokenizer.apply_chat_template(chat, tokenize=False, **how)
         if bos_ids(tokenizer):  # `tokenise` writes BOS
             text = text.removeprefix(tokenizer.bos_token)

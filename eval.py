@@ -34,6 +34,7 @@ from benchmarks.score import in_words, measures, score_floors, scores_and_errors
 from plumbing.files import named, read_json, read_text, resolve_model
 from plumbing.ranks import choose_dtype, command, on_every_rank, rank, say, start_ranks, world_size
 from projector import VLM
+from plumbing.tokenizer import check_vocabulary, load_tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -54,8 +55,8 @@ def load_run(folder, device) -> tuple:
         if template not in ("plain", "v1", "chat"):
             raise ValueError(f"template is {template!r}")
     vlm = VLM.from_pretrained(folder, dtype, device)
-    tokenizer = data.load_tokenizer(vlm.sources["llm"])
-    data.check_vocabulary(tokenizer, vlm.llm.config.vocab_size)  # another LLM's would make nonsense, quietly
+    tokenizer = load_tokenizer(vlm.sources["llm"])
+    check_vocabulary(tokenizer, vlm.llm.config.vocab_size)  # another LLM's would make nonsense, quietly
     if template == "plain":
         # The template of a LLaVA folder takes pictures in another form than our marker.
         is_llava = str(config.get("model_type")).startswith("llava")

@@ -30,6 +30,7 @@ from llm import LLM, LLMConfig
 from projector import VLM
 from running.options import Config
 from train import DataParallelAdamW, learning_rate
+from plumbing.tokenizer import load_tokenizer
 from vit import ViT, ViTConfig
 
 TINY_VIT = ViTConfig(image_size=toy_world.IMAGE_SIZE, patch_size=8, hidden_size=96, intermediate_size=384,
@@ -59,7 +60,7 @@ def pretrain_vit(folder: Path, seed: int, sees_text: bool = True, steps: int = 1
     torch.manual_seed(seed)
     rng = random.Random(seed)
     scenes = toy_world.scenes()["train"]
-    tokenizer = data.load_tokenizer(folder.parent / "tiny-llm")
+    tokenizer = load_tokenizer(folder.parent / "tiny-llm")
     vit = ViT(TINY_VIT, feature_layer=-1)
     word_vectors = nn.EmbeddingBag(len(tokenizer), 96)
     to_image = nn.Linear(96, 96)
@@ -113,7 +114,7 @@ def pretrain_llm(folder: Path, seed: int, most: int = 600, steps=(150, 500, 600)
     rng = random.Random(seed)
     scenes = toy_world.scenes()["train"]
     toy_world.write_tokenizer(folder)
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     llm = LLM(LLMS[folder.name])
     init_wide(llm)
     optimizer = DataParallelAdamW(llm.parameters(), clip=1.0, betas=(0.9, 0.98))
@@ -254,7 +255,7 @@ def judge(folder: Path) -> dict:
     scores = {}
     for name in LLMS:
         vlm = VLM.from_towers(folder / "tiny-vit", folder / name, "linear").eval()
-        tokenizer = data.load_tokenizer(folder / name)
+        tokenizer = load_tokenizer(folder / name)
         for form in PARSERS:
             scores[f"{name} {form}"] = text_accuracy(vlm, tokenizer, form)
     for name in VITS:

@@ -24,6 +24,7 @@ import losses
 from benchmarks.score import percent
 from lab import errors_in_one_line, parser_of
 from plumbing.files import resolve_model, whole
+from running.records import load_records
 
 
 def micro_batches(vlm, tokenizer, records, images, batch: int = 64):
@@ -48,7 +49,7 @@ def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000) -> 
     benchmarks = Path(config.get("benchmarks") or "")
     file = file or benchmarks / "captions.json"
     images = images or benchmarks / "images"
-    records = data.load_records(file, "align")
+    records = load_records(file, "align")
     records = [records[i] for i in range(min(limit, len(records)))]
     image, text, keys, tokens = [], [], [], []
     for m in micro_batches(vlm, tokenizer, records, images):

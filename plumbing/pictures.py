@@ -6,44 +6,57 @@ import glob
 import io
 import math
 import os
+import unicodedata
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from plumbing.files import named
 
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a PNG may hold long texts: viewers show it
+SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 MAX_PIXELS = 178_956_970  # Pillow's own limit. A larger picture may be a bomb, and takes gigabytes
 
 
 def existing(path: Path) -> Path:
-    """The path, or a file of the same stem if it is missing: OCR-VQA's .gif files are often kept as .jpg."""
+    """The path. If it is missing: the one picture beside it with the same stem, or its name in another
+    Unicode form.
+
+    OCR-VQA's .gif files are often kept as .jpg. macOS writes an accent as a letter and a sign.
+    """
     if path.is_file() or not path.stem:
         return path
-    others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
-    return next((other for other in others if other.is_file()), path)
+    for form in ("NFC", "NFD"):
+        other = path.with_name(unicodedata.normalize(form, path.name))
+        if other.is_file():
+            return other
+    others = []
+    for other in path.parent.glob(f"{glob.escape(path.stem)}.*"):
+        if other.stem == path.stem and other.suffix.lower() in SUFFIXES:  # x.mask.png is no x.jpg
+            others.append(other)
+    return others[0] if len(others) == 1 else path
 
 
 def find_image(folder, name: str) -> Path:
     """Where the picture that a record names lies.
 
-    ValueError for a name that leads out of the folder, by itself or by a link: else the author of a record
-    could have any file of this machine read.
-    """
-    path = existing(Path(folder, name))
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+    ValueError for a name that leads out of the folder: else the author of a record could have any file of
+    this machine read. A link in the folder may lead out: whoever has the pictures made it. """
+    path = Path(os.path.normpath(Path(folder, name)))
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
         raise ValueError(f"{name!r} leads out of the folder of images, {folder}")
-    return path
+    return existing(path)
 
 
 def load_image(source) -> Image.Image:
     """The RGB picture at a path, or in `bytes` (a picture file in base64), as a viewer shows it.
 
     LLaVA's own code calls `convert("RGB")` and no more. We differ from it if the camera was held sideways
-    (EXIF), if a grey has more than 8 bits (it would turn white), and if the ground is transparent (ours is
-    white; a black drawing would turn black on black). An error names the file.
-    """
+    (EXIF), if there is another colour profile than sRGB, if a grey has more than 8 bits (it would turn
+    white), and if the ground is transparent (ours is white; a black drawing would turn black on black). An
+    error names the file. """
     name = "in base64"
     if not isinstance(source, bytes):
         name = existing(Path(source))
@@ -58,11 +71,24 @@ def load_image(source) -> Image.Image:
                 raise ValueError(f"{image.width} x {image.height} pixels; raise plumbing/pictures.py's "
                                  f"MAX_PIXELS, {MAX_PIXELS}, for files that you trust")
             image.load()
-            picture = to_rgb(image)
+            picture = to_rgb(in_srgb(image))
             picture.info = {}  # of the EXIF data only the orientation, and only if it is not damaged
             with contextlib.suppress(Exception):
                 picture.getexif()[0x0112] = image.getexif().get(0x0112, 1)
             return ImageOps.exif_transpose(picture)
+
+
+def in_srgb(image: Image.Image) -> Image.Image:
+    """The picture with its colour profile applied, as a viewer does. Without a profile it is sRGB already."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "CMYK", "L"):
+        return image
+    with contextlib.suppress(Exception):  # a damaged profile, or a Pillow without ImageCms
+        from PIL import ImageCms
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" not in ImageCms.getProfileDescription(profile):
+            return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

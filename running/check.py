@@ -13,8 +13,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import (IGNORE, IMAGE, TEMPLATES, Conversations, clean_turns, expand, find_image, find_problem,
-                  load_image, load_tokenizer, special_names, tidy)
-from plumbing.files import named, read_json, whole
+                  load_image, tidy)
+from plumbing.files import named, whole
+from plumbing.tokenizer import load_tokenizer, special_names
+from running.records import parse_records
 
 LOOKS_SPECIAL = r"</?s>|<(unk|pad|bos|eos|image)>|<\|[^<>|]*\|>|\[/?INST\]"  # in most tokenizers
 
@@ -24,9 +26,7 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
     """Print what is wrong with the records of a file, write those that are good. Returns how many are bad."""
     if min(image_tokens, max_length) < 1:
         raise ValueError("--image_tokens and --max_length must be at least 1")
-    records = read_json(file)
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{file}: not a JSON list of records")
+    records = parse_records(file)
     template = template or ("plain" if stage == "align" else "v1")
     tokenizer = load_tokenizer(llm) if llm else None
     pattern = f"{special_names(tokenizer) if llm else LOOKS_SPECIAL}|{IMAGE}"

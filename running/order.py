@@ -20,6 +20,8 @@ from tqdm import tqdm
 import data
 from plumbing.files import named
 from plumbing.ranks import on_every_rank, rank, say, world_size
+from plumbing.tokenizer import check_vocabulary, load_tokenizer
+from running.records import load_records
 
 CHUNK = 512  # records whose tokens are counted at once
 
@@ -27,8 +29,8 @@ CHUNK = 512  # records whose tokens are counted at once
 def load_samples(config, vlm):
     """The records of this stage. ValueError for a tokenizer, or words of a prompt, that the LLM does not
     know."""
-    tokenizer = data.load_tokenizer(config.llm)
-    data.check_vocabulary(tokenizer, vlm.llm.config.vocab_size)
+    tokenizer = load_tokenizer(config.llm)
+    check_vocabulary(tokenizer, vlm.llm.config.vocab_size)
     prompts = data.PROMPTS.get(config.prompt) or config.prompt.split(" | ")
     with named("--prompt"):
         words = tokenizer(" ".join(prompts), add_special_tokens=False).input_ids
@@ -38,7 +40,7 @@ def load_samples(config, vlm):
     if config.contrastive not in ("prompt", "both"):
         after_caption = None
     is_pairs = config.template == "plain" or config.contrastive != "none"
-    records = data.load_records(config.annotations, "align" if is_pairs else None)
+    records = load_records(config.annotations, "align" if is_pairs else None)
     return data.Conversations(records, config.images, tokenizer, config.template, vlm.vit.config, config.fit,
                               (after_image, after_caption), config.cache)
 

@@ -26,6 +26,7 @@ import bench_transformers
 import data
 import train
 from train import Config
+from running.records import load_records
 import plumbing.ranks as plumbing_ranks
 
 WORLD, BATCH, STEPS, IMAGE = 8, 128, 200, 576
@@ -108,7 +109,7 @@ def main():
         return measure()
     show("log-normal text + 576", *log_normal(30000))
     for file in sys.argv[1:]:
-        sizes = data.load_records(file).sizes
+        sizes = load_records(file).sizes
         show(Path(file).name, sizes[:, 0] / 4.4 + 10 * sizes[:, 1], sizes[:, 2] > 0)
 
 

@@ -26,6 +26,7 @@ import transformers
 import data
 from lab import toy_world
 from plumbing.ranks import leave_ranks
+from plumbing.tokenizer import load_tokenizer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -63,7 +64,7 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(llama_folder):
     """The toy world's."""
-    return data.load_tokenizer(llama_folder)
+    return load_tokenizer(llama_folder)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ import data
 from data import ANSWER, CONTEXT, END, IMAGE_MARKER
 from lab import toy_world
 from train import Config
+from plumbing.tokenizer import check_vocabulary
+from running.records import load_records
 from vit import ViTConfig
 
 TOWER = ViTConfig(image_size=32, patch_size=8)  # CLIP's normalisation
@@ -224,7 +226,7 @@ def test_plain_takes_two_turns_with_an_image():
 
 
 def test_supervised_ids_decode_to_the_answers(toy, tokenizer):
-    for sample in data.load_records(toy / "instruct.json"):
+    for sample in load_records(toy / "instruct.json"):
         ids, roles = data.tokenise(data.v1(data.clean_turns(sample), tokenizer), tokenizer, "image" in sample)
         assert tokenizer.unk_token_id not in ids
         said = tokenizer.decode([i for i, role in zip(ids, roles) if role != CONTEXT])
@@ -273,7 +275,7 @@ def test_image_marker_moves_to_the_front():
 def test_bad_records_are_named(tmp_path, bad, message):
     (tmp_path / "d.json").write_text(json.dumps([TEXT, bad]))
     with pytest.raises(ValueError, match=f"d.json: record 1 .*{message}"):
-        data.load_records(tmp_path / "d.json")
+        load_records(tmp_path / "d.json")
 
 
 @pytest.mark.parametrize("part", [1, 7, 10**6])
@@ -284,7 +286,7 @@ def test_records_stay_on_disk_and_are_what_json_reads(tmp_path, monkeypatch, sty
                record("q", "ü" * 50, "<image>", "a", image="x")]
     (tmp_path / "d.json").write_text(f" {json.dumps(written, **style)}\n", encoding="utf-8")
     monkeypatch.setattr(data, "scan_list", partial(data.scan_list, part=part))
-    records = pickle.loads(pickle.dumps(data.load_records(tmp_path / "d.json")))
+    records = pickle.loads(pickle.dumps(load_records(tmp_path / "d.json")))
     assert list(records) == written and records[-1] == written[3] and records[1:3] == written[1:3]
     assert records.sizes.tolist()[2:] == [[len("two\n wordsb"), 2, 0, 0], [59, 4, 1, 165]]
     assert records.sizes[1, 2:].tolist() == [1, 0] and len(records) == 4
@@ -297,18 +299,18 @@ def test_records_stay_on_disk_and_are_what_json_reads(tmp_path, monkeypatch, sty
 def test_what_is_no_list_of_records_is_refused(tmp_path, text, message):
     (tmp_path / "d.json").write_text(text)
     with pytest.raises(ValueError, match=f"d.json: .*({message})"):
-        data.load_records(tmp_path / "d.json")
+        load_records(tmp_path / "d.json")
 
 
 def test_what_stands_behind_the_list_is_refused(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([TEXT]) + " [1]")
     with pytest.raises(ValueError, match="d.json: not JSON: Extra data"):
-        data.load_records(tmp_path / "d.json")
+        load_records(tmp_path / "d.json")
 
 
 def test_lengths_come_near_the_tokens(toy, tokenizer):
     """Estimated from a few records, of rows with and without an image; never above the limit."""
-    samples = data.Conversations(data.load_records(toy / "instruct.json"), toy / "images", tokenizer, "v1",
+    samples = data.Conversations(load_records(toy / "instruct.json"), toy / "images", tokenizer, "v1",
                                  TOWER, "pad")
     lengths, tokens = samples.lengths(16, 2048, samples=10), []
     for i in range(len(samples)):
@@ -377,9 +379,9 @@ def test_prompts_are_not_cut(tokenizer):
 
 
 def test_another_llms_tokenizer_is_refused(tokenizer):
-    data.check_vocabulary(tokenizer, toy_world.VOCABULARY)
+    check_vocabulary(tokenizer, toy_world.VOCABULARY)
     with pytest.raises(ValueError, match="ids up to 81, the LLM has 80 embeddings"):
-        data.check_vocabulary(tokenizer, 80)
+        check_vocabulary(tokenizer, 80)
 
 
 def test_equal_captions_have_equal_keys():
@@ -662,4 +664,4 @@ def test_check_lists_faults_and_writes_a_clean_list(toy, tmp_path, monkeypatch, 
     assert end.value.code == 1
     assert "record 1" in printed and "gone.png" in printed and "record 2" in printed
     assert "2 of 4 records are good" in printed
-    assert len(data.load_records(tmp_path / "d.clean.json")) == 2
+    assert len(load_records(tmp_path / "d.clean.json")) == 2

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 from lab import toy_world
+from plumbing.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden" / "ids.json"
@@ -220,7 +221,7 @@ def unigram():
 def toy(template=None):
     with tempfile.TemporaryDirectory() as folder:
         toy_world.write_tokenizer(folder)
-        tokenizer = data.load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = template
     return tokenizer
 

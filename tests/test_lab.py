@@ -27,6 +27,8 @@ from lab import answers, compare, pretrain, report, score, spaces, toy_world, wo
 from llm import LLM
 from plumbing.ranks import start_ranks
 from projector import VLM
+from plumbing.tokenizer import load_tokenizer
+from running.records import load_records
 from vit import ViT
 
 TOWERS = ROOT / "lab/towers"
@@ -44,7 +46,7 @@ def world(tmp_path_factory):
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     toy_world.write_tokenizer(folder)
-    return data.load_tokenizer(folder)
+    return load_tokenizer(folder)
 
 
 # ---- the toy world -----------------------------------------------------------------------------------------
@@ -123,13 +125,13 @@ def test_splits_are_disjoint():
 def test_instructions_hold_no_multiple_choice(world):
     text = (world / "instruct.json").read_text()
     assert "A. " not in text and "The answer is" not in text and SHORT_ANSWER.strip() in text
-    records = data.load_records(world / "instruct.json")
+    records = load_records(world / "instruct.json")
     assert sum("image" not in record for record in records) == len(records) // 10
 
 
 def test_files_hold_valid_records(world):
     for name in ("align", "instruct", "text", "captions"):
-        for record in data.load_records(world / f"{name}.json"):  # which refuses others
+        for record in load_records(world / f"{name}.json"):  # which refuses others
             assert "image" not in record or (world / "images" / record["image"]).is_file()
 
 
@@ -167,7 +169,7 @@ def kept_vlm():
 @pytest.mark.parametrize("form", ["choice", "yes_no"])
 def test_the_kept_llm_answers_about_scenes_told_in_words(kept_vlm, form):
     """About unseen scenes; 99.75 and 100 % of 400 questions, here of 100."""
-    accuracy = pretrain.text_accuracy(kept_vlm, data.load_tokenizer(TOWERS / "tiny-llm"), form, count=100)
+    accuracy = pretrain.text_accuracy(kept_vlm, load_tokenizer(TOWERS / "tiny-llm"), form, count=100)
     print(form, accuracy)
     assert accuracy >= 97
 
@@ -326,9 +328,9 @@ def test_the_command_refuses_in_one_line(tmp_path):
 
 
 def test_held_out_captions_one_at_a_time(world, clip_folder, llama_folder):
-    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), data.load_tokenizer(llama_folder)
+    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), load_tokenizer(llama_folder)
     found = score.captions(vlm, tokenizer, {}, world)
-    samples = data.Conversations(data.load_records(world / "captions.json"), world / "images", tokenizer,
+    samples = data.Conversations(load_records(world / "captions.json"), world / "images", tokenizer,
                                  "plain", vlm.vit.config, "crop")
     nats = tokens = 0
     for i in range(len(samples)):
@@ -343,7 +345,7 @@ def test_held_out_captions_one_at_a_time(world, clip_folder, llama_folder):
 
 def test_the_pointing_game_finds_the_patch_that_is_the_word(clip_folder, llama_folder, tmp_path, monkeypatch):
     """Patches of which one is made the word itself: it is found in each quarter, and nowhere else."""
-    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), data.load_tokenizer(llama_folder)
+    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), load_tokenizer(llama_folder)
     word = vlm.llm.embed(torch.tensor(tokenizer("red", add_special_tokens=False).input_ids))[0]
     places, records, pictures = {0: 5, 1: 2, 2: 12, 3: 15}, [], {}  # quarter: a patch of 4 x 4 in it
     (tmp_path / "images").mkdir()
@@ -429,7 +431,7 @@ def test_retrieval_counts_equal_captions_once_and_any_of_their_pictures():
 
 
 def test_word_maps_are_cosines_in_reading_order(clip_folder, llama_folder):
-    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), data.load_tokenizer(llama_folder)
+    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), load_tokenizer(llama_folder)
     picture = Image.effect_noise((32, 32), 90).convert("RGB")
     maps = spaces.word_maps(vlm, tokenizer, picture, "a red circle")
     assert list(maps) == ["a", "red", "circle"] and maps["a"].shape == (4, 4)

@@ -15,6 +15,7 @@ import data
 from lab import toy_world
 from plumbing.llava import our_name, their_name
 from projector import IMAGE_TOKEN_ID, VLM, build_projector
+from plumbing.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -174,7 +175,7 @@ def test_run_directory_round_trip(vlm, tmp_path, with_llm):
     assert torch.equal(again(ids, pixels), vlm(ids, pixels))
     assert again.template == "chat"
     assert (tmp_path / "llm" / "tokenizer.json").exists() == with_llm
-    assert (data.load_tokenizer(again.sources["llm"]).chat_template) == "a template"
+    assert (load_tokenizer(again.sources["llm"]).chat_template) == "a template"
     assert not with_llm or again.sources["llm"] == str(tmp_path / "llm")
 
 
@@ -330,7 +331,7 @@ def test_the_exported_processor_makes_the_ids_that_our_data_path_makes(exported)
         num_additional_image_tokens=settings["num_additional_image_tokens"])
     question = "<image>\nWhat color is the shape?"
     expected = processor(images=Image.new("RGB", (40, 40)), text=question, return_tensors="pt")
-    ids, roles = data.tokenise([(question, data.CONTEXT)], data.load_tokenizer(vlm.sources["llm"]), True)
+    ids, roles = data.tokenise([(question, data.CONTEXT)], load_tokenizer(vlm.sources["llm"]), True)
     sample = {"ids": ids, "roles": roles, "pixels": torch.zeros(3, 32, 32), "name": ""}
     ours = data.collate([sample], 16, theirs.config.image_token_index, 0, 32)
     assert expected.input_ids.tolist() == ours["ids"].tolist()

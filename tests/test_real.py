@@ -19,6 +19,8 @@ import data
 from benchmarks import scienceqa
 from lab import emoji_world, toy_world
 from llm import LLM
+from plumbing.tokenizer import load_tokenizer
+from running.records import load_records
 from vit import ViT, load_vit_config
 
 pytestmark = pytest.mark.real
@@ -42,7 +44,7 @@ def test_greedy_answers_equal_transformers(smollm2):
     """Ten prompts, token for token: each alone and all in one left-padded batch, with the cache; the first
     also without."""
     theirs = transformers.LlamaForCausalLM.from_pretrained(smollm2).eval()
-    ours, tokenizer = LLM.from_pretrained(smollm2), data.load_tokenizer(smollm2)
+    ours, tokenizer = LLM.from_pretrained(smollm2), load_tokenizer(smollm2)
     rows, expected = [], []
     for prompt in PROMPTS:
         ids, _ = data.tokenise(data.chat([("human", prompt)], tokenizer), tokenizer, False)
@@ -66,7 +68,7 @@ def test_greedy_answers_equal_transformers(smollm2):
 
 def test_its_chat_template_ends_answers(smollm2):
     """Two rounds: of each answer the words are learned, then the end token."""
-    tokenizer = data.load_tokenizer(smollm2)
+    tokenizer = load_tokenizer(smollm2)
     turns = [("human", "What is it?"), ("gpt", "a lizard"), ("human", "And this?"), ("gpt", "a pear")]
     ids, roles = data.tokenise(data.chat(turns, tokenizer), tokenizer, False)
     learned = [token for token, role in zip(ids, roles) if role != data.CONTEXT]
@@ -106,7 +108,7 @@ def test_the_emoji_world_has_its_sizes(emoji):
     sizes = {split: len(concepts) for split, concepts in splits.items()}
     assert sizes == {"unseen": 300, "val": 100, "train": 1011}
     for name, count in (("align", 4016), ("instruct", 4016), ("captions", 300), ("align-heldout", 1193)):
-        assert len(data.load_records(emoji / f"{name}.json")) == count
+        assert len(load_records(emoji / f"{name}.json")) == count
     assert len(scienceqa.load(emoji / "ScienceQA")) == 600
 
 

@@ -36,6 +36,8 @@ from test_train import HERE, called, how_it_ends, log_of, script, start, trained
 from test_train import world  # noqa: F401 (a fixture)
 from vit import ViT, ViTConfig, load_vit_config
 from plumbing.weights import read_shard, read_weights
+from plumbing.tokenizer import check_vocabulary, load_tokenizer
+from running.records import load_records
 
 CPU = torch.device("cpu")
 
@@ -178,8 +180,8 @@ def bad_records(folder, rng, images, tokenizer_folder):
 
 
 def read_all(file, images, tokenizer_folder):
-    tokenizer = data.load_tokenizer(tokenizer_folder)
-    samples = data.Conversations(data.load_records(file), images, tokenizer, "v1", TOWER, "pad")
+    tokenizer = load_tokenizer(tokenizer_folder)
+    samples = data.Conversations(load_records(file), images, tokenizer, "v1", TOWER, "pad")
     return data.collate([samples[i] for i in range(len(samples))], 16, -200, 0, 32, 200)
 
 
@@ -218,7 +220,7 @@ def bad_json(folder, rng):
     for number, content in enumerate(contents):
         file = folder / f"{number}.json"
         file.write_bytes(content)
-        for function in (data.load_records, lambda f: scienceqa_bench.load(scienceqa(f))):
+        for function in (load_records, lambda f: scienceqa_bench.load(scienceqa(f))):
             how, value = outcome(function, file)
             yield how, value, how == "line" and (str(file) in value or "problems.json" in value)
 
@@ -316,8 +318,8 @@ def bad_configs(folder, rng, vlm, clip_folder, llama_folder):
     sources = {
         "vit": (clip_folder, "config.json", lambda f: ViT(load_vit_config(f))),
         "llm": (llama_folder, "config.json", load_llm_config),
-        "tokenizer": (llama_folder, "tokenizer_config.json", data.load_tokenizer),
-        "tokens": (llama_folder, "tokenizer.json", data.load_tokenizer),
+        "tokenizer": (llama_folder, "tokenizer_config.json", load_tokenizer),
+        "tokens": (llama_folder, "tokenizer.json", load_tokenizer),
     }
     for kind, (source, name, load) in sources.items():
         shutil.copytree(source, folder / kind)
@@ -499,7 +501,7 @@ def test_check_lists_whatever_a_decoder_raises_and_goes_on(tmp_path, toy, monkey
         capsys, monkeypatch, file, tmp_path, "--llm", ROOT / "lab/towers/tiny-llm"
     )
     assert status == 1 and "1 of 6 records are good" in printed
-    assert len(data.load_records(tmp_path / "d.clean.json")) == 1
+    assert len(load_records(tmp_path / "d.clean.json")) == 1
     for part in (
         "14000 x 14000 pixels; raise data.py's MAX_PIXELS",
         "runtime.png: not a readable image: RuntimeError: dec",
@@ -508,7 +510,7 @@ def test_check_lists_whatever_a_decoder_raises_and_goes_on(tmp_path, toy, monkey
         "record 5 (id 'r'): TypeError",
     ):
         assert part in printed
-    samples = data.Conversations(data.load_records(file), tmp_path, llama2(False), "v1", TOWER, "pad")
+    samples = data.Conversations(load_records(file), tmp_path, llama2(False), "v1", TOWER, "pad")
     for number in range(1, 6):
         with pytest.raises(ValueError, match="^record 'r': [^\n]*$"):
             samples[number]
@@ -624,7 +626,7 @@ def test_an_image_lies_in_its_folder(tmp_path, monkeypatch, capsys, name):
     assert (
         f"record 2 (id 'r'): {name!r} leads out" in printed or "no such image" in printed and "loop" in name
     )
-    samples = data.Conversations(data.load_records(file), images, llama2(False), "v1", TOWER, "pad")
+    samples = data.Conversations(load_records(file), images, llama2(False), "v1", TOWER, "pad")
     assert samples[0]["pixels"].shape == (3, 32, 32)
     with pytest.raises(ValueError, match="record 'r': .*(leads out of|no such image)"):
         samples[2]
@@ -633,7 +635,7 @@ def test_an_image_lies_in_its_folder(tmp_path, monkeypatch, capsys, name):
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
 def test_pipes_and_folders_are_no_files(tmp_path, make):
     """A pipe would be waited for."""
-    for name, read in (("x.png", data.load_image), ("x.json", data.load_records)):
+    for name, read in (("x.png", data.load_image), ("x.json", load_records)):
         make(tmp_path / name)
         with limited(5), pytest.raises((OSError, ValueError), match=f"{name}: (no such image|not a file)"):
             read(tmp_path / name)
@@ -649,7 +651,7 @@ def test_no_code_of_a_folder_is_run(tmp_path, llama_folder, clip_folder):
         content = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(content | {"auto_map": classes, "tokenizer_class": "Evil"}))
     with limited(10):  # to ask, and wait for an answer, would be too long
-        for load in (data.load_tokenizer, load_llm_config):
+        for load in (load_tokenizer, load_llm_config):
             outcome(load, folder)
         outcome(lambda: VLM.from_towers(clip_folder, folder).export(tmp_path / "out"))
     torch.save({"a": os.system}, tmp_path / "pytorch_model.bin")
@@ -705,7 +707,7 @@ def test_ids_without_a_row_are_text(is_special, tmp_path):
     tokenizer = llama2(False)
     rows = max(tokenizer.get_vocab().values()) + 1
     tokenizer.add_tokens(["<image>", "<video>"], special_tokens=is_special)
-    data.check_vocabulary(tokenizer, rows)
+    check_vocabulary(tokenizer, rows)
     for text in ("What is <image>?", "<video>", "<image>"):
         ids, _ = data.tokenise(data.v1([("human", text), ("gpt", text)], tokenizer), tokenizer, False)
         assert max(ids) < rows and text in tokenizer.decode(ids)
@@ -811,7 +813,7 @@ def test_an_image_may_be_null_empty_or_a_list_of_one(tmp_path, monkeypatch, caps
     file = write_records(tmp_path / "d.json", record(text, "red", image=image))
     status, printed = check_command(capsys, monkeypatch, file, tmp_path)
     assert status == 0 and "1 of 1 records are good" in printed
-    (loaded,) = data.load_records(file)
+    (loaded,) = load_records(file)
     assert loaded.get("image") == found
     sample = data.Conversations([loaded], tmp_path, llama2(False), "v1", TOWER, "pad")[0]
     assert (sample["pixels"] is not None) == bool(found)
@@ -820,7 +822,7 @@ def test_an_image_may_be_null_empty_or_a_list_of_one(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("image", [["a.png", "b.png"], 5, {"x": 1}, [5], True, [["a.png"]]])
 def test_other_images_are_refused(tmp_path, image):
     with pytest.raises(ValueError, match="not a file name"):
-        data.load_records(write_records(tmp_path / "d.json", record("<image>\nq", "a", image=image)))
+        load_records(write_records(tmp_path / "d.json", record("<image>\nq", "a", image=image)))
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, llama_folder):
@@ -828,7 +830,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, llama_folder):
     content = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(content | {"eos_token": None}))
     with pytest.raises(ValueError, match="names no end token"):
-        data.load_tokenizer(folder)
+        load_tokenizer(folder)
 
 
 # ---- 3: a resumed run knows what it is made of -------------------------------------------------------------
@@ -1177,7 +1179,7 @@ def test_an_exported_folder_has_our_prompts(name, template, clip_folder, llama_f
             vocab_size=size, eos_token_id=tokenizer.eos_token_id, max_position_embeddings=1024
         )
         shaken(transformers.LlamaForCausalLM(config)).save_pretrained(folder)
-    tokenizer, vlm = data.load_tokenizer(folder), VLM.from_towers(clip_folder, folder).eval()
+    tokenizer, vlm = load_tokenizer(folder), VLM.from_towers(clip_folder, folder).eval()
     vlm.template = template
     vlm.export(tmp_path / "out")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
@@ -1230,7 +1232,7 @@ def test_a_turn_may_end_with_another_token_than_the_tokenizers(monkeypatch, clip
     monkeypatch.setattr(
         vlm.llm, "generate", lambda *args, **how: ends.append(how["end_tokens"]) or generate(*args, **how)
     )
-    evaluation.ask(vlm, data.load_tokenizer(tmp_path), [{"id": 1, "prompt": "?", "image": None}], "chat", 2)
+    evaluation.ask(vlm, load_tokenizer(tmp_path), [{"id": 1, "prompt": "?", "image": None}], "chat", 2)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends[0]
 
 
@@ -1396,7 +1398,7 @@ def test_a_byte_order_mark_is_no_part_of_the_records(tmp_path, toy):
     content = json.dumps([TEXT, record("q", "é"), TEXT], ensure_ascii=False)
     file.write_text(f"\ufeff{content}", encoding="utf-8")
     assert outcome(data.check, file, toy) == ("fine", 0)
-    assert data.load_records(file)[:] == [TEXT, record("q", "é"), TEXT]
+    assert load_records(file)[:] == [TEXT, record("q", "é"), TEXT]
 
 
 def test_a_transparent_grey_of_sixteen_bits_is_white(tmp_path):
@@ -1477,7 +1479,7 @@ def test_a_resumed_runs_own_files_are_named(world, tmp_path):
 def test_a_chat_template_that_fails_names_its_folder(tmp_path, clip_folder, llama_folder, template):
     folder = shutil.copytree(llama_folder, tmp_path / "llm")
     (folder / "chat_template.jinja").write_text(template)
-    vlm, tokenizer = VLM.from_towers(clip_folder, folder), data.load_tokenizer(folder)
+    vlm, tokenizer = VLM.from_towers(clip_folder, folder), load_tokenizer(folder)
     assert tokenizer.chat_template == template
     refused(evaluation.ask, vlm, tokenizer, [{"id": 1, "prompt": "?", "image": None}], "chat", name=folder)
     refused(vlm.export, tmp_path / "out", name=folder)

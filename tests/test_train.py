@@ -38,6 +38,7 @@ from lab import toy_world
 from llm import LLM, checkpointed, load_llm_config
 from projector import IMAGE_TOKEN_ID, VLM
 from train import Config, DataParallelAdamW
+from plumbing.tokenizer import load_tokenizer
 from vit import load_vit_config
 
 CPU = torch.device("cpu")
@@ -518,7 +519,7 @@ def three_steps(rank, world, folders, options, micro, shard=False, text_only=())
     learning = [p for p in [*vlm.parameters(), *scales.double().parameters()] if p.requires_grad]
     optimizer = Recorder(learning, shard=shard)
     template, share = "plain" if config.stage == "align" else "v1", 8 // world
-    samples = conversation_samples(data.load_tokenizer(folders[1]), template, text_only)
+    samples = conversation_samples(load_tokenizer(folders[1]), template, text_only)
     if isinstance(micro, int):
         mine = samples[rank * share : (rank + 1) * share]
         batches = [collated(mine[i : i + micro]) for i in range(0, share, micro)]
@@ -604,7 +605,7 @@ def linear_vlm(clip_folder, llama_folder):
 def test_the_image_vector_knows_the_prompt_and_not_the_caption(linear_vlm, llama_folder):
     """Other captions of other lengths after the same picture and prompt: the same vector; another prompt:
     another."""
-    tokenizer, pixels, vectors = data.load_tokenizer(llama_folder), torch.randn(3, 32, 32), {}
+    tokenizer, pixels, vectors = load_tokenizer(llama_folder), torch.randn(3, 32, 32), {}
     long = "the picture has a large " * 3
     for prompt, caption in (("Describe the picture.", "a red ring"), ("Describe the picture.", long),
                             ("What size is it?", "a red ring"), ("", "a red ring"), ("", "blue")):
@@ -621,7 +622,7 @@ def test_the_image_vector_knows_the_prompt_and_not_the_caption(linear_vlm, llama
 
 @pytest.mark.parametrize("rows", [slice(None), slice(3, 4)], ids=["among others", "alone, with a dummy"])
 def test_the_contrastive_loss_needs_an_image_with_each_caption(linear_vlm, llama_folder, rows):
-    samples = conversation_samples(data.load_tokenizer(llama_folder), "v1", text_only=(3,))[rows]
+    samples = conversation_samples(load_tokenizer(llama_folder), "v1", text_only=(3,))[rows]
     optimizer = DataParallelAdamW(linear_vlm.projector.parameters())
     with pytest.raises(ValueError, match="a record here has none"):
         train.train_step(linear_vlm, {"patch": losses.ContrastiveTerm()}, optimizer, [collated(samples)],
@@ -631,7 +632,7 @@ def test_the_contrastive_loss_needs_an_image_with_each_caption(linear_vlm, llama
 def first_steps(vlm, folder, steps=1, **options):
     """(log lines, gradient of the projector in the last step) of steps on one batch of captions."""
     config = Config(stage="align", batch=8, **options)
-    batch = collated(conversation_samples(data.load_tokenizer(folder), "plain"))
+    batch = collated(conversation_samples(load_tokenizer(folder), "plain"))
     vlm = train.choose_learning(config, copy.deepcopy(vlm))
     terms = nn.ModuleDict({name: losses.ContrastiveTerm(config.contrastive_weight, config.contrastive_balance)
                            for name in losses.CONTRASTIVE[config.contrastive]})
@@ -644,7 +645,7 @@ def first_steps(vlm, folder, steps=1, **options):
 def test_the_log_shows_the_gradients_at_the_cut(linear_vlm, llama_folder, contrastive):
     """Norms, ratio and cosine against gradients taken one loss at a time."""
     (line,), _ = first_steps(linear_vlm, llama_folder, contrastive=contrastive, contrastive_weight=0.7)
-    m = collated(conversation_samples(data.load_tokenizer(llama_folder), "plain"))
+    m = collated(conversation_samples(load_tokenizer(llama_folder), "plain"))
     cut = linear_vlm.encode(m["pixels"]).detach().requires_grad_()
     loss, state = losses.caption_pass(linear_vlm, m, cut)
     scale, vectors = losses.ContrastiveTerm()(), {"patch": losses.patch_vectors(linear_vlm, [m], [cut])}
@@ -667,7 +668,7 @@ def test_the_log_shows_the_gradients_at_the_cut(linear_vlm, llama_folder, contra
 def test_the_last_block_computes_what_the_losses_read(linear_vlm, llama_folder):
     """The positions before the first answer are spared where they are most of the row. Losses and gradients
     are those of all positions."""
-    tokenizer, found = data.load_tokenizer(llama_folder), {}
+    tokenizer, found = load_tokenizer(llama_folder), {}
     for template, n, is_spared in (("plain", 5, True), ("v1", 999, True), ("plain", 999, False)):
         m = collated([sample | {"ids": sample["ids"][:n], "roles": sample["roles"][:n]}
                       for sample in conversation_samples(tokenizer, template)])
@@ -753,7 +754,7 @@ def test_the_clamp_of_the_scale_holds_in_the_optimizer():
 
 
 def test_a_step_without_supervised_tokens_is_an_error(linear_vlm, llama_folder):
-    batch = collated(conversation_samples(data.load_tokenizer(llama_folder), "plain"))
+    batch = collated(conversation_samples(load_tokenizer(llama_folder), "plain"))
     batch["labels"].fill_(data.IGNORE)
     optimizer = DataParallelAdamW(linear_vlm.projector.parameters())
     with pytest.raises(ValueError, match="no token"):
