@@ -232,8 +232,7 @@ class ContrastiveTerm(nn.Module):
         ]
 
     def weight(self) -> float:
-        """What this loss is multiplied with. Both averages start at 0, so their ratio is right from the
-        first."""
+        """What this loss is multiplied with. Both averages start at 0: their ratio is right from the start."""
         generative, own = self.squares
         if self.share and own:
             return self.share * math.sqrt(generative / own)
@@ -274,55 +273,12 @@ def measure(sums: dict, terms, loss_scale: float):
 
 @torch.no_grad()
 def weighted_sum(at_cut: dict, weights: dict) -> list:
-    """The gradient of the weighted sum of all losses at the cut, one (I, N, C) for each micro-batch."""
+    """The gradient of the weighted sum of all losses at the cut, one (I, N, C) for each micro-batch.
+
+    A loss without a weight has weight 1.
+    """
     totals = []
     for parts in zip(*at_cut.values()):  # of one micro-batch, from each loss
-        weighted = [weights[name] * part for name, part in zip(at_cut, parts)]
+        weighted = [weights.get(name, 1.0) * part for name, part in zip(at_cut, parts)]
         totals.append(sum(weighted))
     return totals
-
-
-def figures(sums: dict, terms, loss_scale: float, batch: int) -> dict:
-    """The line of the log, from a step's sums over all ranks.
-
-    generative, patch, prompt   the losses, in nats; loss: their weighted sum
-    NAME_retrieval  the part of images whose most similar caption is their own
-    NAME_relative   loss / ln(batch): 1 is what knowing nothing costs
-    NAME_weight     what the loss is multiplied with
-    NAME_grad       norm of the loss's gradient at the cut, as of weight 1
-    NAME_ratio      norm of the weighted gradient over that of the captioning loss's
-    NAME_cosine     between the two gradients
-
-    None stands for what has no value: a float16 step that overflowed, a ratio to nothing.
-    """
-    line = {}
-    for name in ("generative", *terms):
-        for key in (name, f"{name}_retrieval"):
-            if key in sums:
-                line[key] = sums[key]
-        if f"{name}_square" in sums:
-            line[f"{name}_grad"] = math.sqrt(sums[f"{name}_square"]) / loss_scale
-    line["loss"] = line.get("generative", 0.0)
-    for name, term in terms.items():
-        weight = term.weight()
-        if "generative" not in sums:
-            weight = 1.0  # alone, while contrast comes first
-        line[f"{name}_weight"] = weight
-        if name in sums:
-            line["loss"] += weight * sums[name]
-            line[f"{name}_relative"] = ratio(sums[name], math.log(batch))
-        if f"{name}_product" in sums:
-            captioning = line["generative_grad"]
-            own = line[f"{name}_grad"]
-            product = sums[f"{name}_product"] / loss_scale**2
-            line[f"{name}_ratio"] = ratio(weight * own, captioning)
-            line[f"{name}_cosine"] = ratio(product, captioning * own)
-    for key, value in line.items():
-        if value is None or not math.isfinite(value):
-            line[key] = None
-    return line
-
-
-def ratio(a: float, b: float) -> float | None:
-    """a / b, or None."""
-    return a / b if b else None

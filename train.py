@@ -45,7 +45,7 @@ from plumbing.ranks import (all_gather, barrier, caught_signals, choose_dtype, c
 from projector import VLM, find_projector
 from running import checkpoint, features, options, order, plan
 from running.options import Config
-from running.watch import Watch
+from running.watch import Watch, figures
 from vit import ViT, load_vit_config
 
 # ------------------------------------------------------------------------------------------------------------
@@ -481,13 +481,12 @@ def learning_rate(step: int, steps: int, config) -> float:
 def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict:
     """One update from the micro-batches of this rank. Returns the line of the log.
 
-    The gradient is that of one process with the whole batch in one piece. So every loss is divided by a count
-    over all ranks and micro-batches, and a contrastive loss sees the images of all micro-batches at once. The
-    graph is cut behind the projector: each loss leaves its gradient there, the gradients are weighted and
-    added up, and the projector's backward runs once (gradient caching, Gao et al. 2021, arXiv 2101.06983).
+    The gradient is that of one process with the whole batch in one piece: every loss is divided by a count
+    over all ranks and micro-batches, and a contrastive loss sees all their images. The graph is cut behind the
+    projector. Each loss leaves its gradient there, and the projector's backward runs once, for all (gradient
+    caching, Gao et al. 2021, arXiv 2101.06983).
     """
     device = vlm.llm.head_weight.device
-    scale = optimizer.loss_scale
     with_llm = step >= config.contrastive_first  # the first steps: the patch loss alone, without the LLM
     shares = {"tokens": sum(len(m["loss_at"]) for m in micro_batches)}  # this rank's parts of the step's sums
     tokens = sum_over_ranks([shares["tokens"]], device)[0].clamp(min=1)
@@ -502,9 +501,9 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     #    compares what the LLM makes of *all* images of the step, so with it all passes come first.
     passes = (losses.caption_pass(vlm, m, leaf) for m, leaf in zip(micro_batches, leaves) if with_llm)
     states = []
-    if with_llm and "prompt" in terms:
+    if "prompt" in terms:
         passes = list(passes)
-        states = [state for _, state in passes]  # each (B, C)
+        states = [state for _, state in passes]  # each (B, C); none while contrast comes first
 
     # 3. The contrastive losses, over all images and captions, and back: to the cut, or to `states`.
     at_cut = {}  # loss -> its gradient at the cut, (I, N, C) for each micro-batch
@@ -514,18 +513,18 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
         loss, shares[f"{name}_retrieval"] = losses.contrastive_loss(image, text, terms[name](), keys)
         shares[name] = loss.detach()
         reached = states if name == "prompt" else leaves
-        *at_cut[name], at_scale[name] = torch.autograd.grad(scale * loss, [*reached, terms[name].log_scale])
+        ends = [*reached, terms[name].log_scale]
+        *at_cut[name], at_scale[name] = torch.autograd.grad(optimizer.loss_scale * loss, ends)
 
-    # 4. Captioning, backward to the cut. The prompted loss goes with it in the same sweep, weighted, and
-    # cannot
-    #    be told from it then. A share of the gradient can only be held with a sweep of its own.
+    # 4. Captioning, backward to the cut. The prompted loss takes part in the same sweep, weighted, and cannot
+    #    be told from it behind it. So a share of the gradient can only be held with a sweep of its own.
     is_mixed = bool(states) and not config.contrastive_balance
     at_states = at_cut.pop("prompt", [])
     for number, (loss, state) in enumerate(passes):
         shares["generative"] = shares.get("generative", 0.0) + loss.detach() / tokens
         if number == len(micro_batches) - 1:
             optimizer.last_backward()
-        ends = [scale * loss / tokens]
+        ends = [optimizer.loss_scale * loss / tokens]
         given = [None]
         if is_mixed:
             ends.append(state)
@@ -540,21 +539,21 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     # 5. The cut: measure the gradients over all ranks, weight them, add them up, go on through the projector.
     shares |= losses.products(at_cut)
     sums = dict(zip(shares, sum_over_ranks(list(shares.values()), device).tolist()))
-    losses.measure(sums, terms, scale)
-    line = losses.figures(sums, terms, scale, config.batch)
-    weights = {name: line.get(f"{name}_weight", 1.0) for name in at_cut}
+    losses.measure(sums, terms, optimizer.loss_scale)
+    weights = {name: term.weight() if with_llm else 1.0 for name, term in terms.items()}
     total = losses.weighted_sum(at_cut, weights)
+    total += [weights[name] * gradient for name, gradient in at_scale.items()]
     log_scales = [terms[name].log_scale for name in at_scale]
-    total += [line[f"{name}_weight"] * gradient for name, gradient in at_scale.items()]
     torch.autograd.backward([*patches, *log_scales], total)
+    line = figures(sums, weights, optimizer.loss_scale, config.batch)
 
     # 6. Sum over ranks, clip, update. A float16 step that was skipped has no norm.
     norm = optimizer.step(lr)
     for name, term in terms.items():
         term.clamp_()
         line[f"{name}_scale"] = term().item()
-    norm = norm if math.isfinite(norm) else None
-    return line | {"lr": lr, "grad_norm": norm, "tokens": int(sums["tokens"])}
+    line["grad_norm"] = norm if math.isfinite(norm) else None
+    return line | {"lr": lr, "tokens": int(sums["tokens"])}
 
 
 # ------------------------------------------------------------------------------------------------------------

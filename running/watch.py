@@ -1,4 +1,4 @@
-"""What a run says about itself while it trains: its first loss, a loss that learns nothing, a slow loader."""
+"""What a run says about itself while it trains: the line of the log, and what deserves a sentence."""
 
 import math
 
@@ -6,6 +6,49 @@ from plumbing.ranks import say
 
 STUCK = 50  # steps on end without learning, before it is said
 WARM = 20  # steps after which the speed of the loader is judged
+
+
+def figures(sums: dict, weights: dict, loss_scale: float, batch: int) -> dict:
+    """The line of the log, from a step's sums over all ranks and the weights of the contrastive losses.
+
+    generative, patch, prompt   the losses, in nats; loss: their weighted sum
+    NAME_retrieval  the part of images whose most similar caption is their own
+    NAME_relative   loss / ln(batch): 1 is what knowing nothing costs
+    NAME_weight     what the loss is multiplied with
+    NAME_grad       norm of the loss's gradient at the cut, as of weight 1
+    NAME_ratio      norm of the weighted gradient over that of the captioning loss's
+    NAME_cosine     between the two gradients
+
+    None stands for what has no value: a float16 step that overflowed, a ratio to nothing.
+    """
+    line = {}
+    for name in ("generative", *weights):
+        for key in (name, f"{name}_retrieval"):
+            if key in sums:
+                line[key] = sums[key]
+        if f"{name}_square" in sums:
+            line[f"{name}_grad"] = math.sqrt(sums[f"{name}_square"]) / loss_scale
+    line["loss"] = line.get("generative", 0.0)
+    for name, weight in weights.items():
+        line[f"{name}_weight"] = weight
+        if name in sums:
+            line["loss"] += weight * sums[name]
+            line[f"{name}_relative"] = ratio(sums[name], math.log(batch))
+        if f"{name}_product" in sums:
+            captioning = line["generative_grad"]
+            own = line[f"{name}_grad"]
+            product = sums[f"{name}_product"] / loss_scale**2
+            line[f"{name}_ratio"] = ratio(weight * own, captioning)
+            line[f"{name}_cosine"] = ratio(product, captioning * own)
+    for key, value in line.items():
+        if value is None or not math.isfinite(value):
+            line[key] = None
+    return line
+
+
+def ratio(a: float, b: float) -> float | None:
+    """a / b, or None."""
+    return a / b if b else None
 
 
 class Watch:
