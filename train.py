@@ -265,10 +265,10 @@ class DataParallelAdamW:
     # Phase 2, after backward: finish the sums, clip, update.
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> float | None:
         """One update at learning rate `lr`. Returns the global gradient norm before clipping.
 
-        ValueError, with no weight changed, if the norm is not finite (float16: see above).
+        If that is not finite, no weight is changed: ValueError, or in float16 None (see above).
         """
         for bucket in self.buckets:
             if bucket.gradient is not None or not bucket.is_sent:
@@ -287,7 +287,7 @@ class DataParallelAdamW:
             bucket.total = None
             bucket.is_sent = False
         self.is_last = False
-        return norm
+        return norm if is_finite else None
 
     def gradient_norm(self) -> float:
         """The norm of the whole gradient, without the loss scale. Waits for the GPU once."""
@@ -547,13 +547,12 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     torch.autograd.backward([*patches, *log_scales], total)
     line = figures(sums, weights, optimizer.loss_scale, config.batch)
 
-    # 6. Sum over ranks, clip, update. A float16 step that was skipped has no norm.
+    # 6. Sum over ranks, clip, update.
     norm = optimizer.step(lr)
     for name, term in terms.items():
         term.clamp_()
         line[f"{name}_scale"] = term().item()
-    line["grad_norm"] = norm if math.isfinite(norm) else None
-    return line | {"lr": lr, "tokens": int(sums["tokens"])}
+    return line | {"lr": lr, "grad_norm": norm, "tokens": int(sums["tokens"])}
 
 
 # ------------------------------------------------------------------------------------------------------------
