@@ -269,8 +269,8 @@ def open_cells(setting: Setting):
     protocol = json.dumps([size, setting.given, fingerprint(setting)])
     file = setting.out / "protocol.json"
     if file.exists() and read_json(file) != json.loads(protocol):
-        raise ValueError(f"{setting.out}: holds a comparison with other options, towers or data; name another "
-                         "--out, or remove it")
+        raise ValueError(f"{setting.out}: holds a comparison with other options, towers or data; name "
+                         "another --out, or remove it")
     setting.out.mkdir(parents=True, exist_ok=True)
     file.write_text(protocol)
 
@@ -319,9 +319,9 @@ def parse_args(argv=None) -> tuple:
     parser.add_argument("--world", type=Path, help="folder of the data; a missing toy world is written "
                         "(default data/toy-1200, of 1,200 test questions with a picture)")
     ours, rest = parser.parse_known_args(argv)
-    out, world = ("compare-emoji", "emoji") if ours.size == "emoji" else ("compare", "toy-1200")
-    ours.out = ours.out or Path("runs", out)
-    ours.world = ours.world or Path("data", world)
+    is_emoji = ours.size == "emoji"
+    ours.out = ours.out or Path("runs/compare-emoji" if is_emoji else "runs/compare")
+    ours.world = ours.world or Path("data/emoji" if is_emoji else "data/toy-1200")
     return ours, train.parse_args(rest, "python -m lab.compare")
 
 
@@ -337,7 +337,8 @@ def check_args(ours, given: dict) -> None:
     if ours.jobs < 1:
         raise ValueError(f"--jobs is {ours.jobs}; at least one process has to do the work")
     if ours.size == "emoji" and not ours.world.exists():
-        raise ValueError(f"{ours.world}: no such world; `python -m lab.emoji_world {ours.world}` makes it")
+        command = f"python -m lab.emoji_world {ours.world}"
+        raise ValueError(f"{ours.world}: no such world; `{command}` makes it")
 
 
 def main():

@@ -421,7 +421,7 @@ def backbone_weights(graph, to_array) -> dict:
 
 
 def resized_positions(positions, side: int) -> torch.Tensor:
-    """(1, 1 + P, D) for a grid of `side` patches, bicubic as DINOv2 does it; the class token keeps its own."""
+    """(1, 1 + P, D) for a grid of `side` patches, bicubic as in DINOv2; the class token keeps its own."""
     old = round((positions.shape[1] - 1) ** 0.5)
     grid = positions[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, old, old)
     grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
