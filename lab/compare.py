@@ -7,8 +7,8 @@
     python -m lab.compare --recipes none first --seeds 3  # a part; a later call adds to it
     python -m lab.compare --projector linear --out runs/linear   # any option of train.py not set here
 
-A *recipe* is a way to align: a loss and its weight. lab.compare trains it with train.py's stages, scores it
-with lab/score.py, and leaves in OUT
+A *recipe* is a way to align: a loss and its weight. It is trained by train.py's stages and scored by
+lab/score.py. OUT gets
 
     cells.jsonl     the scores of every run, one line each; a run whose line is there is not done again
     results.md      the tables; beside it results.json and a chart (lab/report.py)
@@ -18,14 +18,14 @@ with lab/score.py, and leaves in OUT
 If interrupted, the same command goes on; with more `--recipes` or `--seeds` it adds theirs. `--jobs`
 processes of one thread each share the work; the results do not depend on their number.
 
-The comparison is fair because the world and the towers were fixed by criteria that look at no alignment
-(lab/pretrain.py). Every recipe gets the same records, equal captioning steps and the same small grid of
-learning rates, and its own strengths, tuned with a seed of its own on the validation split. Test questions
-choose nothing. Contrast first has steps of its own, and so sees its pictures more often: "none, longer"
-captions for the time that they take.
+What keeps it fair: criteria that look at no alignment fixed the world and the towers (lab/pretrain.py). Every
+recipe gets the same records, equal captioning steps and the same small grid of learning rates; the validation
+split and a seed of its own choose among them. Test questions choose nothing. Contrast first has steps of its
+own, and so sees its pictures more often: "none, longer" captions for the time that they take.
 """
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -122,9 +122,8 @@ def compare(setting: Setting, jobs: int = 1) -> str:
     tuned = dict(zip(recipes, chosen))
 
     # 2. Measure each recipe and seed after the align stage and after the instruct stage.
-    cells = []
-    for found in spread(jobs, "measure", partial(measure, setting, tuned), asked):
-        cells += found
+    found = spread(jobs, "measure", partial(measure, setting, tuned), asked)
+    cells = list(itertools.chain(*found))
     (out / "finished.json").write_text(json.dumps(asked))
     return report(out, setting.world.name, size._asdict(), tuned, cells)
 
