@@ -18,15 +18,15 @@ Module names are those of the Hugging Face checkpoints. Read next: projector.py.
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from plumbing.files import named, read_json, resolve, resolve_model
-from plumbing.weights import config_from_dict, load_strictly, read_config, read_weights, write_weights
+from plumbing.files import named, resolve, resolve_model
+from plumbing.llama import llm_config_from_dict, llm_config_to_dict, our_llm_name
+from plumbing.weights import load_strictly, read_config, read_weights, write_weights
 
 
 FAMILIES = {  # by config.json's model_type: transformers' class, a bias on q, k and v, a norm on q and k
@@ -63,6 +63,7 @@ class LLMConfig:
             raise ValueError(f"{heads} query heads cannot share {key_heads} key-value heads")
         if self.head_dim % 2:
             raise ValueError(f"RoPE turns pairs of dimensions; a head of {self.head_dim} has an odd one")
+        rope_frequencies(self, "cpu")  # an error now, not in the first step
 
 
 class RMSNorm(nn.Module):
@@ -320,7 +321,9 @@ class LLM(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which transformers opens as what it was loaded from."""
-        write_weights(dict(self.named_parameters()), folder, llm_config_to_dict(self.config))
+        architecture = FAMILIES[self.config.model_type][0]
+        config = llm_config_to_dict(self.config, architecture)
+        write_weights(dict(self.named_parameters()), folder, config)
 
 
 NO_TOKEN = -1  # what stands behind the end of a finished row
@@ -427,42 +430,4 @@ def load_llm_config(folder_or_id) -> LLMConfig:
     """The sizes of the LLM in a folder or on the Hub, without its weights."""
     folder = resolve(folder_or_id, ["*.json"])
     with named(folder):
-        return llm_config_from_dict(read_config(folder, FAMILIES), folder)
-
-
-def llm_config_from_dict(config: dict, folder: Path) -> LLMConfig:
-    """From the content of a config.json whose defaults are filled in; `folder` is where it lies."""
-    if config.get("mlp_bias") or (config.get("attention_bias") and config["model_type"] != "qwen2"):
-        raise ValueError(f"{folder}: attention_bias or mlp_bias is set; such biases are not supported")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{folder}: the LLM's activation is {config['hidden_act']!r}; SwiGLU has silu")
-    rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") not in ("default", "llama3"):
-        raise ValueError(f"{folder}: RoPE of type {rope['rope_type']!r} is not supported")
-    values = config | {"rope_theta": rope.get("rope_theta", 10000.0),
-                       "rope_parameters": rope if rope.get("rope_type") == "llama3" else None}
-    values["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if config.get("sliding_window") and config.get("use_sliding_window", True):
-        # Mistral 0.1's window: within it, attention is plain
-        values["max_position_embeddings"] = min(config["max_position_embeddings"], config["sliding_window"])
-    if (folder / "generation_config.json").exists():  # chat models list more ends there than in config.json
-        ends = read_json(folder / "generation_config.json").get("eos_token_id")
-        values["eos_token_id"] = values.get("eos_token_id") if ends is None else ends
-    if values.get("eos_token_id") is None:
-        raise ValueError(f"{folder}: neither config.json nor generation_config.json has an eos_token_id")
-    config = config_from_dict(LLMConfig, values, folder)
-    rope_frequencies(config, "cpu")  # an error now, not in the first step
-    return config
-
-
-def llm_config_to_dict(config: LLMConfig) -> dict:
-    """The content of its config.json."""
-    rope = config.rope_parameters or {"rope_type": "default", "rope_theta": config.rope_theta}
-    return asdict(config) | {"architectures": [FAMILIES[config.model_type][0]], "hidden_act": "silu",
-                             "rope_parameters": rope, "sliding_window": None}
-
-
-def our_llm_name(name: str, is_tied: bool) -> str:
-    """The name itself; "" for what we compute (old files store RoPE's) or hold already (the embedding
-    table)."""
-    return "" if name.endswith("inv_freq") or (is_tied and name.endswith("lm_head.weight")) else name
+        return llm_config_from_dict(LLMConfig, read_config(folder, FAMILIES), folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import data
+from benchmarks.questions import LETTER_ANSWER, SHORT_ANSWER
 from lab import errors_in_one_line, parser_of
 from plumbing.files import read_json
 
@@ -30,7 +31,7 @@ def contact_sheet(predictions, file):
         width = max(1, HEIGHT * image.width // image.height)
         sheet.paste(image.resize((width, HEIGHT)), (x, y))
         asked = prediction["prompt"].removeprefix(f"{data.IMAGE}\n")
-        asked = asked.removesuffix(data.LETTER_ANSWER).removesuffix(data.SHORT_ANSWER)
+        asked = asked.removesuffix(LETTER_ANSWER).removesuffix(SHORT_ANSWER)
         y += HEIGHT + 6
         for text in asked.split("\n")[:6]:
             draw.text((x, y), text[:38], "black", font)

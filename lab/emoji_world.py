@@ -23,13 +23,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import IMAGE, SHORT_ANSWER
+from benchmarks.questions import SHORT_ANSWER
+from data import IMAGE
 from lab import errors_in_one_line, parser_of
 from lab.toy_world import (SCIENCEQA, is_complete, problem_entry, turn_pair, write_json, write_reworded,
                            write_whole)
+from plumbing.clip import write_preprocessor_config
 from plumbing.files import named, read_json
 from plumbing.weights import write_weights
-from vit import load_vit_config, write_preprocessor_config
+from vit import load_vit_config
 
 VERSION = "16.0.0"  # of the four npm packages; another version has other concepts, and so other splits
 VENDORS = ("google", "twitter", "apple", "facebook")

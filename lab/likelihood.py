@@ -17,19 +17,22 @@ import torch
 
 import data
 import eval as evaluation
+from benchmarks import scienceqa
+from benchmarks.questions import LETTERS, SHORT_ANSWER
+from benchmarks.score import percent
 from lab import errors_in_one_line, parser_of
 from plumbing.files import read_json
 
 
 def load_problems(folder, split: str) -> list:
-    """The questions of `data.load_scienceqa`, but open, with "options" in words; also their "category"."""
+    """The questions of `scienceqa.load`, but open, with "options" in words; also their "category"."""
     problems = read_json(Path(folder) / "problems.json")
     questions = []
-    for question in data.load_scienceqa(folder, split):
+    for question in scienceqa.load(folder, split):
         problem = problems[question["id"]]
         context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
         mark = f"{data.IMAGE}\n" if question["image"] else ""
-        question["prompt"] = mark + context + problem["question"] + data.SHORT_ANSWER
+        question["prompt"] = mark + context + problem["question"] + SHORT_ANSWER
         question["options"] = problem["choices"]
         question["category"] = problem.get("category", "")
         questions.append(question)
@@ -50,7 +53,7 @@ def mean_likelihoods(vlm, tokenizer, questions, template: str) -> list:
 def choose(vlm, tokenizer, questions, template: str) -> list:
     """The letter of each question's likeliest option, the first of equals."""
     means = mean_likelihoods(vlm, tokenizer, questions, template)
-    return [data.LETTERS[row.index(max(row))] for row in means]
+    return [LETTERS[row.index(max(row))] for row in means]
 
 
 def score_run(run, folder, split: str) -> dict:
@@ -67,7 +70,7 @@ def score_run(run, folder, split: str) -> dict:
         right.setdefault(question["category"], []).append(is_right)
         predictions.append({"id": question["id"], "choice": choice, "answer": question["answer"]})
     result = {"ckpt": str(run), "measure": "likelihood", "data": str(folder), "split": split,
-              "questions": len(questions)} | {key: evaluation.percent(rows) for key, rows in right.items()}
+              "questions": len(questions)} | {key: percent(rows) for key, rows in right.items()}
     (Path(run) / "likelihood.json").write_text(json.dumps({"scores": result, "predictions": predictions}))
     return result
 

@@ -22,6 +22,9 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import losses
+from benchmarks import pope, scienceqa
+from benchmarks.questions import LETTERS
+from benchmarks.score import percent
 from lab import parser_of, toy_world
 from llm import LLM, LLMConfig
 from projector import VLM
@@ -265,7 +268,7 @@ def judge(folder: Path) -> dict:
     return scores
 
 
-PARSERS = {"choice": evaluation.parse_choice, "yes_no": evaluation.parse_pope}  # (text, question) -> answer
+PARSERS = {"choice": scienceqa.parse, "yes_no": pope.parse}  # (text, question) -> answer
 
 
 def text_accuracy(vlm, tokenizer, form: str, count: int = 400) -> float:
@@ -274,7 +277,7 @@ def text_accuracy(vlm, tokenizer, form: str, count: int = 400) -> float:
     answers = evaluation.ask(vlm, tokenizer, questions, "v1")
     parse = PARSERS[form]
     right = [parse(text, question) == question["answer"] for text, question in zip(answers, questions)]
-    return evaluation.percent(right)
+    return percent(right)
 
 
 def text_questions(form: str, rng: random.Random, count: int) -> list:
@@ -288,9 +291,9 @@ def text_questions(form: str, rng: random.Random, count: int) -> list:
         if form == "choice":
             hint = rng.choice(toy_world.HINTS)
             problem = toy_world.problem(scene, kind, rng, hint, None)
-            asked = data.scienceqa_prompt(problem)
+            asked = scienceqa.to_prompt(problem)
             question["num_choices"] = len(problem["choices"])
-            question["answer"] = data.LETTERS[problem["answer"]]
+            question["answer"] = LETTERS[problem["answer"]]
         else:
             is_true = rng.random() < 0.5
             asked, answer = toy_world.yes_no(scene, kind, is_true, rng)
@@ -315,7 +318,7 @@ def linear_probe(vit, rng: random.Random) -> float:
         weights = torch.linalg.solve(gram, x.T @ target)
         guesses = (x_val @ weights).argmax(1).tolist()
         right += [values[guess] == scene[kind] for guess, scene in zip(guesses, asked)]
-    return evaluation.percent(right)
+    return percent(right)
 
 
 def features(vit, scenes, count: int, rng: random.Random) -> tuple:

@@ -20,6 +20,8 @@ import torch
 import data
 import eval as evaluation
 import losses
+from benchmarks.questions import grade
+from benchmarks.score import percent
 from lab import likelihood, spaces, toy_world
 from plumbing.files import read_json
 
@@ -38,7 +40,7 @@ def score_run(folder, world: Path, split: str, device, by_words: bool = False) -
     def words(below: str) -> float:
         questions = likelihood.load_problems(world / below, split)
         choices = likelihood.choose(vlm, tokenizer, questions, template)
-        return evaluation.percent(evaluation.grade(questions, choices))
+        return percent(grade(questions, choices))
 
     line = {}
     if by_words:
@@ -93,7 +95,7 @@ def pointing(vlm, tokenizer, world: Path) -> float:
         for name, quarter in record["places"].items():
             where = word_map(vlm, tokenizer, patches, name)  # (side, side)
             right.append(quarter_of_peak(where) == quarter)
-    return evaluation.percent(right)
+    return percent(right)
 
 
 def word_map(vlm, tokenizer, patches, name: str):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import losses
+from benchmarks.score import percent
 from lab import errors_in_one_line, parser_of
 from plumbing.files import resolve_model, whole
 
@@ -83,7 +84,7 @@ def recalls(way: str, is_right) -> dict:
     """R@1 and R@5 of is_right (n, 5): whether each of the five most similar ones is right."""
     r1 = is_right[:, 0].tolist()
     r5 = is_right.any(1).tolist()
-    return {f"{way}_r1": evaluation.percent(r1), f"{way}_r5": evaluation.percent(r5)}
+    return {f"{way}_r1": percent(r1), f"{way}_r5": percent(r5)}
 
 
 def score_gap(image, text, tokens) -> dict:

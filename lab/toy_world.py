@@ -20,7 +20,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from data import IMAGE, LETTER_ANSWER, LETTERS, SHORT_ANSWER, SYSTEM, scienceqa_prompt
+from benchmarks.questions import LETTER_ANSWER, LETTERS, SHORT_ANSWER
+from benchmarks.scienceqa import to_prompt
+from data import IMAGE, SYSTEM
 from lab import errors_in_one_line, parser_of
 from plumbing.files import read_json
 
@@ -242,7 +244,7 @@ def asked_in_form(form: str, scene: dict, kind: str, rng: random.Random) -> tupl
         return rng.choice(DESCRIBE), CAPTION.format(**scene)
     hint = words(scene, rng) if form == "hint" else rng.choice(HINTS)
     entry = problem(scene, kind, rng, hint, None)
-    return scienceqa_prompt(entry), problem_answer(entry)
+    return to_prompt(entry), problem_answer(entry)
 
 
 # ---- The world on disk -------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 import data
+from benchmarks import scienceqa
 from data import ANSWER, CONTEXT, END, IMAGE_MARKER
 from lab import toy_world
 from train import Config
@@ -480,18 +481,18 @@ def test_scienceqa_prompt():
                "image": None}
     text = ("Which is soft?\nA. rock\nB. wool\n"
             "Answer with the option's letter from the given choices directly.")
-    assert data.scienceqa_prompt(problem) == text
-    assert data.scienceqa_prompt(problem | {"hint": "Touch it.", "image": "image.png"}) == (
+    assert scienceqa.to_prompt(problem) == text
+    assert scienceqa.to_prompt(problem | {"hint": "Touch it.", "image": "image.png"}) == (
         f"<image>\nContext: Touch it.\n{text}")
 
 
 def test_scienceqa_folder(toy):
-    questions = data.load_scienceqa(toy / "ScienceQA", "test")
+    questions = scienceqa.load(toy / "ScienceQA", "test")
     assert len(questions) == 40 and sum(q["image"] is not None for q in questions) == 30
     assert all(q["image"].exists() for q in questions if q["image"])
     assert {q["num_choices"] for q in questions} == {2, 3, 4}
     with pytest.raises(ValueError, match="no split 'tset'"):
-        data.load_scienceqa(toy / "ScienceQA", "tset")
+        scienceqa.load(toy / "ScienceQA", "tset")
 
 
 # ---- the LLM's own chat template ---------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from conftest import ROOT, shaken
 from PIL import Image
 
 import data
+from benchmarks import scienceqa
 from lab import emoji_world
 from vit import ViT, load_vit_config
 
@@ -155,7 +156,7 @@ def test_pictures_are_flat_on_white(world):
     ("ScienceQA", "val", 60), ("ScienceQA", "test", 80), ("ScienceQA-reworded", "test", 80),
     ("ScienceQA-seen", "test", 80)])
 def test_questions_open_with_their_pictures(world, folder, split, count):
-    questions = data.load_scienceqa(world / folder, split)
+    questions = scienceqa.load(world / folder, split)
     assert len(questions) == count
     for question in questions:
         assert question["num_choices"] == 4 and data.load_image(question["image"]).size == (64, 64)

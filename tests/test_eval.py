@@ -18,6 +18,9 @@ from PIL import Image
 
 import data
 import eval as evaluation
+from benchmarks import gqa, mmbench, mme, mmmu, pope, scienceqa, seed, textvqa, vqa
+from benchmarks.questions import LETTER_ANSWER, SHORT_ANSWER
+from benchmarks.score import accuracy, score_floors
 from lab import toy_world
 from projector import VLM
 
@@ -69,20 +72,20 @@ def edit_json(file, change):
     ("E. x", None), ("A. The answer is B.", "A"),
 ])
 def test_parse_choice(text, choice):
-    assert evaluation.parse_choice(text, {"num_choices": 3}) == choice
+    assert scienceqa.parse(text, {"num_choices": 3}) == choice
 
 
-@pytest.mark.parametrize("text, pope, mme", [
+@pytest.mark.parametrize("text, by_pope, by_mme", [
     ("Yes", "yes", "yes"), ("No", "no", "no"), ("no, it is", "no", "no"), ("There is not", "no", None),
     ("Yes. No", "yes", "yes"), ("nothing", "yes", "no"), ("", "yes", None), ("perhaps yes", "yes", None),
 ])
-def test_yes_or_no(text, pope, mme):
-    assert evaluation.parse_pope(text) == pope and evaluation.parse_mme(text) == mme
+def test_yes_or_no(text, by_pope, by_mme):
+    assert pope.parse(text) == by_pope and mme.parse(text) == by_mme
 
 
 @pytest.mark.parametrize("text, choice", [("B", "B"), ("B.", None), ("b", None), ("D", None), ("", None)])
 def test_seed_wants_the_letter_and_nothing_else(text, choice):
-    assert evaluation.parse_seed(text, {"options": ["A", "B", "C"]}) == choice
+    assert seed.parse(text, {"options": ["A", "B", "C"]}) == choice
 
 
 @pytest.mark.parametrize("text, choice", [
@@ -94,12 +97,12 @@ def test_seed_wants_the_letter_and_nothing_else(text, choice):
 ])
 def test_mmbench_looks_for_a_letter_then_for_a_choice(text, choice):
     question = {"options": ["A", "B", "C"], "choices": ["Red", "blue", "green"]}
-    assert evaluation.parse_mmbench(text, question) == choice
+    assert mmbench.parse(text, question) == choice
 
 
 @pytest.mark.parametrize("text, said", [("Red.", "red"), ("NO..", "no"), ("red car", "red car"), ("", "")])
 def test_gqa_wants_the_very_answer(text, said):
-    assert evaluation.parse_gqa(text) == said
+    assert gqa.parse(text) == said
 
 
 @pytest.mark.parametrize("text, said", [
@@ -111,18 +114,18 @@ def test_gqa_wants_the_very_answer(text, said):
     ("one\ntwo\tthree", "1 2 3"), ("", ""),
 ])
 def test_vqa_normalises(text, said):
-    assert evaluation.parse_vqa(text) == said
+    assert vqa.normalise(text) == said
 
 
 @pytest.mark.parametrize("same, percent", [(0, 0), (1, 30), (2, 60), (3, 90), (4, 100), (10, 100)])
 def test_vqa_accuracy_leaves_each_of_ten_answers_out(same, percent):
     question = {"id": 1, "image": "x", "answer": ["2"] * same + ["red"] * (10 - same)}
-    choice = evaluation.parse_vqa("Two.")
+    choice = vqa.normalise("Two.")
     by_hand = []
     for left_out in range(10):
         others = question["answer"][:left_out] + question["answer"][left_out + 1 :]
         by_hand.append(min(1, others.count("2") / 3))
-    score = evaluation.score_textvqa([question], [choice])["accuracy"]
+    score = textvqa.score([question], [choice])["accuracy"]
     assert score == pytest.approx(10 * sum(by_hand)) == pytest.approx(percent)
 
 
@@ -135,7 +138,7 @@ def test_vqa_accuracy_leaves_each_of_ten_answers_out(same, percent):
 ])
 def test_mmmu_takes_the_last_letter_or_choice(text, choice):
     question = {"options": ["A", "B", "C"], "choices": ["red", "blue car", "green"]}
-    assert evaluation.parse_mmmu(text, question) == choice
+    assert mmmu.parse(text, question) == choice
 
 
 @pytest.mark.parametrize("text, answers, is_right", [
@@ -147,16 +150,16 @@ def test_mmmu_takes_the_last_letter_or_choice(text, choice):
 ])
 def test_mmmu_open_answers(text, answers, is_right):
     question = {"id": 1, "image": "x", "answer": answers, "category": "Math", "pictures": 1}
-    score = evaluation.score_mmmu([question], [evaluation.parse_mmmu(text, question)])
+    score = mmmu.score([question], [mmmu.parse(text, question)])
     assert score["accuracy"] == 100 * is_right and score["unparsed"] == 0
 
 
 def test_mmmu_guesses_what_it_cannot_read_and_says_how_often():
     question = {"image": "x", "options": list("ABCD"), "answer": "A", "category": "Art", "pictures": 2}
     questions = [question | {"id": number} for number in range(400)]
-    scores = evaluation.score_mmmu(questions, [None] * 400)
+    scores = mmmu.score(questions, [None] * 400)
     assert scores["unparsed"] == scores["questions_with_further_pictures"] == 400
-    assert 15 < scores["accuracy"] < 35 and scores == evaluation.score_mmmu(questions, [None] * 400)
+    assert 15 < scores["accuracy"] < 35 and scores == mmmu.score(questions, [None] * 400)
 
 
 # ---- scores ------------------------------------------------------------------------------------------------
@@ -164,7 +167,7 @@ def test_mmmu_guesses_what_it_cannot_read_and_says_how_often():
 
 def test_an_unreadable_answer_is_wrong_and_stays_in_the_denominator():
     questions = [{"id": i, "image": f"{i}" if i < 3 else None, "answer": "A"} for i in range(5)]
-    scores = evaluation.score_scienceqa(questions, ["A", None, None, "A", "B"])
+    scores = scienceqa.score(questions, ["A", None, None, "A", "B"])
     assert scores["accuracy"] == 40.0 and scores["accuracy_img"] == 33.33 and scores["accuracy_txt"] == 50.0
     assert (scores["questions"], scores["questions_img"], scores["questions_txt"]) == (5, 3, 2)
     assert scores["unparsed"] == 2
@@ -174,7 +177,7 @@ def test_the_official_split_of_scienceqa():
     rows = [("natural science", "grade2", "hint", "x.png"), ("social science", "grade6", "", "y.png"),
             ("language science", "grade7", "", None), ("language science", "grade12", "hint", None)]
     questions = [dict(zip(("subject", "grade", "hint", "image"), row), id=row, answer="A") for row in rows]
-    scores = evaluation.score_scienceqa(questions, ["A", "B", "A", "B"])["categories"]
+    scores = scienceqa.score(questions, ["A", "B", "A", "B"])["categories"]
     counts = {name: (row["accuracy"], row["questions"]) for name, row in scores.items()}
     assert counts == {"NAT": (100, 1), "SOC": (0, 1), "LAN": (50, 2), "TXT": (50, 2), "IMG": (50, 2),
                       "NO": (100, 1), "G1-6": (50, 2), "G7-12": (50, 2)}
@@ -184,7 +187,7 @@ def test_pope_scores_f1_of_yes_by_category():
     gold, said = ["yes", "yes", "no", "no"], ["yes", "no", "yes", "no"]
     questions = [{"id": answer, "image": None, "answer": answer, "category": "random"} for answer in gold]
     questions += [{"id": 9, "image": None, "answer": "yes", "category": "popular"}]
-    scores = evaluation.score_pope(questions, said + ["yes"])
+    scores = pope.score(questions, said + ["yes"])
     assert scores["categories"]["random"] == {"f1": 50.0, "accuracy": 50.0, "yes": 50.0, "questions": 4}
     assert scores["f1"] == 75.0 and scores["categories"]["popular"]["f1"] == 100.0
 
@@ -192,7 +195,7 @@ def test_pope_scores_f1_of_yes_by_category():
 def test_mme_adds_accuracy_and_pairs():
     questions = [{"id": f"{c}{i}", "image": f"{c}{i // 2}", "answer": a, "category": c}
                  for c in ("color", "code") for i, a in enumerate(("yes", "no", "yes", "no"))]
-    scores = evaluation.score_mme(questions, ["yes", "no", "yes", None, "no", "no", "no", "yes"])
+    scores = mme.score(questions, ["yes", "no", "yes", None, "no", "no", "no", "yes"])
     categories = {name: row["score"] for name, row in scores["categories"].items()}
     assert categories == {"color": 125.0, "code": 25.0}  # 3 of 4 and 1 of 2 pairs; 1 of 4 and none
     assert (scores["perception"], scores["others"]) == (125, 25)
@@ -201,7 +204,7 @@ def test_mme_adds_accuracy_and_pairs():
 
 def test_mmbench_counts_a_question_only_if_it_is_right_in_every_rotation():
     questions = [{"id": i, "image": "x", "answer": "A", "category": "c", "group": i % 3} for i in range(6)]
-    scores = evaluation.score_mmbench(questions, ["A", "A", None, "A", "B", "A"])
+    scores = mmbench.score(questions, ["A", "A", None, "A", "B", "A"])
     assert scores["accuracy"] == 33.33 and scores["accuracy_single"] == 66.67
     assert (scores["questions"], scores["rotations"], scores["unparsed"]) == (3, 6, 1)
 
@@ -209,14 +212,14 @@ def test_mmbench_counts_a_question_only_if_it_is_right_in_every_rotation():
 def test_standard_errors_are_binomial_and_by_picture_where_questions_share_one():
     right = [True] * 30 + [False] * 70
     alone = [{"id": i, "image": f"{i}"} for i in range(100)]
-    assert evaluation.accuracy(right, alone)["accuracy_se"] == round(100 * math.sqrt(0.3 * 0.7 / 100), 2)
+    assert accuracy(right, alone)["accuracy_se"] == round(100 * math.sqrt(0.3 * 0.7 / 100), 2)
     twice = [{"id": i, "image": f"{i // 2}"} for i in range(100)]  # both alike: 50 facts
-    assert evaluation.accuracy(right, twice)["accuracy_se"] == round(100 * math.sqrt(0.3 * 0.7 / 50), 2)
+    assert accuracy(right, twice)["accuracy_se"] == round(100 * math.sqrt(0.3 * 0.7 / 50), 2)
     text = [{"id": i, "image": None} for i in range(100)]  # no picture is no common picture
-    assert evaluation.accuracy(right, text) == evaluation.accuracy(right, alone)
+    assert accuracy(right, text) == accuracy(right, alone)
 
 
-@pytest.mark.parametrize("score, key", [(evaluation.score_pope, "f1"), (evaluation.score_mme, "perception")])
+@pytest.mark.parametrize("score, key", [(pope.score, "f1"), (mme.score, "perception")])
 def test_errors_of_f1_and_of_sums_agree_with_drawing_the_pictures_again(score, key):
     """The bootstrap, by pictures; the formulas hold for many."""
     torch.manual_seed(0)
@@ -245,15 +248,15 @@ def test_errors_of_f1_and_of_sums_agree_with_drawing_the_pictures_again(score, k
 def test_floors_are_chance_the_commonest_letter_and_the_blind_model(root):
     questions = load("mmbench", root / "MMBench")
     blind = [question["answer"] for question in questions]
-    floors = evaluation.score_floors(BENCHES["mmbench"], questions, blind)
+    floors = score_floors(BENCHES["mmbench"], questions, blind)
     letter, = [name for name in floors if name.startswith("always")]
     assert floors["without_picture"] == {"accuracy": 100, "accuracy_single": 100}
     # 16 rotations of four options, 4 of two; four questions need four hits each, two need two
     assert floors["chance"]["accuracy_single"] == pytest.approx(100 * (16 / 4 + 4 / 2) / 20, abs=4)
     assert floors["chance"]["accuracy"] == pytest.approx(100 * (4 / 4**4 + 2 / 2**2) / 6, abs=4)
     assert floors[letter]["accuracy"] == 0 and 20 < floors[letter]["accuracy_single"] <= 40
-    gqa = load("gqa", root / "GQA")
-    assert set(evaluation.score_floors(BENCHES["gqa"], gqa, ["?"] * len(gqa))) == {"without_picture"}
+    rows = load("gqa", root / "GQA")
+    assert set(score_floors(BENCHES["gqa"], rows, ["?"] * len(rows))) == {"without_picture"}
 
 
 # ---- layouts -----------------------------------------------------------------------------------------------
@@ -262,10 +265,10 @@ LETTERED = "\nA. {}\nB. {}\nC. {}\nD. {}"
 
 
 @pytest.mark.parametrize("name, count, ending", [
-    ("scienceqa", 6, data.LETTER_ANSWER), ("pope", 6, data.SHORT_ANSWER), ("mme", 12, data.SHORT_ANSWER),
-    ("seed", 6, data.LETTER_ANSWER), ("mmbench", 20, data.LETTER_ANSWER),
-    ("mmbench-cn", 20, "\n请直接回答选项字母。"), ("gqa", 6, data.SHORT_ANSWER),
-    ("textvqa", 6, data.SHORT_ANSWER), ("vqav2", 3, data.SHORT_ANSWER),
+    ("scienceqa", 6, LETTER_ANSWER), ("pope", 6, SHORT_ANSWER), ("mme", 12, SHORT_ANSWER),
+    ("seed", 6, LETTER_ANSWER), ("mmbench", 20, LETTER_ANSWER),
+    ("mmbench-cn", 20, "\n请直接回答选项字母。"), ("gqa", 6, SHORT_ANSWER),
+    ("textvqa", 6, SHORT_ANSWER), ("vqav2", 3, SHORT_ANSWER),
     ("mmmu", 12, ""), ("mmvet", 6, "?")])
 def test_every_layout_is_read(root, name, count, ending):
     questions = load(name, root / BENCHES[name].folder)
@@ -277,21 +280,21 @@ def test_every_layout_is_read(root, name, count, ending):
 
 
 def test_prompts_are_llavas_to_the_letter(root):
-    seed = json.loads((root / "SEED-Bench/SEED-Bench.json").read_text())["questions"][0]
-    choices = LETTERED.format(*(seed[f"choice_{x}"] for x in "abcd"))
+    first_row = json.loads((root / "SEED-Bench/SEED-Bench.json").read_text())["questions"][0]
+    choices = LETTERED.format(*(first_row[f"choice_{x}"] for x in "abcd"))
     question = load("seed", root / "SEED-Bench")[0]
-    assert question["prompt"] == f"<image>\n{seed['question']}{choices}{data.LETTER_ANSWER}"
-    assert question["category"] == "Dimension 1" and question["answer"] == seed["answer"]
+    assert question["prompt"] == f"<image>\n{first_row['question']}{choices}{LETTER_ANSWER}"
+    assert question["category"] == "Dimension 1" and question["answer"] == first_row["answer"]
     with open(root / "MMBench/mmbench_dev_20230712.tsv", newline="") as f:
         rows = list(csv.DictReader(f, delimiter="\t"))
     first, second = load("mmbench", root / "MMBench")[::4][:2]  # with a hint, and with "nan" for one
     told = LETTERED.format(*(rows[0][x] for x in "ABCD"))
-    assert first["prompt"] == f"<image>\n{rows[0]['hint']}\n{rows[0]['question']}{told}{data.LETTER_ANSWER}"
+    assert first["prompt"] == f"<image>\n{rows[0]['hint']}\n{rows[0]['question']}{told}{LETTER_ANSWER}"
     assert second["prompt"].startswith(f"<image>\n{rows[4]['question']}\nA. ")
     art, maths = load("mmmu", root / "MMMU")[0], load("mmmu", root / "MMMU")[6]
     told = "\n".join(f"({x}) {choice}" for x, choice in zip("ABCD", art["choices"]))
-    assert art["prompt"] == f"<image>\n<image 1> What color is the shape?\n{told}\n{data.LETTER_ANSWER}"
-    assert maths["prompt"] == f"<image>\nWhat color is the shape?{data.SHORT_ANSWER}"
+    assert art["prompt"] == f"<image>\n<image 1> What color is the shape?\n{told}\n{LETTER_ANSWER}"
+    assert maths["prompt"] == f"<image>\nWhat color is the shape?{SHORT_ANSWER}"
     assert (art["category"], maths["category"], maths["pictures"]) == ("Art_Theory", "Math", 2)
     assert maths["answer"][1] == "1.5" and art["answer"] in "ABCD"
 
@@ -300,7 +303,7 @@ def test_textvqas_prompt_tells_the_ocr_tokens_where_there_are_any(root):
     first, *_, last = load("textvqa", root / "TextVQA")
     color = first["answer"][0]
     assert first["prompt"] == (f"<image>\nWhat color is the shape?\nReference OCR token: {color}, cross"
-                               f"{data.SHORT_ANSWER}")
+                               f"{SHORT_ANSWER}")
     assert "OCR" not in last["prompt"] and len(last["answer"]) == 10
 
 
@@ -374,7 +377,7 @@ def test_mme_has_another_layout_two_spaces_and_pictures_with_other_endings(tmp_p
     (tmp_path / "scene/questions_answers_YN/7.txt").write_text(
         "Is it a hall?  Please answer yes or no.\tYes\nIs it a bar? Please answer yes or no.\tNo\n")
     first, _ = load("mme", tmp_path)
-    assert first["prompt"] == f"<image>\nIs it a hall?{data.SHORT_ANSWER}" and first["image"].name == "7.jpg"
+    assert first["prompt"] == f"<image>\nIs it a hall?{SHORT_ANSWER}" and first["image"].name == "7.jpg"
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------
@@ -887,7 +890,7 @@ def test_what_servers_and_judges_want(own_run, root, tmp_path):
     assert {row["index"]: row["prediction"] for row in rows} == said
     rows = {row["question_id"]: row["answer"] for row in json.loads(found["vqav2"][0])}
     assert len(rows) == 6 and {rows[number] for number in (3000, 4000, 5000)} == {""}  # the rest of test2015
-    assert {number: evaluation.parse_vqa(text) for number, text in found["vqav2"][1].items()} == {
+    assert {number: vqa.normalise(text) for number, text in found["vqav2"][1].items()} == {
         number: rows[number] for number in (0, 1000, 2000)}
     assert json.loads(found["mmvet"][0]) == found["mmvet"][1]
 

@@ -21,6 +21,8 @@ import data
 import eval as evaluation
 import losses
 import train
+from benchmarks import scienceqa
+from benchmarks.questions import SHORT_ANSWER
 from lab import answers, compare, pretrain, report, score, spaces, toy_world, words
 from llm import LLM
 from plumbing.ranks import start_ranks
@@ -78,7 +80,7 @@ def test_reworded_questions_are_new_and_in_known_words(world, tokenizer):
         assert problem["question"] not in seen and problem["question"] != problems[pid]["question"]
         assert tokenizer.unk_token_id not in tokenizer(problem["question"]).input_ids
         assert problem | {"question": ""} == problems[pid] | {"question": ""}
-    assert len(data.load_scienceqa(world / "ScienceQA-reworded")) == 8
+    assert len(scienceqa.load(world / "ScienceQA-reworded")) == 8
 
 
 def test_a_complete_world_stays_and_anything_else_is_in_the_way(world, tmp_path, monkeypatch, capsys):
@@ -120,7 +122,7 @@ def test_splits_are_disjoint():
 
 def test_instructions_hold_no_multiple_choice(world):
     text = (world / "instruct.json").read_text()
-    assert "A. " not in text and "The answer is" not in text and data.SHORT_ANSWER.strip() in text
+    assert "A. " not in text and "The answer is" not in text and SHORT_ANSWER.strip() in text
     records = data.load_records(world / "instruct.json")
     assert sum("image" not in record for record in records) == len(records) // 10
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import data
+from benchmarks.questions import SHORT_ANSWER
 from lab import likelihood
 from projector import VLM
 
@@ -42,7 +43,7 @@ def plainly(vlm, tokenizer, question, option):
 def test_the_question_names_no_choice(toy):
     question = likelihood.load_problems(toy / "ScienceQA", "test")[0]
     assert question["prompt"].startswith(f"{data.IMAGE}\n") and "A." not in question["prompt"]
-    assert question["prompt"].endswith(data.SHORT_ANSWER)
+    assert question["prompt"].endswith(SHORT_ANSWER)
     assert question["num_choices"] == len(question["options"])
 
 

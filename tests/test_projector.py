@@ -13,7 +13,8 @@ from torch import nn
 
 import data
 from lab import toy_world
-from projector import IMAGE_TOKEN_ID, VLM, build_projector, our_name, their_name
+from plumbing.llava import our_name, their_name
+from projector import IMAGE_TOKEN_ID, VLM, build_projector
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import transformers
 from conftest import ROOT
 
 import data
+from benchmarks import scienceqa
 from lab import emoji_world, toy_world
 from llm import LLM
 from vit import ViT, load_vit_config
@@ -106,7 +107,7 @@ def test_the_emoji_world_has_its_sizes(emoji):
     assert sizes == {"unseen": 300, "val": 100, "train": 1011}
     for name, count in (("align", 4016), ("instruct", 4016), ("captions", 300), ("align-heldout", 1193)):
         assert len(data.load_records(emoji / f"{name}.json")) == count
-    assert len(data.load_scienceqa(emoji / "ScienceQA")) == 600
+    assert len(scienceqa.load(emoji / "ScienceQA")) == 600
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ import eval as evaluation
 import kills
 import layouts
 import train
+from benchmarks import scienceqa as scienceqa_bench
 from conftest import ROOT, llama_config, shaken
 from eval import BENCHES
 from llm import LLM, load_llm_config
@@ -218,7 +219,7 @@ def bad_json(folder, rng):
     for number, content in enumerate(contents):
         file = folder / f"{number}.json"
         file.write_bytes(content)
-        for function in (data.load_records, lambda f: data.load_scienceqa(scienceqa(f))):
+        for function in (data.load_records, lambda f: scienceqa_bench.load(scienceqa(f))):
             how, value = outcome(function, file)
             yield how, value, how == "line" and (str(file) in value or "problems.json" in value)
 

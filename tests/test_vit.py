@@ -14,7 +14,8 @@ from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov
                           SiglipVisionModel)
 
 import data
-from vit import ViT, ViTConfig, load_vit_config, our_vit_name
+from plumbing.clip import our_vit_name
+from vit import ViT, ViTConfig, load_vit_config
 from plumbing.files import TOKENIZER_FILES, resolve, resolve_model
 
 

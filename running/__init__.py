@@ -1,0 +1,1 @@
+"""What surrounds a run: options, plan, order of the records, checkpoints, features, the check of a list."""

@@ -1,0 +1,203 @@
+"""Options of a run: one dataclass, presets, and a command line that is made of its fields.
+
+    given = parse_args()                    # {option: value}, only what was typed
+    config = configure("align", given)      # defaults, then the preset, then its stage, then what was typed
+"""
+
+import argparse
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from data import PROMPTS, TEMPLATES
+from losses import CONTRASTIVE
+
+def option(default, help, choices=None, heading=None):
+    return field(default=default, metadata={"help": help, "choices": choices, "heading": heading})
+
+
+@dataclass
+class Config:
+    stage: str = option("all", "what to run", ("align", "instruct", "all"), heading="the run")
+    preset: str = option("", "defaults (empty: 7b with CUDA, else tiny)",
+                         ("", "tiny", "small", "speedrun", "7b", "13b"))
+    out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
+    init: str = option("", "align run or mm_projector.bin to start from; instruct needs one")
+    seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
+    dry_run: bool = option(False, "3 steps at full shape: random weights and data, nothing read or written")
+    save_every: int = option(0, "steps between checkpoints that --resume continues from; 0: none")
+    resume: bool = option(False, "continue this run from its last checkpoint")
+    vit: str = option("", "vision tower: a folder or a Hub id", heading="the model")
+    llm: str = option("", "language tower: a folder or a Hub id")
+    projector: str = option("mlp2x_gelu", "the bridge: linear, mlpKx_gelu, pixel_shuffle or resampler")
+    feature_layer: int = option(-2, "the ViT's hidden state to project")
+    dtype: str = option("", "of weights and activations; empty: bfloat16 or float16 with CUDA, else float32",
+                        ("", "float32", "bfloat16", "float16"))
+    annotations: str = option("", "LLaVA JSON of this stage", heading="the data")
+    images: str = option("", "folder below which its images lie")
+    benchmarks: str = option("", "folder below which eval.py looks for ScienceQA, POPE, MME and captions")
+    data_fraction: float = option(1.0, "part of the records to use; smaller parts are nested in larger ones")
+    template: str = option("v1", "how a record becomes text; chat: the LLM's own", tuple(TEMPLATES))
+    fit: str = option("pad", "how an image becomes square", ("crop", "pad"))
+    max_length: int = option(2048, "most tokens in a row, image included; the rest is cut off")
+    workers: int = option(0, "loader processes on each rank")
+    cache: bool = option(False, "keep every sample in memory once it was read: for small data")
+    features: str = option("", "file that keeps the ViT's features of all images, made once; for small data")
+    contrastive: str = option("none", "align: the loss beside the captioning loss", tuple(CONTRASTIVE),
+                              heading="the losses")
+    contrastive_weight: float = option(1.0, "total = generative + weight * contrastive; with "
+                                            "--contrastive_first and patch, 0 if it is not given")
+    contrastive_balance: float = option(0.0, "instead: the weight that makes the contrastive gradient this "
+                                        "share of the captioning loss's, behind the projector; 0: off")
+    contrastive_first: int = option(0, "steps of the patch loss alone, without the LLM, before all others")
+    prompt: str = option("", f"before the caption, and the prompt loss's: {', '.join(PROMPTS)}, or "
+                         "'after the image | after the caption' (empty: describe with that loss, else none)")
+    epochs: float = option(1.0, "passes over the records", heading="the steps")
+    steps: int = option(0, "steps with the captioning loss; 0: as many as the epochs need")
+    batch: int = option(64, "samples in a step, over all ranks and micro-batches")
+    micro_batch: int = option(64, "most samples of a rank in one pass of the LLM")
+    micro_tokens: int = option(0, "most tokens of a rank in one pass, padding included; 0: any number")
+    lr: float = option(1e-3, "peak learning rate: linear warm-up, then cosine to zero")
+    warmup_ratio: float = option(0.03, "part of the steps that warm up")
+    weight_decay: float = option(0.0, "AdamW's, for matrices only")
+    clip: float = option(0.0, "largest global gradient norm; 0: no clipping, as in LLaVA's own runs")
+    checkpointing: str = option("none", "of the LLM's blocks", ("none", "every", "every-other"))
+    compile: bool = option(False, "torch.compile of the LLM's blocks: faster on a GPU; needs a C++ compiler")
+    shard: bool = option(False, "ZeRO: each rank keeps 1/W of gradients, master weights and moments")
+
+
+# tiny: rates chosen on the toy world's validation split. 7b, 13b: LLaVA-1.5's, after 1,000 steps of
+# the patch loss. On real towers that helped most (lab/README.md); the papers' plain sum: --contrastive patch.
+LLAVA = {
+    "common": dict(vit="openai/clip-vit-large-patch14-336", llm="lmsys/vicuna-7b-v1.5", benchmarks="data",
+                   workers=4, checkpointing="every", save_every=500),
+    "align": dict(annotations="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
+                  images="data/LLaVA-Pretrain/images", template="plain", fit="crop", contrastive="patch",
+                  contrastive_first=1000, batch=256, micro_batch=16, checkpointing="none", lr=1e-3),
+    "instruct": dict(annotations="data/LLaVA-Instruct/llava_v1_5_mix665k.json", images="data/LLaVA-Instruct",
+                     batch=128, micro_batch=16, micro_tokens=8192, lr=2e-5, shard=True),
+}
+PRESETS = {
+    "tiny": {
+        "common": dict(vit="lab/towers/tiny-vit", llm="lab/towers/tiny-llm", images="data/toy/images",
+                       benchmarks="data/toy", clip=1.0, save_every=100, cache=True),
+        "align": dict(annotations="data/toy/align.json", template="plain", fit="crop", contrastive="patch",
+                      epochs=12.0, batch=64, micro_batch=64, lr=2e-3),
+        "instruct": dict(annotations="data/toy/instruct.json", epochs=4.0, batch=32, micro_batch=32, lr=4e-4),
+    },
+    "small": {  # for one consumer GPU
+        "common": LLAVA["common"] | dict(vit="google/siglip-base-patch16-224",
+                                         llm="HuggingFaceTB/SmolLM2-135M-Instruct", checkpointing="none"),
+        "align": LLAVA["align"],
+        "instruct": LLAVA["instruct"] | dict(template="chat", lr=1e-4, shard=False),
+    },
+    "speedrun": {  # the NanoVLM speedrun's recipe, whose naflex tower takes as many patches of one picture
+        "common": LLAVA["common"] | dict(vit="google/siglip2-so400m-patch16-256", llm="Qwen/Qwen3-0.6B",
+                                         checkpointing="none"),
+        "align": LLAVA["align"] | dict(contrastive="none", contrastive_first=0, steps=2180),
+        "instruct": LLAVA["instruct"] | dict(annotations="data/LLaVA-NeXT/llava_next.json", template="chat",
+                                             images="data/LLaVA-NeXT", batch=64, steps=11540, shard=False),
+    },
+    "7b": LLAVA,
+    "13b": LLAVA | {"common": LLAVA["common"] | dict(llm="lmsys/vicuna-13b-v1.5"),
+                    "align": LLAVA["align"] | dict(checkpointing="every")},
+}
+
+
+def boolean(text: str) -> bool:
+    """The value of "true" or "false". ValueError for any other word."""
+    return bool(("false", "true").index(text.lower()))
+
+
+def parse_args(argv=None, prog=None) -> dict:
+    """The options that are typed, and only those. Unknown flags and wrong types are errors."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [--OPTION VALUE ...]",
+        description="Train a vision-language model: the align stage, the instruct stage, or both.",
+        epilog="A preset changes many defaults. The plan of a run and its config.json have the values in force; "
+               "running/options.py lists the presets.",
+        allow_abbrev=False,
+    )
+    group = parser
+    for f in fields(Config):
+        if f.metadata["heading"]:
+            group = parser.add_argument_group(f.metadata["heading"])
+        choices = f.metadata["choices"]
+        how = {"type": f.type}
+        if f.type is bool:  # `--resume` alone means True; `--resume False` is False, not the truth of a text
+            how = {"type": boolean, "nargs": "?", "const": True}
+        default = "empty" if f.default == "" else f.default
+        help = f"{f.metadata['help']} [{default}]".replace("%", "%%")
+        how["metavar"] = None if choices else f.name.upper()
+        group.add_argument(f"--{f.name}", choices=choices, default=argparse.SUPPRESS, help=help, **how)
+    return vars(parser.parse_args(argv))
+
+
+OF_ALIGN = ("contrastive", "contrastive_weight", "contrastive_balance", "contrastive_first", "prompt")
+OF_INSTRUCT = ("data_fraction", "init")
+
+
+def of_stage(stage: str, given: dict) -> dict:
+    """The options without those that belong to the other stage, for a run of both."""
+    others = OF_INSTRUCT if stage == "align" else OF_ALIGN
+    return {key: value for key, value in given.items() if key not in others}
+
+
+def configure(stage: str, given: dict) -> Config:
+    """The options of a stage. ValueError for what cannot be."""
+    default_preset = "7b" if torch.cuda.is_available() else "tiny"
+    preset = given.get("preset") or default_preset
+    values = PRESETS[preset]["common"] | PRESETS[preset].get(stage, {})
+    if "contrastive" in given:  # a loss that is named is the papers' plain sum
+        values.pop("contrastive_first", None)
+    values |= given | {"stage": stage, "preset": preset}
+    if values.get("contrastive") == "patch" and values.get("contrastive_first"):
+        values.setdefault("contrastive_weight", 0.0)  # what follows is captioning alone
+    config = Config(**values)
+    if not config.prompt:
+        config.prompt = "describe" if "prompt" in CONTRASTIVE[config.contrastive] else "none"
+    if not config.out:
+        config.out = f"runs/{preset}/{stage}"
+    if not config.init and stage == "instruct":
+        config.init = f"runs/{preset}/align"
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # torchrun --max-restarts
+    if restarts > 0 and (Path(config.out) / "log.jsonl").exists():
+        config.resume = True
+    refuse(config)
+    return config
+
+
+def refuse(config: Config):
+    """ValueError for the first thing in the options that cannot be."""
+    for name, value in asdict(config).items():
+        is_number = type(value) in (int, float) and name != "feature_layer"
+        if is_number and not 0 <= value < math.inf:
+            raise ValueError(f"--{name} is {value}; it must be a number from 0 up")
+    if config.seed >= 2**63:
+        raise ValueError(f"--seed is {config.seed}; it must be below 2**63")
+    if min(config.batch, config.micro_batch, config.epochs) == 0:
+        raise ValueError("--batch, --micro_batch and --epochs must be above 0")
+    if config.contrastive != "none" and config.stage != "align":
+        raise ValueError("--contrastive belongs to the align stage")
+    has_prompt = config.prompt != "none" or "prompt" in CONTRASTIVE[config.contrastive]
+    if has_prompt and config.template != "plain":
+        raise ValueError("a prompt, and its loss, need --template plain: an image, the prompt, a caption")
+    if config.prompt not in PROMPTS and config.prompt.count(" | ") != 1:
+        raise ValueError(f"--prompt {config.prompt!r}: not {', '.join(PROMPTS)}, nor 'text | text'")
+    if config.contrastive_balance and config.contrastive == "none":
+        raise ValueError("--contrastive_balance: nothing to balance with --contrastive none")
+    if config.contrastive_first and "patch" not in CONTRASTIVE[config.contrastive]:
+        raise ValueError("--contrastive_first needs the patch loss: --contrastive patch or both")
+
+
+def hub_id(config: Config) -> str:
+    """Where the records of a stage are to be had."""
+    if "LLaVA-NeXT" in config.annotations:
+        return "lmms-lab/LLaVA-NeXT-Data, written out"
+    if config.stage == "align":
+        return "liuhaotian/LLaVA-Pretrain"
+    return "liuhaotian/LLaVA-Instruct-150K (mix665k)"

@@ -1,0 +1,263 @@
+"""The order of the records: which make a step, how they are dealt to ranks and micro-batches, and who loads
+them.
+
+A step's gradient does not depend on how its samples are dealt. So step k takes the same records on any number
+of ranks, and they are dealt for speed: rows of similar length together, similar work for each rank.
+
+Letters: config is an options.Config, vlm a projector.VLM, samples a data.Conversations.
+"""
+
+import itertools
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from plumbing.files import named
+from plumbing.ranks import on_every_rank, rank, say, world_size
+
+CHUNK = 512  # records whose tokens are counted at once
+
+
+def load_samples(config, vlm):
+    """The records of this stage. ValueError for a tokenizer, or words of a prompt, that the LLM does not
+    know."""
+    tokenizer = data.load_tokenizer(config.llm)
+    data.check_vocabulary(tokenizer, vlm.llm.config.vocab_size)
+    prompts = data.PROMPTS.get(config.prompt) or config.prompt.split(" | ")
+    with named("--prompt"):
+        words = tokenizer(" ".join(prompts), add_special_tokens=False).input_ids
+    if tokenizer.unk_token_id in words:
+        raise ValueError(f"--prompt: the LLM does not know every word of {' | '.join(prompts)!r}")
+    after_image, after_caption = prompts
+    if config.contrastive not in ("prompt", "both"):
+        after_caption = None
+    is_pairs = config.template == "plain" or config.contrastive != "none"
+    records = data.load_records(config.annotations, "align" if is_pairs else None)
+    return data.Conversations(records, config.images, tokenizer, config.template, vlm.vit.config, config.fit,
+                              (after_image, after_caption), config.cache)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Lengths
+
+def longest_row(config, vlm) -> int:
+    """Most tokens in a row."""
+    return min(config.max_length, vlm.llm.config.max_position_embeddings)
+
+
+def token_counts(config, samples, vlm) -> list:
+    """The tokens of each record's row, image included. Counted, not estimated: a budget of tokens is a bound.
+
+    Every rank counts its part, and bad records are told before the first step. A resumed run has the counts
+    in OUT/lengths.npy. """
+    kept = Path(config.out) / "lengths.npy"
+    if config.resume and kept.exists():
+        lengths = np.load(kept).tolist()
+        if len(lengths) == len(samples):
+            return lengths
+    most = longest_row(config, vlm)
+    counted = on_every_rank(lambda: count_mine(samples, vlm.num_image_tokens, most))
+    lengths = [0] * len(samples)
+    cut = []
+    empty = []
+    for number, (part, of_cut, of_empty) in enumerate(counted):
+        lengths[number :: len(counted)] = part
+        cut += of_cut
+        empty += of_empty
+    if cut:
+        say(f"{len(cut)} records are cut at {most} tokens, the first is {min(cut)}")
+    if empty:
+        say(f"warning: {len(empty)} records have no word of an answer within {most} tokens and teach "
+            f"nothing, the first is {min(empty)}")
+    return lengths
+
+
+def count_mine(samples, num_image_tokens: int, most: int) -> tuple:
+    """(lengths, numbers of rows that are cut, of rows without a label), of every W-th record from this
+    rank's."""
+    lengths = []
+    cut = []
+    empty = []
+    mine = range(rank(), len(samples), world_size())
+    with tqdm(desc="count tokens", total=len(mine), unit=" records", disable=rank() > 0, delay=2) as bar:
+        for start in range(0, len(mine), CHUNK):
+            numbers = mine[start : start + CHUNK]
+            for number, length in zip(numbers, samples.count_tokens(numbers, num_image_tokens)):
+                lengths.append(min(length, most))
+                if length > most:
+                    cut.append(number)
+                    row = data.expand(samples.read(number, False), num_image_tokens, most)
+                    if not any(label != data.IGNORE for label in row["labels"][1:]):
+                        empty.append(number)
+            bar.update(len(numbers))
+    return lengths, cut, empty
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Steps
+
+def subset(n: int, fraction: float, seed: int) -> list:
+    """The sorted indices of a random `fraction` of n. With one seed, a smaller one is part of a larger
+    one."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"data_fraction is {fraction}; it must be above 0 and at most 1")
+    chosen = np.random.default_rng(seed).permutation(n)[: max(1, round(n * fraction))]
+    return sorted(chosen.tolist())
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list:
+    """A permutation of n, new in each epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+
+
+def split_batch(config, world: int) -> tuple:
+    """(most samples in a micro-batch, fewest micro-batches in a step) of each of `world` ranks."""
+    share = config.batch // world
+    size = max(1, min(config.micro_batch, share))
+    if config.batch % world or share % size:
+        raise ValueError(f"a batch of {config.batch} does not divide into {world} ranks and micro-batches of "
+                         f"{config.micro_batch}")
+    return size, share // size
+
+
+def count_steps(config, n: int) -> int:
+    """The steps of a run over n records, those of contrast first included."""
+    kept = len(subset(n, config.data_fraction, config.seed))
+    of_epochs = max(1, math.ceil(kept * config.epochs / config.batch))
+    return config.contrastive_first + (config.steps or of_epochs)
+
+
+def deal(config, lengths: list, steps: int, world: int) -> list:
+    """The indices of every micro-batch: [step][rank][number in the step]. `lengths`: tokens of all records.
+
+    A batch that runs short at a pass's end starts the next pass.
+    """
+    size, _ = split_batch(config, world)
+    budget = config.micro_tokens
+    kept = subset(len(lengths), config.data_fraction, config.seed)
+    order = []
+    for epoch in itertools.count():
+        if len(order) >= steps * config.batch:
+            break
+        order += epoch_order(len(kept), config.seed, epoch)
+    dealt = []
+    for start in range(0, steps * config.batch, config.batch):
+        batch = [kept[i] for i in order[start : start + config.batch]]
+        if config.contrastive == "none":
+            dealt.append(spread(batch, lengths, size, budget, world))
+        else:
+            dealt.append(spread_evenly(batch, lengths, size, budget, world))
+    return dealt
+
+
+def spread(batch: list, lengths, size: int, budget: int, world: int) -> list:
+    """Split a step's samples into [rank][micro-batch], with little padding and similar work for each rank.
+
+    A micro-batch holds samples of similar length: at most `size` of them and, with a `budget` above 0, at
+    most so many tokens, padding included (but one sample at least). Every rank gets as many micro-batches as
+    any other. """
+    longest_first = sorted(batch, key=lambda i: -lengths[i])
+    cut = cut_by_tokens(longest_first, lengths, size, budget)
+    if budget:  # as many micro-batches as these, but filled evenly
+        wanted = math.ceil(len(cut) / world) * world
+        bound = budget
+        budget = max(lengths[longest_first[0]], sum(lengths[i] for i in batch) / wanted)
+        cut = cut_by_tokens(longest_first, lengths, size, budget)
+        while len(cut) > wanted:
+            budget = min(bound, budget * 1.01)
+            cut = cut_by_tokens(longest_first, lengths, size, budget)
+
+    def cost(part):
+        return len(part) * lengths[part[0]]  # padded to the longest, which comes first
+
+    while len(cut) % world:  # one more micro-batch: halve the dearest
+        dearest = max((part for part in cut if len(part) > 1), key=cost)
+        half = len(dearest) // 2
+        cut.remove(dearest)
+        cut += [dearest[:half], dearest[half:]]
+    cut.sort(key=cost, reverse=True)
+    dealt = [[] for _ in range(world)]
+    for start in range(0, len(cut), world):  # each round gives the dearest to the rank with the least so far
+        ranks = sorted(dealt, key=lambda parts: sum(map(cost, parts)))
+        for parts, part in zip(ranks, cut[start : start + world]):
+            parts.append(part)
+    return dealt
+
+
+def spread_evenly(batch: list, lengths, size: int, budget: int, world: int) -> list:
+    """`spread` for a contrastive loss: ranks exchange one vector of each sample, so all have as many samples.
+
+    All micro-batches are of one size: the largest that divides `size` and whose longest row fits the budget.
+    """
+    if budget:
+        fitting = budget // max(lengths[i] for i in batch)
+        size = max(n for n in range(1, size + 1) if size % n == 0 and n <= max(1, fitting))
+    dealt = spread(batch, lengths, size, 0, world)
+    assert len({sum(map(len, parts)) for parts in dealt}) == 1, "ranks with unequal shares"
+    return dealt
+
+
+def cut_by_tokens(longest_first, lengths, size: int, budget: float) -> list:
+    """Lists of at most `size` samples and, with a budget, of at most so many tokens (but of one at least)."""
+    cut = []
+    for i in longest_first:
+        is_full = not cut or len(cut[-1]) == size
+        if not is_full and budget:
+            longest = lengths[cut[-1][0]]
+            is_full = longest * (len(cut[-1]) + 1) > budget
+        if is_full:
+            cut.append([])
+        cut[-1].append(i)
+    return cut
+
+
+def largest_micro_batch(dealt: list, lengths: list) -> tuple:
+    """(samples, tokens of the longest) of the micro-batch with most tokens, padding included."""
+    sizes = set()
+    for ranks in dealt:
+        for part in itertools.chain(*ranks):
+            sizes.add((len(part), max(lengths[i] for i in part)))
+    return max(sizes, key=math.prod)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loader
+
+def make_loader(config, samples, vlm, mine: list, device):
+    """Yield, step by step, the collated micro-batches of this rank. `mine`: their indices."""
+    to_batch = partial(data.collate, num_image_tokens=vlm.num_image_tokens, image_token_id=vlm.image_token_id,
+                       pad_id=samples.tokenizer.pad_token_id, image_size=vlm.vit.config.image_size,
+                       max_length=longest_row(config, vlm))
+    workers = min(config.workers, cores_of_a_rank())  # more would take turns, and the ranks' own threads wait
+    loader = torch.utils.data.DataLoader(
+        samples,
+        batch_sampler=list(itertools.chain(*mine)),
+        collate_fn=to_batch,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=leave_group,
+        generator=torch.Generator().manual_seed(config.seed),  # its own: not the run's random state
+    )
+    batches = iter(loader)
+    for parts in mine:
+        yield [next(batches) for _ in parts]
+
+
+def cores_of_a_rank() -> int:
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def leave_group(_):
+    """Ignore Ctrl-C in loader processes: the main process still needs them."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
