@@ -7,450 +7,423 @@
     python eval.py --chat picture.png                             # several turns: a question a line
 
 A score is only as good as its prompt, its parser and its denominator: published ScienceQA numbers of one and
-the same checkpoint differ by ten points. So the prompt is built here from the raw files, the answer is
-greedy, the official rule reads it, and what is unreadable is wrong and stays in the denominator, which is
-printed. benchmarks/ has a file for each benchmark.
+the same checkpoint differ by ten points. So the prompt is built from the raw files, the answer is greedy, and
+the official rule reads it. An answer that the rule cannot read is wrong. It stays in the denominator, and the
+number of such answers is printed. benchmarks/ has a file with the rule of each benchmark.
 
-Answers are appended to BENCH.partial.RANK.jsonl in the run directory as they come; after a kill, the same
-command goes on from there. In the end all are in BENCH.json (of a Hub id: in its folder in the Hub's cache),
-beside the scores, which are also printed: one JSON object a line, one line a run and benchmark.
+Answers are appended to BENCH.partial.RANK.jsonl in the run directory as they come. After a kill, the same
+command goes on from there. At the end all answers are in BENCH.json, beside the scores. These are also
+printed: one JSON object a line, one line for each run and benchmark.
 """
 
 import argparse
 import json
 import math
-import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import data
-from benchmarks import BENCHES, Bench
-from benchmarks.entries import ID
-from benchmarks.score import score_floors
-from projector import VLM
-from plumbing.files import named, read_entries, read_json, read_text, resolve_model, whole
+from benchmarks import BENCHES, Bench, load_questions
+from benchmarks.likelihood import split_options
+from benchmarks.predictions import append_answers, read_answers, write_predictions
+from benchmarks.questions import without_picture
+from benchmarks.score import in_words, measures, score_floors, scores_and_errors
+from plumbing.files import named, read_json, read_text, resolve_model
 from plumbing.ranks import choose_dtype, command, on_every_rank, rank, say, start_ranks, world_size
+from projector import VLM
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Asking
 
 def load_run(folder, device) -> tuple:
-    """(model, tokenizer, config) of a run directory. config["template"] is that of questions: what the run
-    was tuned with; after align alone the LLM's own where its tokenizer has one, else Vicuna's. (A LLaVA
-    folder gets Vicuna's: its own template takes pictures in another form than our marker.)"""
+    """(model, tokenizer, config) of a run directory, or of a folder in a LLaVA format.
+
+    config["template"] is the form of the questions: the one that the run was tuned with. A run that was only
+    aligned takes the LLM's own chat template if its tokenizer has one, else Vicuna's.
+    """
     folder = resolve_model(folder)
-    config = read_json(folder / "config.json")
-    with named(folder / "config.json"):
+    file = folder / "config.json"
+    config = read_json(file)
+    with named(file):
         dtype = choose_dtype(device, config.get("dtype") or "")
-    if config.get("template", "plain") not in [*data.TEMPLATES]:
-        raise ValueError(f"{folder}/config.json: template is {config['template']!r}")
+        template = config.get("template", "plain")
+        if template not in ("plain", "v1", "chat"):
+            raise ValueError(f"template is {template!r}")
     vlm = VLM.from_pretrained(folder, dtype, device)
     tokenizer = data.load_tokenizer(vlm.sources["llm"])
-    data.check_vocabulary(tokenizer, vlm.llm.config.vocab_size)  # a wrong one would answer nonsense, quietly
-    if config.get("template", "plain") == "plain":
-        has_own = tokenizer.chat_template and not str(config.get("model_type")).startswith("llava")
+    data.check_vocabulary(tokenizer, vlm.llm.config.vocab_size)  # another LLM's would make nonsense, quietly
+    if template == "plain":
+        # The template of a LLaVA folder takes pictures in another form than our marker.
+        is_llava = str(config.get("model_type")).startswith("llava")
+        has_own = tokenizer.chat_template and not is_llava
         config["template"] = "chat" if has_own else "v1"
     return vlm, tokenizer, config
 
 
-def to_samples(vlm, tokenizer, question: dict, template: str, *answers) -> list:
-    """As data.collate takes them: the question, open for an answer, with its picture; then, for each of
-    `answers`, the question with that, without end token and picture. Where the question has turns "before"
-    it, these stand there."""
-    name, has_image, samples = f"question {question['id']!r}", question["image"] is not None, []
-    name = f"{question['file']}: {name}" if "file" in question else name
+def to_sample(vlm, tokenizer, form, question: dict) -> dict:
+    """A question as data.collate takes it: open, so that the next token begins the answer.
+
+    A question may have turns "before" it: [(role, text)], as in data.encode.
+    """
+    name = f"question {question['id']!r}"
+    if "file" in question:
+        name = f"{question['file']}: {name}"
+    image = question["image"]
+    turns = [*question.get("before", ()), ("human", question["prompt"])]
+    pixels = None
     with named(name):
-        for answer in (None, *answers):
-            turns = [*question.get("before", ()), ("human", question["prompt"])]
-            turns += [] if answer is None else [("gpt", answer)]
-            pieces = data.TEMPLATES[template](turns, tokenizer)  # with an answer, the last is its end
-            ids, roles = data.tokenise(pieces if answer is None else pieces[:-1], tokenizer, has_image)
-            samples.append({"ids": ids, "roles": roles, "pixels": None, "name": name})
-        if has_image:
-            # "pad", whatever the run was trained with: a question may be about the picture's edge
-            picture = data.load_image(question["image"])
-            samples[0]["pixels"] = data.preprocess(picture, vlm.vit.config, "pad")
-    return samples
+        ids, roles = data.encode(turns, form, tokenizer, image is not None)
+        if image is not None:
+            # "pad", even if the run was trained with "crop": a question may be about the picture's edge.
+            pixels = data.preprocess(data.load_image(image), vlm.vit.config, "pad")
+    return {"ids": ids, "roles": roles, "pixels": pixels, "name": name}
 
 
-def to_batch(vlm, tokenizer, samples, room: int, side: str = "left") -> dict:
-    """One batch on the model's device, padded on that side. ValueError for a prompt longer than `room`."""
-    m = data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id,
-                     vlm.vit.config.image_size, room, side)
-    return data.to_device(m, vlm.llm.head_weight.device)
+def to_batch(vlm, tokenizer, samples, room: int) -> dict:
+    """One batch on the model's device, padded on the left: the last position is every prompt's end.
+    ValueError for a prompt longer than `room`."""
+    batch = data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id,
+                         vlm.vit.config.image_size, room, side="left")
+    return data.to_device(batch, vlm.llm.head_weight.device)
+
+
+def form_of(template: str, tokenizer):
+    """data.form_of, with errors that name the tokenizer."""
+    with named(f"{tokenizer.name_or_path}: template {template}"):
+        return data.form_of(template, tokenizer)
 
 
 @torch.no_grad()
 def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batch: int = 64, file=None,
         **how) -> list:
-    """Answers, as stripped text, to [{"id", "prompt", "image" path, base64 bytes or None}]: greedy, or
-    sampled with `temperature` and `top_p`. `file`: see `in_batches`."""
-    room = vlm.llm.config.max_position_embeddings - max_new_tokens  # the answer needs positions too
-    # what a run learns to end with, whatever its LLM's config says
-    with named(f"{tokenizer.name_or_path}: template {template}"):
-        *_, (end, _) = data.TEMPLATES[template]([("human", "?"), ("gpt", "!")], tokenizer)
-    how["end_tokens"] = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)]
+    """The answers, as stripped text, to questions {"id", "prompt", "image"}: see benchmarks/questions.py.
+
+    They are greedy, or sampled with `temperature` and `top_p`. `file`: see `in_batches`.
+    """
+    form = form_of(template, tokenizer)
+    # A run learns to end with the form's token, whatever end token the LLM's config names.
+    end_tokens = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(form.end)]
+    room = vlm.llm.config.max_position_embeddings - max_new_tokens  # the answer needs positions, too
 
     def answer(rows):
-        samples = [to_samples(vlm, tokenizer, row, template)[0] for row in rows]
+        samples = [to_sample(vlm, tokenizer, form, row) for row in rows]
         m = to_batch(vlm, tokenizer, samples, room)
-        new = vlm.generate(m["ids"], m["pixels"], max_new_tokens, m["mask"], **how)  # (B, <= max_new_tokens)
+        new = vlm.generate(m["ids"], m["pixels"], max_new_tokens, m["mask"], end_tokens=end_tokens, **how)
+        # new (B, <= max_new_tokens) is negative behind an end token
         return [tokenizer.decode(ids[ids >= 0], skip_special_tokens=True).strip() for ids in new]
 
     return in_batches(questions, answer, batch, file)
 
 
 @torch.no_grad()
-def likelihoods(vlm, tokenizer, questions, template: str, batch: int = 16, file=None) -> list:
-    """For each question the log-probabilities, in nats, of its "options" (a list of texts) as the answer:
-    summed over the tokens of each, the end token not among them. No parser is needed, and nothing is
-    unreadable. Options of several tokens are not made comparable here: a longer one has more to lose.
+def ask_likeliest(vlm, tokenizer, questions, template: str, batch: int = 16, file=None) -> list:
+    """The likeliest of each question's "options", which are letters, or yes and no.
 
-    A question and its picture go through the model once, each option only from where it differs.
+    No parser is needed, and one pass over the prompt is enough. The options are the same text up to some
+    token; the next one tells them apart, so its logits are compared.
     """
-    most = vlm.llm.config.max_position_embeddings
+    form = form_of(template, tokenizer)
+    room = vlm.llm.config.max_position_embeddings
 
     def answer(rows):
-        samples, ends = [], []  # of each question: what all its options share; what each has behind that
+        samples, next_tokens = [], []
         for row in rows:
-            sample, *texts = to_samples(vlm, tokenizer, row, template, *row["options"])
-            # less one: the last common token predicts an option's first, so it goes with the options
-            shared = len(os.path.commonprefix([text["ids"] for text in (sample, *texts)])) - 1
-            samples.append(sample | {key: sample[key][:shared] for key in ("ids", "roles")})
-            ends.append([text | {key: text[key][shared:] for key in ("ids", "roles")} for text in texts])
-        most_options, B = max(map(len, ends)), len(rows)
-        turns = []  # first options of all questions, second options ..; who has fewer repeats the last
-        for number in range(most_options):
-            turns += [options[min(number, len(options) - 1)] for options in ends]
-        said = to_batch(vlm, tokenizer, turns, most, "right")  # ids (options x B, T)
-        m = to_batch(vlm, tokenizer, samples, most - said["ids"].shape[1])
+            sample = to_sample(vlm, tokenizer, form, row)
+            prompt, tokens = split_options(tokenizer, form, row)
+            samples.append(sample | {"ids": prompt, "roles": [data.CONTEXT] * len(prompt)})
+            next_tokens.append(tokens)
+        m = to_batch(vlm, tokenizer, samples, room)
         embeds = vlm.splice(m["ids"], vlm.encode(m["pixels"]))  # (B, S, C)
-        hidden = torch.cat(vlm.llm.hidden_behind(embeds, m["mask"], said["ids"].split(B)))  # (.. x B, T, C)
-        next_ids = said["labels"][:, 1:]  # what each position says next, where that is the option's
-        row_of, place = (next_ids != data.IGNORE).nonzero(as_tuple=True)  # (tokens,) each
-        log_p = vlm.llm.logits(hidden[row_of, place]).float().log_softmax(-1)  # (tokens, V)
-        log_p = log_p.gather(1, next_ids[row_of, place][:, None])[:, 0]  # (tokens,)
-        sums = log_p.new_zeros(len(turns)).index_add(0, row_of, log_p).view(most_options, B)
-        return [row[: len(options)] for row, options in zip(sums.T.tolist(), ends)]
+        last = vlm.llm.hidden(embeds, m["mask"])[:, -1]  # (B, C)
+        logits = vlm.llm.logits(last)  # (B, V)
+        chosen = []
+        for row, tokens, row_logits in zip(rows, next_tokens, logits):
+            best = row_logits[tokens].argmax().item()
+            chosen.append(row["options"][best])
+        return chosen
 
     return in_batches(questions, answer, batch, file)
 
 
-MOST_TOKENS = 2**15  # in a batch of questions, about: long prompts go in smaller batches
+# ------------------------------------------------------------------------------------------------------------
+# In batches, on several ranks, after a kill
+
+MOST_CHARACTERS = 2**17  # in a batch of questions, padding included
+PICTURE = 2400  # a picture takes as much room as so many characters
+
+
+def make_batches(questions, batch: int) -> list:
+    """Lists of indices of questions of similar length, at most `batch` of them. The longest come first, so
+    that a lack of memory shows soon."""
+    def length(i):
+        has_image = questions[i]["image"] is not None
+        return 1 + len(questions[i]["prompt"]) + PICTURE * has_image
+
+    order = sorted(range(len(questions)), key=length, reverse=True)
+    batches = []
+    while order:
+        count = min(batch, max(1, MOST_CHARACTERS // length(order[0])))
+        batches.append(order[:count])
+        order = order[count:]
+    return batches
 
 
 def in_batches(questions, answer, batch: int, file=None) -> list:
-    """`answer(some questions) -> [what JSON can hold]` for all questions, in their order.
+    """The answers to all questions, in their order, by `answer(some questions) -> [text]`.
 
-    Batches hold at most `batch` questions, of similar length, and MOST_TOKENS. They are the same on any
-    number of ranks, which take turns: so are the answers, to the last bit. With `file`, each rank appends to
-    FILE.RANK.jsonl as they come, and what such files hold already is not asked again. The ranks' first error
-    is raised on all of them.
+    The batches are the same on any number of ranks, which take turns: so are the answers, to the last bit.
+    With `file`, each rank appends its answers to FILE.RANK.jsonl, and answers that such files hold already
+    are not asked for again. An error of one rank is raised on all.
     """
-    def length(i):  # a picture is longer than most texts; in characters, which is near enough
-        return questions[i]["image"] is None, -len(questions[i]["prompt"])
+    def read_once():  # by rank 0; the files of the others may be growing already
+        return read_answers(file, questions) if file and rank() == 0 else {}
 
-    order = sorted(range(len(questions)), key=length)  # longest first: what needs too much memory fails soon
-    tokens = [600 * (row["image"] is not None) + len(row["prompt"]) // 4 for row in questions]
-    batches = data.cut_by_tokens(order, tokens, batch, MOST_TOKENS)
-    # rank 0 reads alone: the files of the others are about to grow
-    answers = on_every_rank(lambda: read_answers(file, questions) if file and rank() == 0 else {})[0]
-    left = [indices for indices in batches if not set(indices) <= answers.keys()]
-
-    def answer_mine():
-        mine, new = left[rank() :: world_size()], {}
-        is_quiet = rank() > 0 or len(questions) == 1
-        with tqdm(desc="ask", total=sum(map(len, mine)), unit=" questions", disable=is_quiet) as bar:
-            for indices in mine:
-                rows = [questions[i] for i in indices]
-                found = answer(rows)
-                new |= dict(zip(indices, found))
-                if file:
-                    append_answers(f"{file}.{rank()}.jsonl", rows, found)
-                bar.update(len(rows))
-        return new
-
-    for new in on_every_rank(answer_mine):
-        answers |= new
+    answers = on_every_rank(read_once)[0]
+    batches = make_batches(questions, batch)
+    left = [indices for indices in batches if not answers.keys() >= set(indices)]
+    mine = left[rank() :: world_size()]
+    for found in on_every_rank(lambda: answer_batches(questions, mine, answer, file)):
+        answers |= found
     return [answers[i] for i in range(len(questions))]
 
 
-def append_answers(file, questions, answers):
-    """One JSON line a question; all lines of a batch in one write."""
-    lines = []
-    for question, answer in zip(questions, answers):
-        lines.append(json.dumps({"id": question["id"], "prompt": question["prompt"], "answer": answer}))
-    with open(file, "a") as f:
-        f.write("\n".join(lines) + "\n")
-
-
-def read_answers(file, questions) -> dict:
-    """{index: answer} of what FILE.0.jsonl, FILE.1.jsonl .. hold. A line that a kill has cut short is
-    dropped; one that belongs to none of the questions is a ValueError."""
-    answers, index = {}, {question["id"]: i for i, question in enumerate(questions)}
-    for part in sorted(Path(file).parent.glob(f"{Path(file).name}.*.jsonl")):
-        text = read_text(part)
-        lines = text[: text.rfind("\n") + 1]
-        if lines != text:
-            part.write_text(lines)
-        for row in read_entries(part, id=ID, prompt=str, answer=(str, list)) if lines else []:
-            i = index.get(row["id"])
-            if i is None or questions[i]["prompt"] != row["prompt"]:
-                raise ValueError(f"{part}: question {row['id']!r} is not asked now, or reads otherwise; "
-                                 "go on with the options it was begun with, or remove the file")
-            answers[i] = row["answer"]
+def answer_batches(questions, batches, answer, file) -> dict:
+    """{index: answer} of this rank's batches; each is also appended to the file of this rank."""
+    answers = {}
+    is_quiet = rank() > 0 or len(questions) == 1
+    with tqdm(desc="ask", total=sum(map(len, batches)), unit=" questions", disable=is_quiet) as bar:
+        for indices in batches:
+            rows = [questions[i] for i in indices]
+            texts = answer(rows)
+            answers |= dict(zip(indices, texts))
+            if file:
+                append_answers(f"{file}.{rank()}.jsonl", rows, texts)
+            bar.update(len(rows))
     return answers
 
 
+# ------------------------------------------------------------------------------------------------------------
+# About one picture
+
 def about(image, text: str) -> dict:
-    """The question about a picture as it is typed, for `ask`."""
-    turn = {"from": "human", "value": f"{data.IMAGE}\n{text}"}  # which may have a marker already
+    """The question about a picture as a person types it. The text may have a marker of the picture."""
+    turn = {"from": "human", "value": f"{data.IMAGE}\n{text}"}
     (_, prompt), = data.clean_turns({"image": image, "conversations": [turn]})
     return {"id": image, "prompt": prompt, "image": image}
 
 
 def chat(vlm, tokenizer, template: str, image, **how):
-    """Answer a question a line of stdin, until an empty one, the end or Ctrl-C. What was said before goes
-    with each, so the prompt grows; where the LLM has no room for it any more, that is a ValueError."""
-    before, mark = [], "> " if sys.stdin.isatty() else ""  # a pipe gets the answers alone
+    """Answer a question a line of stdin, until an empty one, the end or Ctrl-C.
+
+    The model sees the whole conversation each time. ValueError when that has become too long for the LLM.
+    """
+    before = []
+    mark = "> " if sys.stdin.isatty() else ""  # a pipe gets only the answers
     try:
-        while text := input(mark).strip():
-            question = {"prompt": text, "image": image} if before else about(image, text)
+        while True:
+            text = input(mark).strip()
+            if not text:
+                break
+            question = about(image, text)
+            if before:
+                question["prompt"] = text  # the first turn has the picture
             question |= {"id": f"{image}, turn {len(before) // 2 + 1}", "before": before}
             answer, = ask(vlm, tokenizer, [question], template, **how)
             print(answer, flush=True)
             before = [*before, ("human", question["prompt"]), ("gpt", answer)]
     except (EOFError, KeyboardInterrupt):
-        print(end="\n" if mark else "")  # the shell's prompt gets a line of its own
+        if mark:
+            print()  # the shell's prompt gets a line of its own
+
+
+def ask_about_picture(ckpt, args, device):
+    """--ask or --chat."""
+    image = args.chat or args.ask[0]
+    data.load_image(image)  # tells about a bad one before a large model is loaded
+    if args.chat and world_size() > 1:
+        raise ValueError("--chat has one stdin: run it without torchrun")
+    vlm, tokenizer, config = load_run(ckpt, device)
+    how = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
+    if args.chat:
+        chat(vlm, tokenizer, config["template"], image, **how)
+    else:
+        text = args.ask[1]
+        answer, = ask(vlm, tokenizer, [about(image, text)], config["template"], **how)
+        say(json.dumps({"ckpt": str(ckpt), "image": image, "question": text, "answer": answer}))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Running a benchmark
 
-def load_questions(name: str, folder, split=None, limit=None) -> list:
-    """A benchmark's questions, checked; of `limit` the first so many, with what counts together with them."""
-    split = BENCHES[name].split if split is None else split
-    with named(folder, f"not in the layout of {name}"):
-        questions = list(BENCHES[name].load(Path(folder), split))
-    if not questions:
-        raise ValueError(f"{folder}: no questions of {name} in split {split!r}")
-    seen, is_scored = set(), any(question["answer"] is not None for question in questions)
-    for question in questions:
-        image, options, answer = question["image"], question.get("options"), question["answer"]
-        problems = {
-            "is there twice": question["id"] in seen,
-            "has no picture": not image and question["prompt"].startswith(data.IMAGE),
-            f"asks about a picture that is not there: {image}":
-                isinstance(image, Path) and not image.is_file(),
-            "has no options": options == [],
-            "has no answer": is_scored and answer in (None, "", [], [""]),  # where others have one
-            f"has the answer {answer!r}, which is none of {', '.join(options or ())}":
-                options and answer is not None and answer not in options}
-        for problem, is_so in problems.items():
-            if is_so:
-                raise ValueError(f"{question['file']}: question {question['id']!r} {problem}")
-        seen.add(question["id"])
-    groups = [question.get("group", question["id"]) for question in questions]
-    kept = set(list(dict.fromkeys(groups))[:limit])
-    return [question for question, group in zip(questions, groups) if group in kept]
-
-
-def ask_bench(vlm, tokenizer, template, bench: Bench, questions, file) -> tuple:
-    """(answers, what the benchmark's rule reads from them)."""
-    tokens = min(bench.tokens, vlm.llm.config.max_position_embeddings // 2)  # a question needs positions, too
+def ask_bench(vlm, tokenizer, template: str, bench: Bench, questions, file) -> tuple:
+    """(answers, the choices that the benchmark's rule reads from them)."""
+    tokens = min(bench.tokens, vlm.llm.config.max_position_embeddings // 2)  # half for the question
     batch = min(64, 4096 // tokens)  # the key-value cache is as long as the longest answer
     answers = ask(vlm, tokenizer, questions, template, tokens, batch, file)
-    return answers, [bench.parse(text, question) for text, question in zip(answers, questions)]
+    choices = [bench.parse(text, question) for text, question in zip(answers, questions)]
+    return answers, choices
 
 
 def answer_bench(vlm, tokenizer, template, name, folder, split=None, limit=None, file=None) -> tuple:
-    """(scores, questions, answers, what the benchmark's rule reads from them) of one benchmark."""
-    bench, questions = BENCHES[name], load_questions(name, folder, split, limit)
+    """(scores, questions, answers, choices) of one benchmark."""
+    bench = BENCHES[name]
+    questions = load_questions(name, folder, split, limit)
     answers, choices = ask_bench(vlm, tokenizer, template, bench, questions, file)
-    is_scored = any(question["answer"] is not None for question in questions)  # here, not by a server
-    scores = bench.score(questions, choices) if is_scored else {"questions": len(questions)}
-    return scores, questions, answers, choices
+    return scores_and_errors(bench.score, questions, choices), questions, answers, choices
 
 
-def likeliest(vlm, tokenizer, template, questions, choices, file) -> list:
-    """`choices`, but where a question has options, the one whose letter (or Yes, No) is the likeliest."""
+def choose_likeliest(vlm, tokenizer, template: str, questions, choices, file) -> list:
+    """The choices, but the likeliest option of each question that has options."""
     closed = [question for question in questions if question.get("options")]
-    asked = [q | {"options": list(map(str.capitalize, q["options"]))} for q in closed]
-    chosen = {}
-    for question, row in zip(closed, likelihoods(vlm, tokenizer, asked, template, file=file)):
-        chosen[question["id"]] = question["options"][row.index(max(row))]
-    return [chosen.get(question["id"], choice) for question, choice in zip(questions, choices)]
+    options = ask_likeliest(vlm, tokenizer, closed, template, file=file)
+    likeliest = {question["id"]: option for question, option in zip(closed, options)}
+    return [likeliest.get(question["id"], choice) for question, choice in zip(questions, choices)]
 
 
-def without_picture(questions) -> list:
-    return [q | {"image": None, "prompt": q["prompt"].removeprefix(f"{data.IMAGE}\n")} for q in questions]
+def run_bench(name: str, ckpt, run: tuple, folder, args) -> dict:
+    """Score a run. Its BENCH.json gets the scores and every answer; beside it lies what a server wants."""
+    vlm, tokenizer, config = run
+    template = config["template"]
+    bench = BENCHES[name]
+    kept = Path(ckpt) / f"{name}.partial"
+    scores, questions, answers, choices = answer_bench(
+        vlm, tokenizer, template, name, folder, args.split, args.limit, kept)
+    split = bench.split if args.split is None else args.split
+    result = {"ckpt": str(ckpt), "bench": name, "split": split} | scores
 
+    def write():
+        if rank() == 0:
+            write_predictions(Path(ckpt) / f"{name}.json", result, questions, answers, choices)
 
-def run_bench(name, ckpt, run: tuple, folder, args) -> dict:
-    """Score a run; its BENCH.json gets the scores and every prediction, beside it what a server wants."""
-    (vlm, tokenizer, config), bench, partial_file = run, BENCHES[name], Path(ckpt) / f"{name}.partial"
-    template, split = config["template"], bench.split if args.split is None else args.split
-    scores, questions, answers, choices = answer_bench(vlm, tokenizer, template, name, folder, split,
-                                                       args.limit, partial_file)
-    file, result = Path(ckpt) / f"{name}.json", {"ckpt": str(ckpt), "bench": name, "split": split}
-    if rank() == 0:  # before anything that may fail; once more with what stands beside the score
-        write_predictions(file, result | scores, questions, answers, choices)
-    is_scored = "accuracy" in scores
-    if args.score and is_scored and any(question.get("options") for question in questions):
-        found = likeliest(vlm, tokenizer, template, questions, choices, f"{partial_file}-likelihood")
-        found = bench.score(questions, found)
-        scores["likelihood"] = {key: value for key, value in found.items() if isinstance(value, float)}
+    write()  # before anything that may fail
+    is_scored = "accuracy" in result  # otherwise a server or a judge does it
+    has_options = any(question.get("options") for question in questions)
+    if args.score == "likelihood" and is_scored and has_options:
+        likeliest = choose_likeliest(vlm, tokenizer, template, questions, choices, f"{kept}-likelihood")
+        result["likelihood"] = measures(scores_and_errors(bench.score, questions, likeliest))
     if args.floors and is_scored:
-        _, blind = ask_bench(vlm, tokenizer, template, bench, without_picture(questions),
-                             f"{partial_file}-blind")
-        scores["floors"] = score_floors(bench, questions, blind)
-    result |= scores
-    if rank() == 0:
-        write_predictions(file, result, questions, answers, choices)
-        told = [f"{key} {scores[key]} (standard error {scores[f'{key}_se']})"
-                for key in scores if f"{key}_se" in scores]
-        if likely := scores.get("likelihood"):
-            told.append(f"by likelihood {likely['accuracy']} (standard error {likely['accuracy_se']})")
-        if "unparsed" in scores:
-            told.append(f"{scores['unparsed']} answers that the rule cannot read")
-        print(f"{name} of {ckpt}: {scores['questions']} questions", *told, sep=", ")
-        if bench.submit:
-            file = args.submit or Path(ckpt) / f"{name}-submit{'.tsv' if 'mmbench' in name else '.json'}"
-            bench.submit(questions, answers, file)
-            print(f"wrote {file}")
+        blind_questions = [without_picture(question) for question in questions]
+        _, blind = ask_bench(vlm, tokenizer, template, bench, blind_questions, f"{kept}-blind")
+        result["floors"] = score_floors(bench.score, questions, blind)
+    write()
+    say(in_words(result))
+    if bench.submit and rank() == 0:
+        ending = "tsv" if name.startswith("mmbench") else "json"
+        file = args.submit or Path(ckpt) / f"{name}-submit.{ending}"
+        bench.submit(questions, answers, file)
+        say(f"wrote {file}")
     return result
 
 
-def write_predictions(file: Path, result: dict, questions, answers, choices):
-    """Complete or not at all. Every answer is kept: a score that surprises is understood by reading them."""
-    predictions = []
-    for question, text, choice in zip(questions, answers, choices):
-        image = "in the table" if isinstance(question["image"], bytes) else question["image"]
-        kept = {key: value for key, value in question.items() if key != "row"}
-        predictions.append(kept | {"image": image and str(image), "text": text, "choice": choice})
-    with whole(file) as building:
-        building.write_text(json.dumps({"scores": result, "predictions": predictions}, indent=1))
+def find_folders(ckpt, config: dict, args) -> dict:
+    """{benchmark: its folder} for --bench and --data. Of `all` only those that are there."""
+    is_all = args.bench == "all"
+    if args.data and not is_all:
+        return {args.bench: Path(args.data)}
+    root = args.data or config.get("benchmarks")
+    if not root:
+        raise ValueError(f"{ckpt}: its config.json names no folder of benchmarks; name one with --data")
+    folders = {}
+    for name in BENCHES if is_all else [args.bench]:
+        folder = Path(root) / BENCHES[name].folder
+        if folder.is_dir() or not is_all:
+            folders[name] = folder
+        else:
+            say(f"{name} is not run: no folder {folder}")
+    if not folders:
+        raise ValueError(f"{root}: no benchmark is there")
+    return folders
+
+
+def run_benches(ckpt, args, device):
+    """Print the scores of --bench. If one of `all` fails, the others still run; the last line tells."""
+    run = load_run(ckpt, device)
+    folders = find_folders(ckpt, run[2], args)
+    failed = []
+    for name, folder in folders.items():
+        try:
+            say(json.dumps(run_bench(name, ckpt, run, folder, args)))
+        except (OSError, ValueError) as error:
+            if args.bench != "all":
+                raise
+            failed.append(name)
+            say(f"{name} failed: {error}")
+    for name in folders.keys() - set(failed):  # not sooner: a killed `all` asks nothing again
+        for file in Path(ckpt).glob(f"{name}.partial*.jsonl"):
+            file.unlink(missing_ok=True)  # another rank may have been faster
+    if failed:
+        raise ValueError(f"failed: {', '.join(failed)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
 def last_run() -> Path:
+    """The run that train.py has finished last."""
     pointer = Path("runs/last")
     if not pointer.exists():
         raise FileNotFoundError("no run to score yet: `python train.py` makes one; or name one with --ckpt")
-    if not (folder := read_text(pointer).strip()):
+    folder = read_text(pointer).strip()
+    if not folder:
         raise ValueError(f"{pointer}: names no run; name one with --ckpt")
     return Path(folder)
 
 
-def run_benches(ckpt, args, device):
-    """Yield the results of --bench: of one, or of all whose folders are there. One that fails does not stop
-    the others; a ValueError names it in the end."""
-    run = load_run(ckpt, device)
-    root, is_all, failed = args.data or run[2].get("benchmarks"), args.bench == "all", []
-    if not root:
-        raise ValueError(f"{ckpt}: its config.json names no folder of benchmarks; name one with --data")
-    folders = {name: Path(root) / BENCHES[name].folder for name in (BENCHES if is_all else [args.bench])}
-    if args.data and not is_all:
-        folders[args.bench] = Path(args.data)
-    there = [name for name in folders if folders[name].is_dir() or not is_all]
-    if absent := [f"{name} ({folders[name]})" for name in folders if name not in there]:
-        say(f"not there, so not run: {', '.join(absent)}")
-    for name in there:
-        try:
-            yield run_bench(name, ckpt, run, folders[name], args)
-        except (OSError, ValueError) as error:
-            if not is_all:
-                raise
-            failed.append(name)
-            say(f"{name} failed: {error}")
-    for name in set(there) - set(failed):  # no sooner: a killed `all` goes on without asking these again
-        for file in Path(ckpt).glob(f"{name}.partial*.jsonl"):
-            file.unlink(missing_ok=True)  # another rank may have been faster
-    if failed or not there:
-        raise ValueError(f"failed: {', '.join(failed)}" if there else f"{root}: no benchmark is there")
-
-
-def of_last_run() -> tuple:
-    """(the last run, its folder of benchmarks), for --help alone."""
-    with suppress(OSError, ValueError, AttributeError):  # none, or a damaged one: told when it is used
-        return (run := last_run()), read_json(run / "config.json").get("benchmarks")
-    return "none", "none"
-
-
 def parse_args(argv=None):
-    what, examples, *more = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(description="\n\n".join([what, *more]), epilog=f"examples:\n{examples}",
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    run, benchmarks = (str(value).replace("%", "%%") for value in of_last_run())
-    parser.add_argument("--ckpt", nargs="+", help=f"run directories [the last: {run}]")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", nargs="+", help="run directories, or Hub ids [the last run]")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--bench", choices=[*BENCHES, "all"])
     what.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")
-    what.add_argument("--chat", metavar="IMAGE", help="several turns about one picture: a question a line of "
-                                                      "stdin, until an empty one")
+    what.add_argument("--chat", metavar="IMAGE", help="a question a line of stdin, until an empty one")
     add = parser.add_argument_group("benchmarks").add_argument
-    add("--data", help="the benchmark's folder; all: the folder of these [the `benchmarks` of the run's "
-                       f"config; of the last: {benchmarks}]")
+    add("--data", help="the benchmark's folder; with all: the folder of these [the run's `benchmarks`]")
     splits = ", ".join(f"{name} {bench.split}" for name, bench in BENCHES.items() if bench.split)
-    add("--split", help=f"the benchmark's split, category or part of its file's name [{splits}]")
+    add("--split", help=f"a split, a category, or a part of a file's name [{splits}]")
     add("--limit", type=int, help="only the first so many questions [all]")
     add("--score", choices=["likelihood"], help="also by the likeliest option")
     add("--floors", action="store_true", help="also chance, the commonest answer, the model without picture")
     add("--submit", type=Path, help="file for a server or judge [BENCH-submit in the run directory]")
     add = parser.add_argument_group("one picture").add_argument
-    add("--max_new_tokens", type=int, default=64, help="most tokens of the answer [%(default)s]")
+    add("--max_new_tokens", type=int, default=64, help="the most tokens of the answer [%(default)s]")
     add("--temperature", type=float, default=0.0, help="of the answer; 0: greedy [%(default)s]")
-    add("--top_p", type=float, default=1.0, help="the likeliest that hold this much [%(default)s]")
+    add("--top_p", type=float, default=1.0, help="of the likeliest tokens; 1: all [%(default)s]")
     args = parser.parse_args(argv)
-    writers = [name for name, bench in BENCHES.items() if bench.submit]
+
+    if args.max_new_tokens < 1 or args.limit is not None and args.limit < 1:
+        parser.error("--max_new_tokens and --limit must be at least 1")
+    if args.temperature != 0 and not 0.001 <= args.temperature < math.inf:
+        parser.error("--temperature must be 0, or from 0.001 up")
+    if not 0.001 <= args.top_p <= 1:
+        parser.error("--top_p must be in [0.001, 1]")
+    if not args.bench and (args.limit or args.score or args.floors):
+        parser.error("--limit, --score and --floors are for benchmarks")
     if args.split and args.bench not in BENCHES:
         parser.error("--split is for one benchmark")
-    if (args.limit is not None or args.score or args.floors) and not args.bench:
-        parser.error("--limit, --score and --floors are for benchmarks")
-    if args.submit and (args.bench not in writers or len(args.ckpt or ".") > 1):
-        parser.error(f"--submit is for one run of {', '.join(writers)}")
-    if args.submit and not args.submit.parent.is_dir():
-        parser.error(f"--submit: no folder {args.submit.parent}")
-    if args.limit is not None and args.limit < 1 or args.max_new_tokens < 1:
-        parser.error("--limit and --max_new_tokens must be at least 1")
-    if args.temperature != 0 and not 0.001 <= args.temperature < math.inf or not 0.001 <= args.top_p <= 1:
-        parser.error("--temperature must be 0 or from 0.001 up, --top_p in [0.001, 1]")
+    if args.submit:
+        writers = [name for name, bench in BENCHES.items() if bench.submit]
+        if args.bench not in writers or len(args.ckpt or ["the last"]) > 1:
+            parser.error(f"--submit is for one run of {', '.join(writers)}")
+        if not args.submit.parent.is_dir():
+            parser.error(f"--submit: no folder {args.submit.parent}")
     return args
-
-
-def ask_about_picture(ckpt, args, device) -> list:
-    """The result of --ask; --chat has printed its own."""
-    image, text = args.ask or (args.chat, None)
-    data.load_image(image)  # a bad one is told before a large model is loaded
-    if args.chat and world_size() > 1:
-        raise ValueError("--chat has one stdin: run it without torchrun")
-    vlm, tokenizer, config = load_run(ckpt, device)
-    how = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
-    if args.chat:
-        chat(vlm, tokenizer, config["template"], image, **how)
-        return []
-    answer, = ask(vlm, tokenizer, [about(image, text)], config["template"], **how)
-    return [{"ckpt": str(ckpt), "image": image, "question": text, "answer": answer}]
 
 
 def main(argv=None):
     args = parse_args(argv)
     with command("eval.py"):
         device = start_ranks()
-        for ckpt in [resolve_model(run) for run in args.ckpt] if args.ckpt else [last_run()]:
-            if args.ask or args.chat:
-                results = ask_about_picture(ckpt, args, device)
+        runs = [resolve_model(run) for run in args.ckpt] if args.ckpt else [last_run()]
+        for ckpt in runs:
+            if args.bench:
+                run_benches(ckpt, args, device)
             else:
-                results = run_benches(ckpt, args, device)
-            for result in results:
-                say(json.dumps(result))
+                ask_about_picture(ckpt, args, device)
 
 
 if __name__ == "__main__":

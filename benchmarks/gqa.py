@@ -1,21 +1,30 @@
-"""GQA.
+"""GQA (Hudson and Manning 2019, arXiv 1902.09506): questions made from scene graphs.
+
+Rule: GQA's own eval.py wants the very answer; LLaVA makes it lower case and drops dots at its end. The
+balanced test-dev split has 12,578 questions.
+
+    SPLIT_questions.json    {id: {"question", "answer", "imageId", "types"}}
+    images/                 IMAGEID.jpg
 """
 
 from benchmarks.entries import find_entries
 from benchmarks.questions import to_question
 from data import find_image
 
+KINDS = {"id": str, "question": str, "answer": str, "imageId": str}
 
 
 def load(folder, split: str):
-    """{split}_questions.json of GQA: question id -> question, answer, imageId; pictures in images/."""
-    kinds = {"id": str, "question": str, "answer": str, "imageId": str}
-    for file, row in find_entries(folder, f"**/{split}_questions.json", **kinds):
-        image = find_image(folder / "images", f"{row['imageId']}.jpg")
-        yield to_question(file, row["id"], row["question"], image, row["answer"],
-                          (row.get("types") or {}).get("structural"))
+    """The questions, in categories by their structure."""
+    pattern = f"**/{split}_questions.json"
+    for file, row in find_entries(folder, pattern, **KINDS):
+        name = f"{row['imageId']}.jpg"
+        image = find_image(folder / "images", name)
+        types = row.get("types") or {}
+        category = types.get("structural")
+        yield to_question(file, row["id"], row["question"], image, row["answer"], category)
 
 
 def parse(text: str, question=None) -> str:
-    """Lower case, without dots at the end; then GQA wants the very answer."""
+    """The answer in lower case, without dots at its end."""
     return text.rstrip(".").lower()

@@ -1,67 +1,125 @@
-"""MMBench, English and Chinese.
+"""MMBench (Liu et al. 2023, arXiv 2307.06281), English and Chinese: every question with its options rotated.
+
+Rule: that of the authors' VLMEvalKit, without the language model that it asks about answers which its rules
+cannot read. A question is right if it is right in all its rotations ("circular"). mmbench_dev_20230712 has
+1,176 questions in 4,377 rows, the Chinese mmbench_dev_cn_20231003 1,164 in 4,329.
+
+    mmbench_dev_*.tsv     index, question, hint, A to D, answer, category, image
+
+The row index + k x 10^6 asks question `index` again, with its options rotated. An image is base64, or the
+index of the row that has it. A test split has no answers: a server scores its file.
 """
 
 import csv
 
 from benchmarks.entries import find_files
 from benchmarks.questions import LETTER_ANSWER, grade, lettered, to_question
-from benchmarks.score import grouped, percent, score_accuracy
+from benchmarks.score import grouped, percent, summary
 from plumbing.files import read_entries
 
+COLUMNS = ("index", "question", "A", "B", "C", "D", "image")
+NOT_GIVEN = ("", "nan", "none", "null", "na", "n/a")  # as pandas writes what is not there
+CHINESE_ANSWER = "\n请直接回答选项字母。"
+ROTATION = 10**6
 
 
 def load(folder, split: str, chinese: bool = False):
-    """A table mmbench_dev_*.tsv (Chinese: with cn in its name) of index, question, hint, A to D, answer,
-    category, image; `split` is a part of its name. Row index + k x 10^6 asks question `index` again, its
-    options rotated. An image is base64, or the index of the row that has it. A test split has no answers."""
-    files = [file for file in find_files(folder, "*.tsv") if split in file.stem.lower()]
-    files = [file for file in files if ("cn" in file.stem.lower()) == chinese]
-    if len(files) != 1:
-        raise ValueError(f"{folder}: --split has to name one table; {split!r} fits {[f.name for f in files]}")
-    not_given = {"", "nan", "none", "null", "na", "n/a"}  # by pandas, which LLaVA reads with
-    rows = read_entries(files[0], **dict.fromkeys(("index", "question", *"ABCD", "image"), str))
+    """The rows of the one table with `split` in its name (and cn, if Chinese)."""
+    file = find_table(folder, split, chinese)
+    rows = read_entries(file, **dict.fromkeys(COLUMNS, str))
     images = {row["index"]: row["image"] for row in rows}
     for row in rows:
         if not row["index"].isdecimal():
-            raise ValueError(f"{files[0]}: the index {row['index']!r} is not a number")
-        texts = [row.get(key) or "" for key in ("hint", "answer", *"ABCD")]
-        hint, answer, *choices = ["" if text.lower() in not_given else text for text in texts]
-        choices = choices[: [*choices, ""].index("")]  # up to the first that is not given
-        text = lettered(f"{hint}\n{row['question']}" if hint else row["question"], choices)
-        kept = [key for key in ("index", "question", *"ABCD", "answer", "split") if key in row]
-        yield to_question(
-            files[0], row["index"], text, images.get(row["image"], row["image"]).encode(), answer or None,
-            row.get("category"), "\n请直接回答选项字母。" if chinese else LETTER_ANSWER,
-            options=list("ABCD"[: len(choices)]), choices=choices, group=int(row["index"]) % 10**6,
-            row={key: row[key] for key in kept})
+            raise ValueError(f"{file}: the index {row['index']!r} is not a number")
+        choices = list_choices(row)
+        text = lettered(row["question"], choices)
+        hint = given(row, "hint")
+        if hint:
+            text = f"{hint}\n{text}"
+        image = images.get(row["image"], row["image"])
+        answer = given(row, "answer") or None
+        ending = CHINESE_ANSWER if chinese else LETTER_ANSWER
+        yield to_question(file, row["index"], text, image.encode(), answer, row.get("category"), ending,
+                          options=list("ABCD"[: len(choices)]), choices=choices,
+                          group=int(row["index"]) % ROTATION, row=row_of_server(row))
 
 
-def parse(text: str, question):
-    """MMBench's rules without its language model: the one letter that is a word, alone or with such signs (a
-    lone A among more than three words may be an article), else the one choice whose text occurs."""
-    words, said = text.split(), text.lower()
-    for form in "{} {}. {}, {}: {}) {}). ({}) ({}). :{} :{}, :{}. :{}) :{}).".split():
+def load_chinese(folder, split: str):
+    return load(folder, split, chinese=True)
+
+
+def find_table(folder, split: str, chinese: bool):
+    """The file. Tables of both languages may lie together."""
+    files = []
+    for file in find_files(folder, "*.tsv"):
+        name = file.stem.lower()
+        if split in name and ("cn" in name) == chinese:
+            files.append(file)
+    if len(files) != 1:
+        names = [file.name for file in files]
+        raise ValueError(f"{folder}: --split has to name one table; {split!r} fits {names}")
+    return files[0]
+
+
+def given(row: dict, column: str) -> str:
+    """The text in a column, or ""."""
+    text = row.get(column) or ""
+    return "" if text.lower() in NOT_GIVEN else text
+
+
+def list_choices(row: dict) -> list:
+    """The choices up to the first that is not given."""
+    choices = []
+    for letter in "ABCD":
+        text = given(row, letter)
+        if not text:
+            break
+        choices.append(text)
+    return choices
+
+
+def row_of_server(row: dict) -> dict:
+    """What the server wants to have back of a row."""
+    columns = ("index", "question", "A", "B", "C", "D", "answer", "split")
+    return {column: row[column] for column in columns if column in row}
+
+
+# A letter and the signs it may have around it, each a word of its own in the answer.
+FORMS = "{} {}. {}, {}: {}) {}). ({}) ({}). :{} :{}, :{}. :{}) :{}).".split()
+
+
+def parse(text: str, question: dict):
+    """The one letter that is told, in the first form in which one is; else the one choice whose text is told;
+    else None."""
+    options = question["options"]
+    words = text.split()
+    for form in FORMS:
         found = [letter for letter in "ABCDE" if form.format(letter) in words]
-        if len(found) == 1 and not (form == "{}" and found == ["A"] and len(words) > 3):
-            return found[0] if found[0] in question["options"] else None
-    found = [x for x, choice in zip(question["options"], question["choices"]) if choice.lower() in said]
-    return found[0] if len(found) == 1 else None
+        is_article = form == "{}" and found == ["A"] and len(words) > 3
+        if len(found) == 1 and not is_article:
+            return found[0] if found[0] in options else None
+    pairs = zip(options, question["choices"])
+    told = [letter for letter, choice in pairs if choice.lower() in text.lower()]
+    return told[0] if len(told) == 1 else None
 
 
 def score(questions, choices) -> dict:
-    """Circular: a question is right if it is in all its rotations; `accuracy_single`: each by itself."""
+    """Accuracy of the questions that are right in every rotation; `accuracy_single`: of all rows."""
     right = grade(questions, choices)
-    groups = grouped([question["group"] for question in questions], zip(questions, right)).values()
-    circular = [all(value for _, value in rows) for rows in groups]
-    return score_accuracy([rows[0][0] for rows in groups], choices, circular) | {
-        "accuracy_single": percent(right), "rotations": len(questions)}
+    names = [question["group"] for question in questions]
+    groups = grouped(names, zip(questions, right)).values()
+    first_rows = [rows[0][0] for rows in groups]
+    right_in_all = [all(is_right for _, is_right in rows) for rows in groups]
+    scores = summary(first_rows, choices, right_in_all)
+    return scores | {"accuracy_single": percent(right), "rotations": len(questions)}
 
 
 def submit(questions, answers, file):
-    """The server's table, as LLaVA makes it. It wants Excel: pandas.read_table(FILE).to_excel(...)."""
-    names = list(questions[0]["row"])
-    names.insert(6, "prediction")
-    with open(file, "w", newline="", encoding="utf-8") as f:
-        table = csv.DictWriter(f, names, delimiter="\t")
+    """Write the server's table as LLaVA does. The server wants Excel: README.md says how to convert it."""
+    columns = list(questions[0]["row"])
+    columns.insert(6, "prediction")
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        table = csv.DictWriter(opened, columns, delimiter="\t")
         table.writeheader()
-        table.writerows(question["row"] | {"prediction": text} for question, text in zip(questions, answers))
+        for question, text in zip(questions, answers):
+            table.writerow(question["row"] | {"prediction": text})

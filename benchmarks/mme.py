@@ -1,62 +1,95 @@
-"""MME: yes and no about each picture.
+"""MME (Fu et al. 2023, arXiv 2306.13394): two questions about each picture, one of them to be denied.
+
+Rule: MME's eval_tool/calculation.py. A category scores 100 times the sum of its accuracy and its accuracy+,
+the part of pictures with both questions right, so at most 200. The headline is the sum over the ten
+categories of perception; there are 2,374 questions about 1,187 pictures.
+
+    CATEGORY/                    pictures, and a text file of two lines `question<TAB>Yes|No` for each
+
+In some categories they lie in images/ and questions_answers_YN/. The questions end with "Please answer yes or
+no."; LLaVA asks for a short answer instead, and so do we.
 """
 
 import re
 
 from benchmarks.entries import find_files
 from benchmarks.questions import grade, to_question
-from benchmarks.score import accuracy, grouped, score_accuracy, standard_error
+from benchmarks.score import grouped, percent, summary
 from plumbing.files import read_text
 
+PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
+YES_OR_NO = ["yes", "no"]
 
 
 def load(folder, split: str):
-    """Two questions for each picture. A category (or `split` alone) is a folder of pictures and text files
-    `question<TAB>Yes|No`, side by side or in images/ and questions_answers_YN/. LLaVA asks for a short answer
-    instead of the questions' own "yes or no"."""
-    find_files(folder, f"{split or '*'}/**/*.txt")  # there must be some
-    for category in sorted(path for path in folder.glob(split or "*") if path.is_dir()):
-        texts, images = category / "questions_answers_YN", category / "images"
-        texts, images = texts if texts.is_dir() else category, images if images.is_dir() else category
-        endings = (".jpg", ".jpeg", ".png")
-        pictures = {file.stem: file for file in images.glob("*.*") if file.suffix in endings}
-        for name in sorted({file.stem for file in texts.glob("*.txt")} | pictures.keys()):
-            file, pair = texts / f"{name}.txt", f"{category.name}/{name}"
-            lines = [line for line in read_text(file).split("\n") if line.strip()]
-            if len(lines) != 2 or not all(re.fullmatch("[^\t]+\t(Yes|No)\\s*", line) for line in lines):
-                raise ValueError(f"{file}: not two lines of question, tab, Yes or No")
-            for number, line in enumerate(lines):
-                text, answer = line.replace("Please answer yes or no.", "").split("\t")
-                yield to_question(file, f"{pair}/{number}", text.strip(),
-                                  pictures.get(name, images / f"{name}.png"), answer.strip().lower(),
-                                  category.name, options=["yes", "no"], group=pair)
+    """The questions of all categories, or of the category `split`; those about one picture are a group."""
+    pattern = split or "*"
+    find_files(folder, f"{pattern}/**/*.txt")  # an error if there are none
+    for category in sorted(folder.glob(pattern)):
+        if category.is_dir():
+            yield from load_category(category)
+
+
+def load_category(category):
+    texts = category / "questions_answers_YN"
+    if not texts.is_dir():
+        texts = category
+    images = category / "images"
+    if not images.is_dir():
+        images = category
+    pictures = {}
+    for file in images.glob("*.*"):
+        if file.suffix in (".jpg", ".jpeg", ".png"):
+            pictures[file.stem] = file
+    with_text = {file.stem for file in texts.glob("*.txt")}
+    for name in sorted(with_text | pictures.keys()):  # so a picture without a text is noticed, too
+        image = pictures.get(name, images / f"{name}.png")
+        yield from load_pair(texts / f"{name}.txt", image, category.name)
+
+
+def load_pair(file, image, category: str):
+    """The two questions about one picture."""
+    lines = [line for line in read_text(file).split("\n") if line.strip()]
+    is_good = all(re.fullmatch("[^\t]+\t(Yes|No)\\s*", line) for line in lines)
+    if len(lines) != 2 or not is_good:
+        raise ValueError(f"{file}: not two lines of question, tab, Yes or No")
+    pair = f"{category}/{file.stem}"
+    for number, line in enumerate(lines):
+        text, answer = line.replace("Please answer yes or no.", "").split("\t")
+        yield to_question(file, f"{pair}/{number}", text.strip(), image, answer.strip().lower(), category,
+                          options=YES_OR_NO, group=pair)
 
 
 def parse(text: str, question=None):
-    """MME's rule: exactly yes or no, else the first of these within the first four letters, else None."""
+    """Exactly yes or no, else the first of these within the first four letters, else None."""
     text = text.lower()
-    return text if text in ("yes", "no") else next((word for word in ("yes", "no") if word in text[:4]), None)
+    if text in YES_OR_NO:
+        return text
+    for word in YES_OR_NO:
+        if word in text[:4]:
+            return word
+    return None
 
 
 def score(questions, choices) -> dict:
-    """Per category 100 x (accuracy + accuracy+), the latter the part of pictures with both questions right;
-    their sums over MME's ten categories of perception and over all others (of the toy world's four, "color"
-    is one of the ten); both accuracies over everything in percent."""
-    perception = "existence count position color posters celebrity scene landmark artwork OCR".split()
-    right, asked = grade(questions, choices), questions[::2]  # one question of each picture
-    pairs, scores, categories = list(zip(right[::2], right[1::2])), {}, {}
-    points = [(first + second) / 2 + (first and second) for first, second in pairs]  # 0 to 2
-    groups = grouped([question["category"] for question in asked], zip(asked, points))
-    for part in ("perception", "others"):
-        total, influences, of = 0, [], []
-        for name, rows in groups.items():
-            if (name in perception) == (part == "perception"):
-                mean = sum(value for _, value in rows) / len(rows)
-                total += mean
-                influences += [(value - mean) / len(rows) for _, value in rows]
-                of += [question for question, _ in rows]
-                categories[name] = {"score": round(100 * mean, 2), "questions": 2 * len(rows)}
-        scores |= {part: round(100 * total, 2), f"{part}_se": standard_error(influences, of)}
-    scores |= accuracy([all(pair) for pair in pairs], asked, "accuracy_plus")
-    return score_accuracy(questions, choices, right) | scores | {"pictures": len(pairs),
-                                                                 "categories": categories}
+    """Points: the sums over the categories of perception, and over all others. (Of the toy world's four,
+    "color" is one of perception.) In percent: accuracy and accuracy+ over everything."""
+    right = grade(questions, choices)
+    both, points = [], []  # of each picture
+    for first, second in zip(right[::2], right[1::2]):
+        both.append(first and second)
+        points.append(50 * (first + second) + 100 * (first and second))
+    names = [question["category"] for question in questions[::2]]
+    sums = {"perception": 0.0, "others": 0.0}
+    categories = {}
+    for name, values in grouped(names, points).items():
+        mean = sum(values) / len(values)
+        sums["perception" if name in PERCEPTION else "others"] += mean
+        categories[name] = {"score": round(mean, 2), "questions": 2 * len(values)}
+    return summary(questions, choices, right) | {
+        "perception": round(sums["perception"], 2),
+        "others": round(sums["others"], 2),
+        "accuracy_plus": percent(both),
+        "pictures": len(both),
+        "categories": categories,
+    }

@@ -1,92 +1,134 @@
-"""MMMU.
+"""MMMU (Yue et al. 2023, arXiv 2311.16502): exams of 30 college subjects; multiple choice and open.
+
+Rule: the authors' eval_utils.py. It always finds a choice: what it cannot read is a guess (seed 42). The
+validation split has 900 questions. As in LLaVA's own run, the model sees the first picture of each;
+`<image 2>` stays text. The score tells how many have further ones.
+
+    **/SPLIT*.json, .jsonl     one file for each subject, or one for all: id, question, options (a list, or
+                               its text in Python), answer, question_type, image_1 to image_7, each a path
+                               beside the file or {"bytes": base64}
 """
 
 import ast
-import itertools
 import random
 import re
-import string
+from string import ascii_uppercase
 
 from benchmarks.entries import find_entries
 from benchmarks.questions import LETTER_ANSWER, SHORT_ANSWER, to_question
-from benchmarks.score import score_accuracy
+from benchmarks.score import summary
 from data import find_image
 
+TEXTS = (str, list)
+PICTURE = (str, dict, type(None))
+KINDS = {"id": str, "question": str, "question_type": str, "options": TEXTS, "answer": TEXTS,
+         "image_1": PICTURE}
+GUESS_SEED = 42
 
 
 def load(folder, split: str):
-    """MMMU's {split}*.json(l), a file for each subject or one for all: id, question, options (a list, or its
-    text), answer, question_type, image_1 to image_7, each a path beside the file or {"bytes": base64}.
-    Asked as in LLaVA's own run: about the first picture, `<image 2>` staying text."""
-    kinds = {"id": str, "question": str, "options": (str, list), "answer": (str, list), "question_type": str,
-             "image_1": (str, dict, type(None))}
-    for file, row in find_entries(folder, f"**/{split}*.json*", **kinds):
-        pictures = [row[f"image_{i}"] for i in range(1, 8) if row.get(f"image_{i}")]
-        image = pictures[0] if pictures else None
-        if isinstance(image, dict):
-            image = image["bytes"].encode() if image.get("bytes") else image.get("path")
-        image = find_image(file.parent, image) if isinstance(image, str) else image
-        asked, ending, answer, more = row["question"], SHORT_ANSWER, as_list(row["answer"]), {}
-        if row["question_type"] != "open":  # multiple-choice
-            choices, answer, ending = as_list(row["options"]), row["answer"], LETTER_ANSWER
-            more = {"choices": choices, "options": list(string.ascii_uppercase[: len(choices)])}
-            asked += "\n" + "".join(f"({x}) {text}\n" for x, text in zip(more["options"], choices))
+    """The questions. `pictures`: how many each has. The answer of an open one is a list of right ones."""
+    for file, row in find_entries(folder, f"**/{split}*.json*", **KINDS):
+        pictures = [row[f"image_{number}"] for number in range(1, 8) if row.get(f"image_{number}")]
+        image = find_picture(file, pictures[0]) if pictures else None
+        text = row["question"]
         subject = row["id"].partition("_")[2].rpartition("_")[0]  # of validation_Art_Theory_3
-        yield to_question(file, row["id"], asked, image, answer, subject, ending,
-                          pictures=len(pictures), **more)
+        if row["question_type"] == "open":
+            yield to_question(file, row["id"], text, image, as_list(row["answer"]), subject, SHORT_ANSWER,
+                              pictures=len(pictures))
+        else:
+            choices = as_list(row["options"])
+            options = list(ascii_uppercase[: len(choices)])
+            text += "\n"
+            for letter, choice in zip(options, choices):
+                text += f"({letter}) {choice}\n"
+            yield to_question(file, row["id"], text, image, row["answer"], subject, LETTER_ANSWER,
+                              pictures=len(pictures), choices=choices, options=options)
+
+
+def find_picture(file, picture):
+    """The path or the bytes of a picture in a row of `file`."""
+    if isinstance(picture, dict):
+        if picture.get("bytes"):
+            return picture["bytes"].encode()
+        picture = picture.get("path")
+    return find_image(file.parent, picture) if isinstance(picture, str) else picture
 
 
 def as_list(value) -> list:
-    """MMMU's lists are written as Python texts; a text that is none is a list of itself, a broken one is
-    empty."""
+    """The texts of a list, of a list written in Python, or of a single text. A broken list has none."""
     if isinstance(value, str):
+        if not re.fullmatch(r"\[.*\]", value, re.DOTALL):
+            return [value]
         try:
-            value = ast.literal_eval(value) if re.fullmatch(r"\[.*\]", value, re.DOTALL) else [value]
+            value = ast.literal_eval(value)
         except (SyntaxError, ValueError):
             return []
     return [str(item) for item in value]
 
 
-def parse(text: str, question):
-    """MMMU's rule. Multiple choice: of the letters in brackets, else of those that stand alone, else (in an
-    answer of more than five words) of the choices told, the last; else None. Open: a list of candidates."""
-    if not question.get("options"):
-        return open_candidates(text)
+def parse(text: str, question: dict):
+    """The letter of a multiple-choice question, or None; of an open one, a list of candidates."""
+    if question.get("options"):
+        return read_letter(text, question["options"], question["choices"])
+    return read_candidates(text)
+
+
+def read_letter(text: str, letters: list, choices: list):
+    """The last letter in brackets; else the last that is a word; else, in an answer of more than five words,
+    the last choice told; else None."""
     for sign in ",.!?;:'":
         text = text.strip(sign)
-    forms, letters = [], question["options"]
-    for form in ("({})", " {} "):
-        forms.append((f" {text} ", [form.format(letter) for letter in letters]))
+    in_brackets = [f"({letter})" for letter in letters]
+    as_words = [f" {letter} " for letter in letters]
+    attempts = [(f" {text} ", in_brackets), (f" {text} ", as_words)]
     if len(text.split()) > 5:
-        forms.append((text.lower(), [choice.lower() for choice in question["choices"]]))
-    for said, wanted in forms:
-        places = [said.rfind(form) for form in wanted]
+        attempts.append((text.lower(), [choice.lower() for choice in choices]))
+    for said, wanted in attempts:
+        places = [said.rfind(form) for form in wanted]  # -1: not there
         if max(places) >= 0:
             return letters[places.index(max(places))]
     return None
 
 
-def open_candidates(text: str) -> list:
-    """What MMMU's rule takes from an open answer: of each line the shortest end behind a word that announces
-    a result (if there is none, the whole answer), and the numbers therein, as `normalised` has them."""
+ANNOUNCERS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+NUMBERS = (
+    r"-?\b\d{1,3}(?:,\d{3})+\b",  # 1,234
+    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",  # 1.2e3
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",  # 1.2
+)
+
+
+def read_candidates(text: str) -> list:
+    """What an open answer may mean: the results that its lines announce (if none does, the whole answer), and
+    the numbers in them, as `normalised` has them."""
     text = text.strip().strip(".").lower()
-    found, lines = [], text.split("\n")
-    words = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
-    for number, line in enumerate(lines):
-        last = ["="] if number == len(lines) - 1 else []
-        ends = [line.split(word)[-1].strip() for word in words + last if word in line]
-        shortest = min(filter(None, ends), key=len, default="")
-        found += [shortest] if shortest and shortest not in list(":,.!?;'") else []
-    found = found or [text]
-    for end in list(found):
-        for number in (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
-                       r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"):
-            found += re.findall(number, end)
-    return [value for end in found for value in normalised(end)]
+    lines = text.split("\n")
+    results = []
+    for line in lines[:-1]:
+        results += read_result(line, ANNOUNCERS)
+    results += read_result(lines[-1], (*ANNOUNCERS, "="))
+    results = results or [text]
+    numbers = []
+    for result in results:
+        for pattern in NUMBERS:
+            numbers += re.findall(pattern, result)
+    candidates = []
+    for found in results + numbers:
+        candidates += normalised(found)
+    return candidates
+
+
+def read_result(line: str, announcers) -> list:
+    """The shortest text behind the last of an announcing word, in a list; an empty one if there is none."""
+    ends = [line.split(word)[-1].strip() for word in announcers if word in line]
+    shortest = min(filter(None, ends), key=len, default="")
+    is_mark = shortest in list(":,.!?;'")
+    return [shortest] if shortest and not is_mark else []
 
 
 def normalised(text: str) -> list:
-    """A number rounded to two places, or the lower-case text; of one letter only with a space beside it."""
+    """A number rounded to two places, or the text in lower case. A single letter needs a space beside it."""
     text = text.strip().lower()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -94,17 +136,28 @@ def normalised(text: str) -> list:
         return [f" {text}", f"{text} "] if len(text) == 1 else [text]
 
 
+def is_right(question: dict, candidates) -> bool:
+    """Of an open question: an expected number is among the candidates, or an expected text is within one."""
+    for answer in question["answer"]:
+        for wanted in normalised(answer):
+            if wanted in candidates:
+                return True
+            texts = [candidate for candidate in candidates if isinstance(candidate, str)]
+            if isinstance(wanted, str) and any(wanted in text for text in texts):
+                return True
+    return False
+
+
 def score(questions, choices) -> dict:
-    """Mean over all questions. As in the official scorer, an unreadable choice is a guess (seed 42); an open
-    answer is right where an expected number is among its candidates, or an expected text within one."""
-    right, rng = [], random.Random(42)
+    """The mean over all questions, and by subject."""
+    rng = random.Random(GUESS_SEED)
+    right = []
     for question, choice in zip(questions, choices):
-        if question.get("options"):
-            choice = rng.choice(question["options"]) if choice is None else choice
-            right.append(choice == question["answer"])
-        else:
-            wanted = [value for answer in question["answer"] for value in normalised(answer)]
-            pairs = itertools.product(wanted, choice or ())
-            right.append(any(a == b or (type(a) is type(b) is str and a in b) for a, b in pairs))
+        if not question.get("options"):
+            right.append(is_right(question, choice or []))
+            continue
+        if choice is None:
+            choice = rng.choice(question["options"])
+        right.append(choice == question["answer"])
     further = sum(question["pictures"] > 1 for question in questions)
-    return score_accuracy(questions, choices, right) | {"questions_with_further_pictures": further}
+    return summary(questions, choices, right) | {"questions_with_further_pictures": further}

@@ -1,4 +1,10 @@
-"""MM-Vet.
+"""MM-Vet (Yu et al. 2023, arXiv 2308.02490): open questions, 218, that need several skills at once.
+
+Rule: a language model judges the answers (the authors' evaluator asks GPT-4). We write the file that it
+reads.
+
+    mm-vet.json     {id: {"imagename", "question", "answer", "capability"}}
+    images/         the pictures
 """
 
 import json
@@ -9,15 +15,18 @@ from benchmarks.questions import to_question
 from data import find_image
 
 
-
 def load(folder, split: str):
-    """mm-vet.json: id -> imagename, question; pictures in images/. A language model judges."""
     for file, row in find_entries(folder, "mm-vet.json", id=str, imagename=str, question=str):
         image = find_image(folder / "images", row["imagename"])
         yield to_question(file, row["id"], row["question"], image, ending="")
 
 
+def parse(text: str, question=None) -> str:
+    """The answer as it is."""
+    return text
+
+
 def submit(questions, answers, file):
-    """What MM-Vet's judge reads: {id: answer}."""
+    """Write {id: answer}."""
     texts = {question["id"]: text for question, text in zip(questions, answers)}
     Path(file).write_text(json.dumps(texts, indent=1))

@@ -1,50 +1,82 @@
-"""POPE: is it in the picture?
+"""POPE (Li et al. 2023, arXiv 2305.10355): is a thing in the picture? It asks for things that are not.
+
+Rule: POPE's, as in LLaVA's eval_pope.py. An answer is "no" if its first sentence says so, else "yes". The
+headline is the F1 of "yes", a mean over three categories (random, popular, adversarial) of 3,000 questions
+each; random has 2,910 at the revision that LLaVA pins.
+
+    *pope_CATEGORY.json    JSON lines (aokvqa and gqa: lists) of question_id, image, text, label
+    images/ or val2014/    the pictures, here or beside the folder
+
+The files may also lie in coco/, as LLaVA has them.
 """
 
 from benchmarks.entries import ID, find_entries
 from benchmarks.questions import to_question
-from benchmarks.score import grouped, percent, standard_error
+from benchmarks.score import grouped, percent
 from data import find_image
 
+KINDS = {"question_id": ID, "image": str, "text": str, "label": str}
+YES_OR_NO = ["yes", "no"]
 
 
 def load(folder, split: str):
-    """POPE's files `*pope_{category}.json` (JSON lines, or the lists of its aokvqa and gqa), all of them or
-    `split` alone, in the folder or, as LLaVA has them, in coco/. Question and label are one row; LLaVA's
-    scorer pairs them by position, and a new revision breaks the pairs."""
-    pattern, kinds = f"*pope_*{split}.json", {"question_id": ID, "image": str, "text": str, "label": str}
-    places = [folder / "images", folder / "val2014", folder.parent / "images", folder.parent / "val2014"]
-    images = next((place for place in places if place.is_dir()), folder)
-    is_llavas = not any(folder.glob(pattern)) and (folder / "coco").is_dir()
-    for file, row in find_entries(folder / "coco" if is_llavas else folder, pattern, **kinds):
+    """The questions of all categories, or of the category `split`.
+
+    Question and label are one row of one file. (LLaVA's scorer pairs two files by position, which a new
+    revision of either breaks.)
+    """
+    pattern = f"*pope_*{split}.json"
+    images = find_images(folder)
+    if not any(folder.glob(pattern)) and (folder / "coco").is_dir():
+        folder = folder / "coco"
+    for file, row in find_entries(folder, pattern, **KINDS):
         category = file.stem.rsplit("pope_", 1)[1]
-        yield to_question(file, f"{category}-{row['question_id']}", row["text"],
-                          find_image(images, row["image"]), row["label"], category, options=["yes", "no"])
+        name = f"{category}-{row['question_id']}"
+        image = find_image(images, row["image"])
+        yield to_question(file, name, row["text"], image, row["label"], category, options=YES_OR_NO)
+
+
+def find_images(folder):
+    """The folder of the pictures: the first that is there of those where people keep them."""
+    for place in (folder, folder.parent):
+        for name in ("images", "val2014"):
+            if (place / name).is_dir():
+                return place / name
+    return folder
 
 
 def parse(text: str, question=None) -> str:
-    """POPE's rule: of the first sentence, "no" if it has the word No, no or not, else "yes"."""
-    words = text.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "not", "no"} & set(words) else "yes"
+    """"no" if the first sentence has the word No, no or not, else "yes"."""
+    first_sentence = text.split(".")[0]
+    words = first_sentence.replace(",", "").split(" ")
+    is_no = "No" in words or "no" in words or "not" in words
+    return "no" if is_no else "yes"
 
 
 def score(questions, choices) -> dict:
-    """Per category and on average, in percent: F1 of "yes" (the headline), accuracy, share of yes."""
-    scores, mean, asked, influence = {}, {}, [], {"f1": [], "accuracy": []}
-    rows = [(question, question["answer"] == "yes", choice == "yes")
-            for question, choice in zip(questions, choices)]
-    groups = grouped([question["category"] for question in questions], rows)
-    for category, rows in groups.items():
-        each = max(1, sum(gold + said for _, gold, said in rows))
-        f1 = 2 * sum(gold and said for _, gold, said in rows) / each  # 2 TP / (2 TP + FP + FN)
-        right = sum(gold == said for _, gold, said in rows) / len(rows)
-        scores[category] = {"f1": round(100 * f1, 2), "accuracy": round(100 * right, 2),
-                            "yes": percent([said for _, _, said in rows]), "questions": len(rows)}
-        for question, gold, said in rows:
-            asked.append(question)
-            influence["f1"].append((2 * (gold and said) - f1 * (gold + said)) / each / len(groups))
-            influence["accuracy"].append(((gold == said) - right) / len(rows) / len(groups))
-    for key in ("f1", "accuracy", "yes"):  # every category counts alike, however many questions it has
-        mean[key] = round(sum(score[key] for score in scores.values()) / len(scores), 2)
-    errors = {f"{key}_se": standard_error(values, asked) for key, values in influence.items()}
-    return mean | errors | {"questions": len(questions), "categories": scores}
+    """F1 of "yes" (the headline), accuracy and the share of yes, in percent: for each category, and their
+    means, in which every category counts alike."""
+    rows = []
+    for question, choice in zip(questions, choices):
+        rows.append((question["answer"] == "yes", choice == "yes"))
+    categories = {}
+    for name, group in grouped([question["category"] for question in questions], rows).items():
+        categories[name] = score_category(group)
+    means = {}
+    for key in ("f1", "accuracy", "yes"):
+        values = [category[key] for category in categories.values()]
+        means[key] = round(sum(values) / len(values), 2)
+    return means | {"questions": len(questions), "categories": categories}
+
+
+def score_category(rows) -> dict:
+    """Of [(the answer is yes, the choice is yes)]."""
+    both = sum(gold and said for gold, said in rows)  # true positives
+    each = sum(gold + said for gold, said in rows)  # 2 TP + FP + FN
+    f1 = 2 * both / max(1, each)
+    return {
+        "f1": round(100 * f1, 2),
+        "accuracy": percent([gold == said for gold, said in rows]),
+        "yes": percent([said for gold, said in rows]),
+        "questions": len(rows),
+    }

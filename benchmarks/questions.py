@@ -1,30 +1,55 @@
-"""Questions: how a benchmark asks.
+"""A question, as every benchmark's `load` makes it and eval.py asks it.
+
+    id         unique in its benchmark
+    prompt     what is asked, with data.IMAGE at its start if there is a picture
+    image      a Path, the bytes of a picture file in base64, or None
+    answer     what is right; None if only a server or a judge knows it
+    category   scores are also told for each category
+    file       where the question stands
+
+    options    the allowed answers of a multiple-choice question: letters, or yes and no
+    choices    the texts of the options, if a rule reads them
+    group      questions of one group count only together
+
+The last three are there for some benchmarks only.
 """
 
-import string
+from string import ascii_uppercase
 
 from data import IMAGE
 
-
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
-LETTERS = "ABCDE"  # of the choices
+LETTERS = "ABCDE"  # the most options that a question of ScienceQA or MMBench has
 
 
 def to_question(file, name, text: str, image, answer=None, category=None, ending=SHORT_ANSWER,
                 **more) -> dict:
-    """A question about a picture (a Path, or a file's bytes in base64) in LLaVA's form. Closed ones have
-    "options", what may be chosen; those that only count together have one "group". An answer of None is known
-    to a server or judge alone."""
-    return {"id": name, "prompt": f"{IMAGE}\n{text}{ending}", "image": image, "answer": answer,
-            "category": category, "file": str(file), **more}
+    """A question about a picture, in LLaVA's form. `ending` tells what the answer should look like."""
+    prompt = f"{IMAGE}\n{text}{ending}"
+    question = {"id": name, "prompt": prompt, "image": image, "answer": answer}
+    question |= {"category": category, "file": str(file)}
+    return question | more
+
+
+def without_picture(question: dict) -> dict:
+    """The same question, for a model that has to guess what the picture shows."""
+    return question | {"image": None, "prompt": question["prompt"].removeprefix(f"{IMAGE}\n")}
 
 
 def lettered(text: str, choices) -> str:
-    """The question and a line `A. choice` for each choice."""
-    return "\n".join([text, *(f"{x}. {choice}" for x, choice in zip(string.ascii_uppercase, choices))])
+    """The question, and a line `A. choice` for each choice."""
+    lines = [text]
+    for letter, choice in zip(ascii_uppercase, choices):
+        lines.append(f"{letter}. {choice}")
+    return "\n".join(lines)
+
+
+def has_answers(questions) -> bool:
+    """Whether anything can be scored here, and not only by a server or a judge."""
+    return any(question["answer"] is not None for question in questions)
 
 
 def grade(questions, choices) -> list:
-    """Which choices are right. No choice (None) is wrong."""
+    """For each question whether the choice is right. No choice (None) is wrong."""
     return [choice == question["answer"] for question, choice in zip(questions, choices)]

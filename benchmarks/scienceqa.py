@@ -1,88 +1,122 @@
-"""ScienceQA: problems.json, pid_splits.json, images/{split}/{pid}/image.png
+"""ScienceQA (Lu et al. 2022, arXiv 2209.09513): multiple choice from school books, half of it with a picture.
+
+Rule: LLaVA's, by which its published numbers were made (llava/eval/eval_science_qa.py). It reads a letter.
+The parts NAT, SOC, .. are those of ScienceQA's own tools/evaluate_acc.py. The test split has 4,241 questions,
+2,017 of them with a picture: `accuracy_img`, which papers call IMG.
+
+    problems.json        {id: {"question", "choices", "answer": number, "hint", "image", "subject", "grade"}}
+    pid_splits.json      {"train": [ids], "val": [ids], "test": [ids], ...}
+    images/SPLIT/ID/     image.png
 """
 
 import re
-from pathlib import Path
 
-from benchmarks.questions import LETTER_ANSWER, LETTERS, grade
-from benchmarks.score import accuracy, score_accuracy
+from benchmarks.questions import LETTER_ANSWER, LETTERS, grade, lettered
+from benchmarks.score import by_category, percent, summary
 from data import IMAGE, find_image
 from plumbing.files import read_entries, read_json
 
+TEXT = (str, type(None))  # what may be missing
+KINDS = {"id": str, "question": str, "choices": list, "answer": int, "hint": TEXT, "image": TEXT}
 
 
 def to_prompt(problem: dict) -> str:
-    """LLaVA-1.5's zero-shot prompt of an entry of problems.json: context if there is one, bare letters."""
-    lines = [f"Context: {problem['hint']}"] if problem["hint"] else []
-    lines.append(problem["question"])
-    lines += [f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"])]
-    prompt = "\n".join(lines).replace("  ", " ") + LETTER_ANSWER
+    """LLaVA-1.5's zero-shot prompt of an entry of problems.json."""
+    text = lettered(problem["question"], problem["choices"])
+    if problem["hint"]:
+        text = f"Context: {problem['hint']}\n{text}"
+    prompt = text.replace("  ", " ") + LETTER_ANSWER
     return f"{IMAGE}\n{prompt}" if problem["image"] else prompt
 
 
 def load(folder, split: str = "test") -> list:
-    """[{"id", "prompt", "image" path or None, "num_choices", "options", "answer" letter, "subject", "grade",
-    "hint", "file"}], as pid_splits.json has them."""
-    folder, questions = Path(folder), []
-    file, splits = folder / "problems.json", read_json(folder / "pid_splits.json")
-    if not isinstance(splits, dict):
-        raise ValueError(f"{folder / 'pid_splits.json'}: not a dict of splits")
-    if not isinstance(splits.get(split), list):
-        raise ValueError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
-    maybe = (str, type(None))
-    kinds = {"question": str, "choices": list, "answer": int, "hint": maybe, "image": maybe}
-    problems = {problem["id"]: problem for problem in read_entries(file, id=str, **kinds)}
-    for pid in map(str, splits[split]):
-        problem = problems.get(pid)
-        if problem is None:
+    """The questions of a split, in its order. The score needs `subject`, `grade` and `hint`."""
+    file = folder / "problems.json"
+    problems = {problem["id"]: problem for problem in read_entries(file, **KINDS)}
+    questions = []
+    for pid in read_split(folder / "pid_splits.json", split):
+        if pid not in problems:
             raise ValueError(f"{file}: problem {pid!r} is missing; is it of another split?")
-        if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
-            raise ValueError(f"{file}: problem {pid!r} has no choice {problem['answer']}")
-        if not all(isinstance(choice, (str, int, float)) for choice in problem["choices"]):
-            raise ValueError(f"{file}: problem {pid!r} has a choice that is not a text")
-        own = problem.get("split") or split  # of minitest, trainval and others the pictures lie in these
-        image = find_image(folder / "images", f"{own}/{pid}/{problem['image']}") if problem["image"] else None
+        problem = problems[pid]
+        check_choices(file, pid, problem)
+        image = None
+        if problem["image"]:
+            # Splits such as minitest or trainval are made of others, which have the pictures.
+            own_split = problem.get("split") or split
+            image = find_image(folder / "images", f"{own_split}/{pid}/{problem['image']}")
         options = list(LETTERS[: len(problem["choices"])])
-        question = {"id": pid, "prompt": to_prompt(problem), "image": image, "file": str(file),
-                    "num_choices": len(options), "options": options, "answer": LETTERS[problem["answer"]]}
-        split_by = {key: str(problem.get(key) or "") for key in ("subject", "grade", "hint")}
-        questions.append(question | split_by)
+        question = {"id": pid, "prompt": to_prompt(problem), "image": image, "file": str(file)}
+        question |= {"num_choices": len(options), "options": options, "answer": LETTERS[problem["answer"]]}
+        for key in ("subject", "grade", "hint"):
+            question[key] = str(problem.get(key) or "")
+        questions.append(question)
     return questions
 
 
-def parse(text: str, question: dict):
-    """The letter that LLaVA's rule reads from an answer, or None where it cannot or the letter is no choice.
+def read_split(file, split: str) -> list:
+    """The ids of a split, as texts."""
+    splits = read_json(file)
+    if not isinstance(splits, dict):
+        raise ValueError(f"{file}: not a dict of splits")
+    if not isinstance(splits.get(split), list):
+        raise ValueError(f"{file}: no split {split!r}; it has {', '.join(splits)}")
+    return [str(pid) for pid in splits[split]]
 
-    In this order: the answer is a bare letter; it starts with a letter, a dot and a space; `The answer is X.`
-    occurs exactly once (the last dot is any character: so it stands in LLaVA's own pattern).
-    """
+
+def check_choices(file, pid: str, problem: dict):
+    choices = problem["choices"]
+    if not 0 <= problem["answer"] < len(choices) <= len(LETTERS):
+        raise ValueError(f"{file}: problem {pid!r} has no choice {problem['answer']}")
+    for choice in choices:
+        if not isinstance(choice, (str, int, float)):
+            raise ValueError(f"{file}: problem {pid!r} has a choice that is not a text")
+
+
+def parse(text: str, question: dict):
+    """The letter that LLaVA's rule reads, or None if it reads none, or one that is no choice."""
     if text in set(LETTERS):
         letter = text
-    elif len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
+    elif re.match(rf"[{LETTERS}]\. ", text):
         letter = text[0]
     else:
+        # The last dot is any character: LLaVA's own pattern has it so. Two answers are none.
         found = re.findall(r"The answer is ([A-Z]).", text)
-        letter = found[0] if len(found) == 1 else ""  # two answers are none
-    return letter if letter and letter in LETTERS[: question["num_choices"]] else None
+        letter = found[0] if len(found) == 1 else None
+    return letter if letter in list(LETTERS[: question["num_choices"]]) else None
 
 
-def official_split(question: dict) -> list:
-    """The parts of ScienceQA's evaluate_acc that a question is in; TXT: with a hint, NO: without either."""
-    has_image, has_hint = question["image"] is not None, bool(question.get("hint"))
-    subject, year = question.get("subject", ""), question.get("grade", "").removeprefix("grade")
-    parts = {"NAT": subject.startswith("natural"), "SOC": subject.startswith("social"),
-             "LAN": subject.startswith("language"), "TXT": has_hint, "IMG": has_image,
-             "NO": not has_hint and not has_image, "G1-6": year in list("123456"),
-             "G7-12": year in "7 8 9 10 11 12".split()}
-    return [name for name, is_in in parts.items() if is_in]
+def official_parts(question: dict) -> list:
+    """The names of the parts that a question is in. TXT: it has a hint. NO: neither hint nor picture."""
+    has_image = question["image"] is not None
+    has_hint = bool(question.get("hint"))
+    subject = question.get("subject", "")
+    year = question.get("grade", "").removeprefix("grade")
+    is_in = {
+        "NAT": subject.startswith("natural"),
+        "SOC": subject.startswith("social"),
+        "LAN": subject.startswith("language"),
+        "TXT": has_hint,
+        "IMG": has_image,
+        "NO": not has_hint and not has_image,
+        "G1-6": year in list("123456"),
+        "G7-12": year in ["7", "8", "9", "10", "11", "12"],
+    }
+    return [name for name in is_in if is_in[name]]
 
 
 def score(questions, choices) -> dict:
-    """Accuracy in percent: of all questions, of those with an image (`img`), of those without (`txt`: not the
-    official TXT), and of the official split's parts."""
-    right, scores = grade(questions, choices), {}
-    for name, has_image in (("img", True), ("txt", False)):
-        rows = [i for i, question in enumerate(questions) if (question["image"] is not None) == has_image]
-        scores |= accuracy([right[i] for i in rows], [questions[i] for i in rows], f"accuracy_{name}")
-        scores[f"questions_{name}"] = len(rows)
-    return score_accuracy(questions, choices, right, [official_split(q) for q in questions]) | scores
+    """Accuracy over all questions, over those with (`img`) and without a picture (`txt`: not the official
+    TXT), and over the official parts."""
+    right = grade(questions, choices)
+    graded = list(zip(questions, right))
+    with_image = [is_right for question, is_right in graded if question["image"]]
+    without_image = [is_right for question, is_right in graded if not question["image"]]
+    parts = [(name, is_right) for question, is_right in graded for name in official_parts(question)]
+    names, right_of_parts = zip(*parts)
+    return summary(questions, choices, right) | {
+        "categories": by_category(names, right_of_parts),
+        "accuracy_img": percent(with_image),
+        "questions_img": len(with_image),
+        "accuracy_txt": percent(without_image),
+        "questions_txt": len(without_image),
+    }

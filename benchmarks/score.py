@@ -1,76 +1,127 @@
-"""From right and wrong to numbers, how sure they are, and what they are measured against.
+"""From choices to numbers: accuracy, standard errors, and the floors below which a score means nothing.
+
+A benchmark's `score(questions, choices)` returns a dict. Its floats are percentages (MME's are points), its
+ints are counts, and "categories" is a dict of such dicts.
 """
 
-import itertools
-import math
 import random
+import statistics
 from collections import Counter
 
-from benchmarks.questions import grade
+from benchmarks.questions import grade, has_answers
 
+DRAWS = 400  # of the pictures: so a standard error is right within some 4 %
+SHEETS = 100  # of random choices
 
 
 def percent(rows) -> float:
-    """The mean of a list of booleans, or of parts of 1, in percent."""
-    return round(100 * sum(rows) / max(1, len(rows)), 2)  # max: a split may have no question with a picture
-
-
-def standard_error(influences, questions) -> float:
-    """Of a score in percent, from how much each question moves it (its influence, in parts of 1).
-
-    Questions about one picture are not independent, so their influences are added before they are squared
-    (Liang and Zeger 1986). Of a mean they are (right - mean) / n, and where each question has its own picture
-    this is the binomial sqrt(p (1 - p) / n).
-    """
-    of_picture = Counter()
-    for value, question in zip(influences, questions):
-        of_picture[question["image"] or question["id"]] += value
-    return round(100 * math.sqrt(sum(value**2 for value in of_picture.values())), 2)
-
-
-def accuracy(right, questions, name: str = "accuracy") -> dict:
-    """{name: the mean of `right` in percent, name_se: its standard error in points}."""
-    n, total = max(1, len(right)), sum(right)
-    return {name: percent(right),
-            f"{name}_se": standard_error([(value - total / n) / n for value in right], questions)}
+    """The mean of a list of booleans, or of parts of 1, in percent. 0 if the list is empty."""
+    return round(100 * sum(rows) / max(1, len(rows)), 2)
 
 
 def grouped(keys, values) -> dict:
-    """{key: [its values]}, sorted by key."""
+    """{key as text: [its values]}, sorted by key."""
     groups = {}
     for key, value in zip(keys, values):
         groups.setdefault(str(key), []).append(value)
     return dict(sorted(groups.items()))
 
 
-def score_accuracy(questions, choices, right=None, parts=None) -> dict:
-    """Micro average, and by category, or by `parts`: for each question the names of those that it is in.
-    `right`: where a choice may be right without being the answer."""
-    right, categories = grade(questions, choices) if right is None else right, {}
-    for value, question, names in zip(right, questions, parts or itertools.repeat(None)):
-        for name in names or [str(question.get("category"))]:
-            categories.setdefault(name, []).append(value)
-    for name, values in categories.items():
-        categories[name] = {"accuracy": percent(values), "questions": len(values)}
-    return accuracy(right, questions) | {"questions": len(questions), "unparsed": choices.count(None),
-                                         "categories": dict(sorted(categories.items()))}
+def by_category(categories, right) -> dict:
+    """{category: {"accuracy", "questions"}}."""
+    scores = {}
+    for name, values in grouped(categories, right).items():
+        scores[name] = {"accuracy": percent(values), "questions": len(values)}
+    return scores
 
 
-def score_floors(bench, questions, blind) -> dict:
-    """The percentages of a model that sees no picture (`blind`, its choices), and of no model at all: chance
-    (the mean of 100 random sheets) and the commonest of the right answers, wherever it is an option."""
-    def sheet(choose):
-        return [choose(question) if question.get("options") else None for question in questions]
+def summary(questions, choices, right) -> dict:
+    """Accuracy over all questions and by category. `right`: for each question, whether its choice is."""
+    categories = [question.get("category") for question in questions]
+    return {
+        "accuracy": percent(right),
+        "questions": len(questions),
+        "unparsed": choices.count(None),  # they are wrong, and stay in the denominator
+        "categories": by_category(categories, right),
+    }
 
-    sheets, floors, rng = {"without_picture": [blind]}, {}, random.Random(0)
-    if common := Counter(question["answer"] for question in questions if question.get("options")):
-        letter = common.most_common(1)[0][0]
-        sheets["chance"] = [sheet(lambda question: rng.choice(question["options"])) for _ in range(100)]
-        sheets[f"always {letter}"] = [sheet(lambda question: letter)]
-    for name, answers in sheets.items():
-        total = Counter()
-        for choices in answers:
-            scores = bench.score(questions, choices)  # its floats are percentages and their errors
-            total.update({key: x for key, x in scores.items() if isinstance(x, float) and key[-3:] != "_se"})
-        floors[name] = {key: round(value / len(answers), 2) for key, value in total.items()}
+
+def score_accuracy(questions, choices) -> dict:
+    """The score of a benchmark whose choices are right if they equal the answer."""
+    return summary(questions, choices, grade(questions, choices))
+
+
+def measures(scores: dict) -> dict:
+    """What of the scores is a percentage."""
+    return {name: value for name, value in scores.items() if isinstance(value, float)}
+
+
+def standard_errors(score, questions, choices) -> dict:
+    """{NAME_se: the standard error, in points} of each percentage NAME that `score` returns.
+
+    Draw the pictures again, with replacement, score, repeat: the spread of the scores is the standard error
+    (the bootstrap, Efron 1979). Questions about one picture are not independent, so they are drawn together.
+    """
+    pictures = {}
+    for question, choice in zip(questions, choices):
+        picture = question["image"] or question["id"]
+        pictures.setdefault(picture, []).append((question, choice))
+    pictures = list(pictures.values())
+
+    rng = random.Random(0)
+    values = {}
+    for _ in range(DRAWS):
+        drawn_questions = []
+        drawn_choices = []
+        for number, picture in enumerate(rng.choices(pictures, k=len(pictures))):
+            for question, choice in picture:
+                if "group" in question:  # a picture that is drawn twice has two groups
+                    question = question | {"group": (number, question["group"])}
+                drawn_questions.append(question)
+                drawn_choices.append(choice)
+        for name, value in measures(score(drawn_questions, drawn_choices)).items():
+            values.setdefault(name, []).append(value)
+    return {f"{name}_se": round(statistics.stdev(drawn), 2) for name, drawn in values.items()}
+
+
+def scores_and_errors(score, questions, choices) -> dict:
+    """What `score` returns, with standard errors; only the number of questions if we have no answers."""
+    if not has_answers(questions):
+        return {"questions": len(questions)}
+    scores = score(questions, choices)
+    return measures(scores) | standard_errors(score, questions, choices) | scores
+
+
+def in_words(result: dict) -> str:
+    """What a person wants to read of scores and errors."""
+    words = [f"{result['bench']} of {result['ckpt']}: {result['questions']} questions"]
+    for name, value in result.items():
+        if f"{name}_se" in result:
+            words.append(f"{name} {value} (standard error {result[f'{name}_se']})")
+    if "likelihood" in result:
+        found = result["likelihood"]
+        words.append(f"by likelihood {found['accuracy']} (standard error {found['accuracy_se']})")
+    if "unparsed" in result:
+        words.append(f"{result['unparsed']} answers that the rule cannot read")
+    return ", ".join(words)
+
+
+def score_floors(score, questions, blind) -> dict:
+    """The percentages that need no eyes: those of `blind`, the choices of the model without pictures, of
+    random choices, and of always the commonest answer."""
+    floors = {"without_picture": measures(score(questions, blind))}
+    answers = Counter(question["answer"] for question in questions if question.get("options"))
+    if not answers:
+        return floors
+
+    def choose(from_options):  # no choice for a question without options
+        return [from_options(q["options"]) if q.get("options") else None for q in questions]
+
+    rng = random.Random(0)
+    total = Counter()
+    for _ in range(SHEETS):
+        total.update(measures(score(questions, choose(rng.choice))))
+    floors["chance"] = {name: round(value / SHEETS, 2) for name, value in total.items()}
+    commonest = answers.most_common(1)[0][0]
+    floors[f"always {commonest}"] = measures(score(questions, choose(lambda options: commonest)))
     return floors

@@ -1,38 +1,55 @@
-"""TextVQA.
+"""TextVQA (Singh et al. 2019, arXiv 1904.08920): questions that need the text in the picture.
+
+Rule: VQA accuracy. Ten people have answered; an answer is worth min(1, matches / 3), as a mean over the ten
+ways to leave one of them out (TextVQA's scorer in facebookresearch/mmf). The validation split has 5,000
+questions. LLaVA's prompt tells the text that an OCR system has found, and so does ours.
+
+    TextVQA_0.5.1_SPLIT.json                {"data": [question_id, image_id, question, answers]}
+    TextVQA_Rosetta_OCR_v0.2_SPLIT.json     {"data": [image_id, ocr_tokens]}
+    train_images/                           IMAGE_ID.jpg
 """
 
 from benchmarks.entries import ID, find_entries
 from benchmarks.questions import to_question
-from benchmarks.score import accuracy
+from benchmarks.score import percent
 from benchmarks.vqa import normalise
 from data import find_image
 
+KINDS = {"question_id": ID, "image_id": str, "question": str, "answers": list}
 parse = normalise
 
 
-
 def load(folder, split: str):
-    """TextVQA_0.5.1_{split}.json, with ten answers each, and the OCR tokens, which the prompt tells, of
-    TextVQA_Rosetta_OCR_v0.2_{split}.json; pictures in train_images/."""
-    tokens, kinds = {}, {"question_id": ID, "image_id": str, "question": str, "answers": list}
-    told = {"image_id": str, "ocr_tokens": list}
-    for ocr, row in find_entries(folder, f"TextVQA_Rosetta_OCR_*_{split}.json", **told):
-        tokens[row["image_id"]] = row["ocr_tokens"]
-    for file, row in find_entries(folder, f"TextVQA_0.5.1_{split}.json", **kinds):
-        name, image, text = row["question_id"], row["image_id"], row["question"]
-        if image not in tokens:
-            raise ValueError(f"{ocr}: nothing for question {name!r}; is it of another split?")
-        if tokens[image]:
-            text += f"\nReference OCR token: {', '.join(tokens[image])}"
+    """The questions; the answer of each is a list of ten normalised ones."""
+    found_text = {}
+    for ocr_file, row in find_entries(
+        folder, f"TextVQA_Rosetta_OCR_*_{split}.json", image_id=str, ocr_tokens=list
+    ):
+        found_text[row["image_id"]] = row["ocr_tokens"]
+    for file, row in find_entries(folder, f"TextVQA_0.5.1_{split}.json", **KINDS):
+        name = row["question_id"]
+        image_id = row["image_id"]
+        if image_id not in found_text:
+            raise ValueError(f"{ocr_file}: nothing for question {name!r}; is it of another split?")
+        text = row["question"]
+        if found_text[image_id]:
+            text += f"\nReference OCR token: {', '.join(found_text[image_id])}"
+        image = find_image(folder / "train_images", f"{image_id}.jpg")
         answers = [normalise(answer) for answer in row["answers"]]
-        yield to_question(file, name, text, find_image(folder / "train_images", f"{image}.jpg"), answers)
+        yield to_question(file, name, text, image, answers)
+
+
+def vqa_accuracy(answers: list, choice: str) -> float:
+    """The mean of min(1, matches / 3) over the subsets that leave out one of the n answers."""
+    n = len(answers)
+    same = answers.count(choice)
+    without_a_match = min(1, (same - 1) / 3)  # in the `same` subsets that leave out an equal answer
+    without_another = min(1, same / 3)
+    return (same * without_a_match + (n - same) * without_another) / n
 
 
 def score(questions, choices) -> dict:
-    """VQA accuracy: the mean of min(1, matches / 3) over the ten subsets that leave out one answer of ten."""
-    right = []
+    worth = []
     for question, choice in zip(questions, choices):
-        n, same = len(question["answer"]), question["answer"].count(choice)
-        # `same` of the subsets have one match less
-        right.append((same * min(1, (same - 1) / 3) + (n - same) * min(1, same / 3)) / n)
-    return accuracy(right, questions) | {"questions": len(questions)}
+        worth.append(vqa_accuracy(question["answer"], choice))
+    return {"accuracy": percent(worth), "questions": len(questions)}

@@ -1,13 +1,17 @@
-"""An answer as the VQA server and TextVQA's scorer normalise it.
+"""How VQAv2's server and TextVQA's scorer normalise an answer before they compare it.
+
+Rule: processPunctuation and processDigitArticle of vqaEval.py (Antol et al. 2015, arXiv 1505.00468), in the
+form of TextVQA's scorer (facebookresearch/mmf, EvalAIAnswerProcessor), which LLaVA uses for both.
 """
 
 import re
 
-
-NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
-                   "0 0 1 2 3 4 5 6 7 8 9 10".split()))
-
-
+DIGITS = {
+    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
+    "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
+}
+ARTICLES = ("a", "an", "the")
+SIGNS = ";/[]\"{}()=+\\_-><@`!"
 CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
 hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
 might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't
@@ -16,18 +20,35 @@ something'd've something'll that's there'd there'd've there're there's they'd th
 they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've
 who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
 y'all'd've you'd you'd've you'll you're you've""".split()
-MISSPELT = {word[: at.start()] + word[at.end() :]: word
-            for word in CONTRACTIONS for at in re.finditer("'", word)}
-MISSPELT["somebody'd"] = "somebodyd"  # so the official list has it; all others lack one apostrophe
+
+
+def list_misspelt() -> dict:
+    """{a contraction that lacks one apostrophe: as it should be}."""
+    misspelt = {}
+    for word in CONTRACTIONS:
+        for apostrophe in re.finditer("'", word):
+            misspelt[word[: apostrophe.start()] + word[apostrophe.end() :]] = word
+    misspelt["somebody'd"] = "somebodyd"  # the other way round in the official list
+    return misspelt
+
+
+MISSPELT = list_misspelt()
 
 
 def normalise(text: str, question=None) -> str:
-    """An answer as the VQA server and TextVQA's scorer normalise it: lower case, without commas, question
-    marks, articles and dots that end no number; a sign is deleted in the whole text where it stands beside a
-    space somewhere, else it becomes one; number words are digits; contractions have their apostrophes."""
+    """Lower case, number words as digits, contractions with their apostrophes; no commas, question marks,
+    articles, or dots other than decimal points."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    original = text = re.sub("[\n\t]", " ", text)
-    for sign in ";/[]\"{}()=+\\_-><@`!":
-        text = text.replace(sign, "" if f"{sign} " in original or f" {sign}" in original else " ")
-    words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", text).split()]
-    return " ".join(MISSPELT.get(word, word) for word in words if word not in ("a", "an", "the"))
+    text = re.sub("[\n\t]", " ", text)
+    original = text
+    for sign in SIGNS:
+        # One sign beside a space decides for all of its kind in the text.
+        is_beside_space = f"{sign} " in original or f" {sign}" in original
+        text = text.replace(sign, "" if is_beside_space else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = []
+    for word in text.split():
+        word = DIGITS.get(word, word)
+        if word not in ARTICLES:
+            words.append(MISSPELT.get(word, word))
+    return " ".join(words)

@@ -1,4 +1,10 @@
-"""VQAv2.
+"""VQAv2 (Goyal et al. 2017, arXiv 1612.00837): open questions about photographs of COCO.
+
+Rule: VQA accuracy, computed by the server (eval.ai), because only it has the answers of test-dev and test.
+We write its file. That must have every question of the test split, so the others get "".
+
+    v2_OpenEnded_mscoco_SPLIT_questions.json     {"questions": [question_id, image_id, question]}
+    test2015/                                    COCO_test2015_IMAGE_ID.jpg
 """
 
 import json
@@ -9,23 +15,25 @@ from benchmarks.questions import to_question
 from benchmarks.vqa import normalise
 from plumbing.files import read_entries
 
+KINDS = {"question_id": ID, "image_id": int, "question": str}
 parse = normalise
 
 
-
 def load(folder, split: str):
-    """v2_OpenEnded_mscoco_{split}_questions.json; pictures in test2015/. The answers are the server's."""
-    pattern, images = f"v2_OpenEnded_mscoco_{split}_questions.json", split.replace("-dev", "")
-    for file, row in find_entries(folder, pattern, question_id=ID, image_id=int, question=str):
+    images = split.replace("-dev", "")
+    for file, row in find_entries(folder, f"v2_OpenEnded_mscoco_{split}_questions.json", **KINDS):
         image = folder / images / f"COCO_{images}_{row['image_id']:012d}.jpg"
         yield to_question(file, row["question_id"], row["question"], image)
 
 
 def submit(questions, answers, file):
-    """The server's JSON: normalised answers, and "" for the rest of the test split if its file is there."""
-    texts = {question["id"]: normalise(text) for question, text in zip(questions, answers)}
+    """Write the server's list of normalised answers; with "" for the rest of test, if its file is there."""
+    texts = {}
     test = Path(questions[0]["file"]).with_name("v2_OpenEnded_mscoco_test2015_questions.json")
-    rest = read_entries(test, question_id=ID) if test.exists() else []
-    texts = {row["question_id"]: "" for row in rest} | texts
-    rows = [{"question_id": number, "answer": text} for number, text in texts.items()]
+    if test.exists():
+        for row in read_entries(test, question_id=ID):
+            texts[row["question_id"]] = ""
+    for question, text in zip(questions, answers):
+        texts[question["id"]] = normalise(text)
+    rows = [{"question_id": name, "answer": text} for name, text in texts.items()]
     Path(file).write_text(json.dumps(rows))

@@ -45,6 +45,7 @@ from lab import errors_in_one_line, parser_of, score, toy_world
 from lab.report import report
 from plumbing.files import read_json, resolve_model
 from plumbing.ranks import start_ranks
+from running import options as run_options
 
 # Options of the align stage that make each recipe. `first` and `longer` stand for parts of the captioning
 # steps, which the size of the comparison knows.
@@ -256,7 +257,7 @@ def train_and_score(setting: Setting, run: str, stage: str, split: str, options:
         given["features"] = str(out / "features.pt")  # a real ViT on a CPU takes longer than all else
     with open(out / "runs.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         if not (folder / "config.json").exists():
-            train.train_stage(train.configure(stage, given), device)
+            train.train_stage(run_options.configure(stage, given), device)
         scores = score.score_run(folder, world, split, device, setting.size.by_words)
     return scores | {"seconds": read_json(folder / "results.json")["seconds"]}
 
@@ -291,7 +292,7 @@ def read_cells(out: Path) -> dict:
 def fingerprint(setting: Setting) -> str:
     """A hash of the towers and the data, because cells of two worlds must not meet in one table."""
     options = train_options(setting, "align", {"steps": 1, "preset": "tiny"})
-    config = train.configure("align", options)
+    config = run_options.configure("align", options)
     files = [setting.world / name for name in ("align.json", "instruct.json", "ScienceQA/problems.json")]
     for tower in (config.vit, config.llm):
         folder = resolve_model(tower)
@@ -321,7 +322,7 @@ def parse_args(argv=None) -> tuple:
     is_emoji = ours.size == "emoji"
     ours.out = ours.out or Path("runs/compare-emoji" if is_emoji else "runs/compare")
     ours.world = ours.world or Path("data/emoji" if is_emoji else "data/toy-1200")
-    return ours, train.parse_args(rest, "python -m lab.compare")
+    return ours, run_options.parse_args(rest, "python -m lab.compare")
 
 
 def check_args(ours, given: dict) -> None:

@@ -18,6 +18,7 @@ import torch
 import data
 import eval as evaluation
 from benchmarks import scienceqa
+from benchmarks.likelihood import mean_log_likelihoods
 from benchmarks.questions import LETTERS, SHORT_ANSWER
 from benchmarks.score import percent
 from lab import errors_in_one_line, parser_of
@@ -39,21 +40,13 @@ def load_problems(folder, split: str) -> list:
     return questions
 
 
-def mean_likelihoods(vlm, tokenizer, questions, template: str) -> list:
-    """For each question the mean log-probability, in nats per token, of each of its options."""
-    means = []
-    for question, sums in zip(questions, evaluation.likelihoods(vlm, tokenizer, questions, template)):
-        words_alone = question | {"image": None}
-        _, *answers = evaluation.to_samples(vlm, tokenizer, words_alone, template, *question["options"])
-        counts = [answer["roles"].count(data.ANSWER) for answer in answers]
-        means.append([total / count for total, count in zip(sums, counts)])
-    return means
-
-
 def choose(vlm, tokenizer, questions, template: str) -> list:
     """The letter of each question's likeliest option, the first of equals."""
-    means = mean_likelihoods(vlm, tokenizer, questions, template)
-    return [LETTERS[row.index(max(row))] for row in means]
+    choices = []
+    for question in questions:
+        means = mean_log_likelihoods(vlm, tokenizer, template, question, question["options"])
+        choices.append(LETTERS[means.index(max(means))])
+    return choices
 
 
 def score_run(run, folder, split: str) -> dict:

@@ -28,7 +28,8 @@ from benchmarks.score import percent
 from lab import parser_of, toy_world
 from llm import LLM, LLMConfig
 from projector import VLM
-from train import Config, DataParallelAdamW, learning_rate
+from running.options import Config
+from train import DataParallelAdamW, learning_rate
 from vit import ViT, ViTConfig
 
 TINY_VIT = ViTConfig(image_size=toy_world.IMAGE_SIZE, patch_size=8, hidden_size=96, intermediate_size=384,
@@ -156,9 +157,8 @@ def text_loss(llm, samples, pad_id: int, noise: float):
     embeds = llm.embed(m["ids"])  # (B, S, C)
     deviation = noise * torch.rand(len(embeds), 1, 1)
     embeds = embeds + deviation * torch.randn_like(embeds)
-    logits = llm(embeds=embeds)[:, :-1].flatten(0, 1)  # (B (S - 1), V)
-    labels = m["labels"][:, 1:].flatten()
-    return F.cross_entropy(logits, labels, ignore_index=data.IGNORE)
+    loss = losses.generative_loss(llm.hidden(embeds), m["labels"], llm.head_weight, m["loss_at"])
+    return loss / len(m["loss_at"])
 
 
 def init_wide(llm) -> None:

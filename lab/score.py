@@ -73,9 +73,9 @@ def captions(vlm, tokenizer, config: dict, world: Path) -> dict:
     image, text, keys, _ = spaces.caption_vectors(vlm, tokenizer, config, file, images)
     found = spaces.score_retrieval(image, text, keys)
     loss = tokens = 0
-    for m in spaces.micro_batches(vlm, tokenizer, data.load_records(file), images):
+    for m in spaces.micro_batches(vlm, tokenizer, data.read_records(file), images):
         loss += losses.caption_pass(vlm, m, vlm.encode(m["pixels"]))[0].item()
-        tokens += losses.count_supervised(m["labels"])
+        tokens += len(m["loss_at"])
     r1, r5 = found["image_to_text_r1"], found["image_to_text_r5"]
     return {"caption": round(loss / tokens, 4), "r1": r1, "r5": r5}
 

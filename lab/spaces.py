@@ -48,7 +48,7 @@ def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000) -> 
     benchmarks = Path(config.get("benchmarks") or "")
     file = file or benchmarks / "captions.json"
     images = images or benchmarks / "images"
-    records = data.load_records(file, "align")[:limit]
+    records = data.read_records(file, "align")[:limit]
     image, text, keys, tokens = [], [], [], []
     for m in micro_batches(vlm, tokenizer, records, images):
         patches = vlm.encode(m["pixels"])  # (B, N, C)

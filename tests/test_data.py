@@ -23,7 +23,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 import data
-from benchmarks import scienceqa
 from data import ANSWER, CONTEXT, END, IMAGE_MARKER
 from lab import toy_world
 from train import Config
@@ -471,28 +470,6 @@ def test_spreading_by_length_takes_the_padding_and_the_waiting_out():
 def test_a_batch_that_the_ranks_cannot_share_is_refused():
     with pytest.raises(ValueError, match="batch of 8 does not divide into 3 ranks"):
         data.split_batch(Config(batch=8, micro_batch=2), 3)
-
-
-# ---- ScienceQA ---------------------------------------------------------------------------------------------
-
-
-def test_scienceqa_prompt():
-    problem = {"question": "Which is  soft?", "choices": ["rock", "wool"], "answer": 1, "hint": "",
-               "image": None}
-    text = ("Which is soft?\nA. rock\nB. wool\n"
-            "Answer with the option's letter from the given choices directly.")
-    assert scienceqa.to_prompt(problem) == text
-    assert scienceqa.to_prompt(problem | {"hint": "Touch it.", "image": "image.png"}) == (
-        f"<image>\nContext: Touch it.\n{text}")
-
-
-def test_scienceqa_folder(toy):
-    questions = scienceqa.load(toy / "ScienceQA", "test")
-    assert len(questions) == 40 and sum(q["image"] is not None for q in questions) == 30
-    assert all(q["image"].exists() for q in questions if q["image"])
-    assert {q["num_choices"] for q in questions} == {2, 3, 4}
-    with pytest.raises(ValueError, match="no split 'tset'"):
-        scienceqa.load(toy / "ScienceQA", "tset")
 
 
 # ---- the LLM's own chat template ---------------------------------------------------------------------------

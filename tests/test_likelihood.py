@@ -1,4 +1,4 @@
-"""Multiple choice by the likelihood of the choices' words."""
+"""Which option is the likeliest: by the token that tells letters apart, and by whole texts."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import data
+from benchmarks.likelihood import mean_log_likelihoods, split_options
 from benchmarks.questions import SHORT_ANSWER
 from lab import likelihood
 from projector import VLM
@@ -17,12 +18,32 @@ def vlm(clip_folder, llama_folder):
     return VLM.from_towers(clip_folder, llama_folder)
 
 
-def test_scores_are_the_mean_of_each_option_alone(vlm, tokenizer, toy):
-    """Of questions with a picture and without one: one option at a time, unpadded, position by position."""
+def test_letters_differ_in_one_token(tokenizer):
+    """What stands before it is the open question; a single option has nothing to differ from."""
+    question = {"prompt": "What color is the shape?", "image": None, "options": ["A", "B", "C"]}
+    form = data.form_of("v1", tokenizer)
+    ids, tokens = split_options(tokenizer, form, question)
+    assert ids == data.encode([("human", question["prompt"])], form, tokenizer, False)[0]
+    assert [token.strip("▁") for token in tokenizer.convert_ids_to_tokens(tokens)] == ["A", "B", "C"]
+    alone, (token,) = split_options(tokenizer, form, question | {"options": ["B"]})
+    assert [*alone, token] == data.encode(
+        [("human", question["prompt"]), ("gpt", "B")], form, tokenizer, False)[0]
+
+
+def test_options_that_begin_alike_differ_further_on(tokenizer):
+    question = {"prompt": "Which?", "image": None, "options": ["red circle", "red square"]}
+    ids, tokens = split_options(tokenizer, data.form_of("v1", tokenizer), question)
+    prompt, _ = data.encode([("human", "Which?")], data.form_of("v1", tokenizer), tokenizer, False)
+    assert ids[: len(prompt)] == prompt and len(ids) > len(prompt)  # also what both begin with
+    assert [token.strip("▁") for token in tokenizer.convert_ids_to_tokens(tokens)] == ["circle", "square"]
+
+
+def test_the_mean_of_each_text_is_that_of_it_alone(vlm, tokenizer, toy):
+    """Of questions with a picture and without one: one text at a time, unpadded, position by position."""
     questions = likelihood.load_problems(toy / "ScienceQA", "test")[:12]
     assert {bool(question["image"]) for question in questions} == {True, False}
-    means = likelihood.mean_likelihoods(vlm, tokenizer, questions, "v1")
-    for question, row, choice in zip(questions, means, likelihood.choose(vlm, tokenizer, questions, "v1")):
+    for question, choice in zip(questions, likelihood.choose(vlm, tokenizer, questions, "v1")):
+        row = mean_log_likelihoods(vlm, tokenizer, "v1", question, question["options"])
         expected = [plainly(vlm, tokenizer, question, option) for option in question["options"]]
         assert row == pytest.approx(expected, abs=1e-4)
         assert choice == "ABCDE"[row.index(max(row))]
@@ -30,14 +51,18 @@ def test_scores_are_the_mean_of_each_option_alone(vlm, tokenizer, toy):
 
 @torch.no_grad()
 def plainly(vlm, tokenizer, question, option):
-    turns, c = [("human", question["prompt"]), ("gpt", option)], vlm.vit.config
-    ids, roles = data.tokenise(data.v1(turns, tokenizer)[:-1], tokenizer, bool(question["image"]))
-    pixels = data.preprocess(data.load_image(question["image"]), c, "pad") if question["image"] else None
-    sample = {"ids": ids, "roles": roles, "pixels": pixels, "name": "one"}
-    m = data.collate([sample], vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id, c.image_size)
-    likely = vlm(m["ids"], m["pixels"])[0].log_softmax(-1)  # (S, V)
-    said = [likely[t - 1, token] for t, token in enumerate(m["labels"][0].tolist()) if token != data.IGNORE]
-    return torch.stack(said).mean().item()
+    prompt = f"{data.SYSTEM} USER: {question['prompt']} ASSISTANT:"
+    pixels = torch.zeros(1, 3, 32, 32)
+    if question["image"]:
+        before, after = prompt.split(data.IMAGE)
+        ids = tokenizer(before).input_ids + [vlm.image_token_id] * vlm.num_image_tokens
+        ids += tokenizer(after, add_special_tokens=False).input_ids
+        pixels = data.preprocess(data.load_image(question["image"]), vlm.vit.config, "pad")[None]
+    else:
+        ids = tokenizer(prompt).input_ids
+    said = tokenizer(option, add_special_tokens=False).input_ids
+    log_p = vlm(torch.tensor([ids + said]), pixels)[0].log_softmax(-1)  # (S, V)
+    return sum(log_p[len(ids) - 1 + i, token].item() for i, token in enumerate(said)) / len(said)
 
 
 def test_the_question_names_no_choice(toy):

@@ -32,7 +32,6 @@ from eval import BENCHES
 from llm import LLM, load_llm_config
 from projector import VLM
 from test_data import CHAT_TURNS, CHATML, TEXT, TOWER, byte_level, chat_tokenizer, llama2, record
-from test_eval import model, root, run  # noqa: F401 (fixtures)
 from test_train import HERE, called, how_it_ends, log_of, script, start, trained
 from test_train import world  # noqa: F401 (a fixture)
 from vit import ViT, ViTConfig, load_vit_config
@@ -631,16 +630,6 @@ def test_an_image_lies_in_its_folder(tmp_path, monkeypatch, capsys, name):
         samples[2]
 
 
-def test_the_pictures_of_a_benchmark_lie_in_its_folder(tmp_path):
-    layouts.write_all(tmp_path)
-    file = tmp_path / "SEED-Bench/SEED-Bench.json"
-    content = json.loads(file.read_text())
-    content["questions"][0] |= {"data_id": "../../../../../../../etc/passwd"}
-    file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="etc/passwd' leads out of the folder"):
-        evaluation.load_questions("seed", tmp_path / "SEED-Bench")
-
-
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
 def test_pipes_and_folders_are_no_files(tmp_path, make):
     """A pipe would be waited for."""
@@ -840,109 +829,6 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, llama_folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(content | {"eos_token": None}))
     with pytest.raises(ValueError, match="names no end token"):
         data.load_tokenizer(folder)
-
-
-@pytest.mark.parametrize(
-    "question", ["What color?", "<image>\nWhat color?", "<image> <image> What color?", "What color?\n<image>"]
-)
-def test_a_question_may_bring_its_marker(model, toy, monkeypatch, capsys, question):
-    image, seen = sorted((toy / "images").iterdir())[0], []
-    monkeypatch.setattr(evaluation, "load_run", lambda *_: (*model, {"template": "v1"}))
-    monkeypatch.setattr(evaluation, "resolve_model", Path)
-    real = evaluation.data.tokenise
-    monkeypatch.setattr(evaluation.data, "tokenise", lambda *args: seen.append(real(*args)) or seen[-1])
-    evaluation.main(["--ask", str(image), question, "--ckpt", "x", "--max_new_tokens", "2"])
-    assert json.loads(capsys.readouterr().out)["question"] == question
-    expected = real(data.v1([("human", "<image>\nWhat color?")], model[1]), model[1], True)
-    assert (
-        "<" in question and seen[-1][0].count(data.IMAGE_MARKER) == 1 and expected in seen or expected in seen
-    )
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"choices": "red"},
-        {"choices": None},
-        {"answer": "0"},
-        {"answer": None},
-        {"answer": 1.0},
-        {"question": 5},
-        {"hint": 5},
-        {"image": 5},
-        {"image": ["x"]},
-        {"split": ["x"]},
-    ],
-)
-@pytest.mark.parametrize("where", ["problem", "problems", "splits", "split"])
-def test_scienceqa_of_other_types_ends_in_a_line(tmp_path, toy, change, where):
-    shutil.copytree(toy / "ScienceQA", tmp_path / "ScienceQA")
-    name = "problems.json" if "problem" in where else "pid_splits.json"
-    content, value = json.loads((tmp_path / "ScienceQA" / name).read_text()), next(iter(change.values()))
-    if where == "problem":
-        content[json.loads((tmp_path / "ScienceQA/pid_splits.json").read_text())["test"][0]] |= change
-    elif where == "split":
-        content["test"] = value
-    (tmp_path / "ScienceQA" / name).write_text(
-        json.dumps(value if where in ("problems", "splits") else content)
-    )
-    how, found = outcome(evaluation.load_questions, "scienceqa", tmp_path / "ScienceQA")
-    assert how == "line", found
-
-
-# ---- 10: ScienceQA's own splits ----------------------------------------------------------------------------
-
-
-def test_scienceqas_other_splits_find_their_pictures(tmp_path, toy):
-    folder = shutil.copytree(toy / "ScienceQA", tmp_path / "ScienceQA")
-    splits, problems = (
-        json.loads((folder / name).read_text()) for name in ("pid_splits.json", "problems.json")
-    )
-    for name in ("train", "val", "test"):
-        for pid in splits[name]:
-            problems[pid]["split"] = name
-    splits |= {"minitest": splits["test"][:5], "trainval": splits["train"] + splits["val"]}
-    problems[splits["test"][0]]["image"] = ""  # text alone
-    for name, content in (("pid_splits.json", splits), ("problems.json", problems)):
-        (folder / name).write_text(json.dumps(content))
-    assert len(evaluation.load_questions("scienceqa", folder, "minitest")) == 5
-    assert len(evaluation.load_questions("scienceqa", folder, "trainval")) == len(splits["trainval"])
-    first = evaluation.load_questions("scienceqa", folder, "minitest")[0]
-    assert first["image"] is None and "<image>" not in first["prompt"]
-
-
-# ---- 2: what was computed is kept --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("what", ["likelihoods", "score_floors", "submit"])
-def test_a_score_is_written_before_what_may_fail(run, root, tmp_path, monkeypatch, what):
-    """Likelihoods, floors and a server's table come after the answers are in BENCH.json."""
-
-    def fail(*_, **__):
-        raise ValueError("height and width must be > 0")
-
-    own = shutil.copytree(run, tmp_path / "own")
-    if what == "submit":
-        monkeypatch.setitem(
-            evaluation.BENCHES, "mmbench", evaluation.BENCHES["mmbench"]._replace(submit=fail)
-        )
-    else:
-        monkeypatch.setattr(evaluation, what, fail)
-    argv = [
-        "--bench",
-        "mmbench",
-        "--ckpt",
-        own,
-        "--data",
-        root / "MMBench",
-        "--score",
-        "likelihood",
-        "--floors",
-    ]
-    assert "height and width" in how_it_ends(evaluation.main, tmp_path, *argv)
-    kept = json.loads((own / "mmbench.json").read_text())
-    assert "accuracy" in kept["scores"] and len(kept["predictions"]) == kept["scores"]["rotations"]
-    assert list(own.glob("mmbench.partial*.jsonl"))  # and the same command asks nothing again
 
 
 # ---- 3: a resumed run knows what it is made of -------------------------------------------------------------
@@ -1564,48 +1450,6 @@ def test_check_refuses_lengths_below_one(tmp_path, toy):
     file = write_records(tmp_path / "d.json", TEXT)
     for lengths in ((0, 200), (-5, 200), (16, 0), (16, -1)):
         refused(data.check, file, toy, None, None, None, *lengths, name="must be at least 1")
-
-
-@pytest.mark.parametrize(
-    "name, change",
-    [
-        ("problems.json", {"answer": True}),
-        ("problems.json", {"choices": [["a"], None]}),
-        ("pid_splits.json", []),
-        ("pid_splits.json", None),
-        ("pid_splits.json", "test"),
-    ],
-)
-def test_scienceqas_odd_values_name_their_file(tmp_path, toy, name, change):
-    folder = shutil.copytree(toy / "ScienceQA", tmp_path / "ScienceQA")
-    content = json.loads((folder / name).read_text())
-    if name == "problems.json":
-        content[json.loads((folder / "pid_splits.json").read_text())["test"][0]] |= change
-    (folder / name).write_text(json.dumps(content if name == "problems.json" else change))
-    refused(evaluation.load_questions, "scienceqa", folder, name=folder / name)
-
-
-@pytest.mark.parametrize("content", [b"\xff\n", b'{"id": "1", "prompt": "?", "answer": null}\n'])
-def test_kept_answers_that_are_damaged_name_their_file(tmp_path, content):
-    (tmp_path / "b.partial.0.jsonl").write_bytes(content)
-    questions = [{"id": "1", "prompt": "?", "image": None}]
-    refused(evaluation.read_answers, tmp_path / "b.partial", questions, name="b.partial.0.jsonl")
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe"])
-def test_a_pointer_to_no_run_names_itself(tmp_path, monkeypatch, content):
-    monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()
-    Path("runs/last").write_bytes(content)
-    refused(evaluation.last_run, name="runs/last")
-
-
-@pytest.mark.parametrize(
-    "flags", ["--temperature nan", "--temperature inf", "--temperature 1e-300", "--top_p 1e-300"]
-)
-def test_sampling_that_cannot_be_is_refused(monkeypatch, flags):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    refused(evaluation.parse_args, ["--ask", "a", "b", "--temperature", "1", *flags.split()], name=2)
 
 
 @pytest.mark.parametrize(
