@@ -27,7 +27,8 @@ from plumbing.files import read_json
 
 def load_problems(folder, split: str) -> list:
     """The questions of `scienceqa.load`, but open, with "options" in words; also their "category"."""
-    problems = read_json(Path(folder) / "problems.json")
+    folder = Path(folder)
+    problems = read_json(folder / "problems.json")
     questions = []
     for question in scienceqa.load(folder, split):
         problem = problems[question["id"]]

@@ -33,7 +33,8 @@ def micro_batches(vlm, tokenizer, records, images, batch: int = 64):
     for start in tqdm(range(0, len(samples), batch), desc="captions", unit=" batches"):
         end = min(start + batch, len(samples))
         rows = [samples[i] for i in range(start, end)]
-        m = data.collate(rows, vlm.num_image_tokens, vlm.image_token_id, samples.pad_id, c.image_size)
+        m = data.collate(rows, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id,
+                         c.image_size)
         yield data.to_device(m, vlm.llm.head_weight.device)
 
 

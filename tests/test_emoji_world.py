@@ -125,7 +125,7 @@ def test_the_world_is_the_one_it_was(world, packages, tmp_path):
 @pytest.mark.parametrize("name, split", [("align", "train"), ("instruct", "train"), ("captions", "unseen"),
                                          ("captions-val", "val"), ("align-heldout", "unseen")])
 def test_records_are_of_their_split_and_open(world, name, split):
-    records, concepts = data.load_records(world / f"{name}.json"), concepts_of(world)[split]
+    records, concepts = data.read_records(world / f"{name}.json"), concepts_of(world)[split]
     assert {record["id"].partition("-")[2] for record in records} == {concept["code"] for concept in concepts}
     is_one_each = name.startswith("captions")
     assert len(records) == (len(concepts) if is_one_each else sum(len(c["vendors"]) for c in concepts))
@@ -135,7 +135,7 @@ def test_records_are_of_their_split_and_open(world, name, split):
 
 def test_instructions_are_open_questions_on_both(world):
     by_code = {concept["code"]: concept for concept in concepts_of(world)["train"]}
-    for record in data.load_records(world / "instruct.json"):
+    for record in data.read_records(world / "instruct.json"):
         concept, turns = by_code[record["id"].partition("-")[2]], data.clean_turns(record)
         assert {text for role, text in turns if role == "gpt"} == {concept["name"], concept["group"]}
         assert not any("A." in text for _, text in turns)
@@ -197,7 +197,7 @@ def test_the_rewording_is_in_no_training_file(world):
 
 def test_collages_have_their_things_where_they_say(world):
     """By pixel: the middle of each quarter has the colour of the picture that is said to be there."""
-    records = data.load_records(world / "collages.json")
+    records = data.read_records(world / "collages.json")
     assert [record["concepts"] for record in records] == ["seen"] * 4 + ["unseen"] * 4
     splits = concepts_of(world)
     for record in records:

@@ -123,13 +123,13 @@ def test_splits_are_disjoint():
 def test_instructions_hold_no_multiple_choice(world):
     text = (world / "instruct.json").read_text()
     assert "A. " not in text and "The answer is" not in text and SHORT_ANSWER.strip() in text
-    records = data.load_records(world / "instruct.json")
+    records = data.read_records(world / "instruct.json")
     assert sum("image" not in record for record in records) == len(records) // 10
 
 
 def test_files_hold_valid_records(world):
     for name in ("align", "instruct", "text", "captions"):
-        for record in data.load_records(world / f"{name}.json"):  # which refuses others
+        for record in data.read_records(world / f"{name}.json"):  # which refuses others
             assert "image" not in record or (world / "images" / record["image"]).is_file()
 
 
@@ -328,7 +328,7 @@ def test_the_command_refuses_in_one_line(tmp_path):
 def test_held_out_captions_one_at_a_time(world, clip_folder, llama_folder):
     vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), data.load_tokenizer(llama_folder)
     found = score.captions(vlm, tokenizer, {}, world)
-    samples = data.Conversations(data.load_records(world / "captions.json"), world / "images", tokenizer,
+    samples = data.Conversations(data.read_records(world / "captions.json"), world / "images", tokenizer,
                                  "plain", vlm.vit.config, "crop")
     nats = tokens = 0
     for i in range(len(samples)):
