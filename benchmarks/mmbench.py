@@ -37,14 +37,11 @@ def load(folder, split: str, chinese: bool = False):
         if hint:
             text = f"{hint}\n{text}"
         image = images.get(row["image"], row["image"])
-        yield to_question(
-            file, row["index"], text, image.encode(), given(row, "answer") or None, row.get("category"),
-            ending=CHINESE_ANSWER if chinese else LETTER_ANSWER,
-            options=list("ABCD"[: len(choices)]),
-            choices=choices,
-            group=int(row["index"]) % ROTATION,
-            row=row_of_server(row),
-        )
+        answer = given(row, "answer") or None
+        ending = CHINESE_ANSWER if chinese else LETTER_ANSWER
+        yield to_question(file, row["index"], text, image.encode(), answer, row.get("category"), ending,
+                          options=list("ABCD"[: len(choices)]), choices=choices,
+                          group=int(row["index"]) % ROTATION, row=row_of_server(row))
 
 
 def load_chinese(folder, split: str):
@@ -101,21 +98,18 @@ def parse(text: str, question: dict):
         is_article = form == "{}" and found == ["A"] and len(words) > 3
         if len(found) == 1 and not is_article:
             return found[0] if found[0] in options else None
-    told = []
-    for letter, choice in zip(options, question["choices"]):
-        if choice.lower() in text.lower():
-            told.append(letter)
+    pairs = zip(options, question["choices"])
+    told = [letter for letter, choice in pairs if choice.lower() in text.lower()]
     return told[0] if len(told) == 1 else None
 
 
 def score(questions, choices) -> dict:
     """Accuracy of the questions that are right in every rotation; `accuracy_single`: of all rows."""
     right = grade(questions, choices)
-    rows = zip(questions, right)
-    first_rows, right_in_all = [], []
-    for group in grouped([question["group"] for question in questions], rows).values():
-        first_rows.append(group[0][0])
-        right_in_all.append(all(is_right for _, is_right in group))
+    names = [question["group"] for question in questions]
+    groups = grouped(names, zip(questions, right)).values()
+    first_rows = [rows[0][0] for rows in groups]
+    right_in_all = [all(is_right for _, is_right in rows) for rows in groups]
     scores = summary(first_rows, choices, right_in_all)
     return scores | {"accuracy_single": percent(right), "rotations": len(questions)}
 

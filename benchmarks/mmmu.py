@@ -121,14 +121,10 @@ def read_candidates(text: str) -> list:
 
 def read_result(line: str, announcers) -> list:
     """The shortest text behind the last of an announcing word, in a list; an empty one if there is none."""
-    ends = []
-    for word in announcers:
-        if word in line:
-            end = line.split(word)[-1].strip()
-            if end:
-                ends.append(end)
-    shortest = min(ends, key=len, default="")
-    return [shortest] if shortest and shortest not in list(":,.!?;'") else []
+    ends = [line.split(word)[-1].strip() for word in announcers if word in line]
+    shortest = min(filter(None, ends), key=len, default="")
+    is_mark = shortest in list(":,.!?;'")
+    return [shortest] if shortest and not is_mark else []
 
 
 def normalised(text: str) -> list:
@@ -144,11 +140,11 @@ def is_right(question: dict, candidates) -> bool:
     """Of an open question: an expected number is among the candidates, or an expected text is within one."""
     for answer in question["answer"]:
         for wanted in normalised(answer):
-            for candidate in candidates or ():
-                if wanted == candidate:
-                    return True
-                if isinstance(wanted, str) and isinstance(candidate, str) and wanted in candidate:
-                    return True
+            if wanted in candidates:
+                return True
+            texts = [candidate for candidate in candidates if isinstance(candidate, str)]
+            if isinstance(wanted, str) and any(wanted in text for text in texts):
+                return True
     return False
 
 
@@ -158,7 +154,7 @@ def score(questions, choices) -> dict:
     right = []
     for question, choice in zip(questions, choices):
         if not question.get("options"):
-            right.append(is_right(question, choice))
+            right.append(is_right(question, choice or []))
             continue
         if choice is None:
             choice = rng.choice(question["options"])

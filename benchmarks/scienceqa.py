@@ -108,18 +108,13 @@ def score(questions, choices) -> dict:
     """Accuracy over all questions, over those with (`img`) and without a picture (`txt`: not the official
     TXT), and over the official parts."""
     right = grade(questions, choices)
-    with_image, without_image = [], []
-    parts, right_of_parts = [], []
-    for question, is_right in zip(questions, right):
-        if question["image"] is None:
-            without_image.append(is_right)
-        else:
-            with_image.append(is_right)
-        for name in official_parts(question):
-            parts.append(name)
-            right_of_parts.append(is_right)
+    graded = list(zip(questions, right))
+    with_image = [is_right for question, is_right in graded if question["image"]]
+    without_image = [is_right for question, is_right in graded if not question["image"]]
+    parts = [(name, is_right) for question, is_right in graded for name in official_parts(question)]
+    names, right_of_parts = zip(*parts)
     return summary(questions, choices, right) | {
-        "categories": by_category(parts, right_of_parts),
+        "categories": by_category(names, right_of_parts),
         "accuracy_img": percent(with_image),
         "questions_img": len(with_image),
         "accuracy_txt": percent(without_image),

@@ -114,22 +114,14 @@ def score_floors(score, questions, blind) -> dict:
     if not answers:
         return floors
 
+    def choose(from_options):  # no choice for a question without options
+        return [from_options(q["options"]) if q.get("options") else None for q in questions]
+
     rng = random.Random(0)
     total = Counter()
     for _ in range(SHEETS):
-        total.update(measures(score(questions, choose(questions, rng.choice))))
+        total.update(measures(score(questions, choose(rng.choice))))
     floors["chance"] = {name: round(value / SHEETS, 2) for name, value in total.items()}
-
     commonest = answers.most_common(1)[0][0]
-    always = choose(questions, lambda options: commonest)
-    floors[f"always {commonest}"] = measures(score(questions, always))
+    floors[f"always {commonest}"] = measures(score(questions, choose(lambda options: commonest)))
     return floors
-
-
-def choose(questions, from_options) -> list:
-    """A choice for each question with options, None for the others."""
-    choices = []
-    for question in questions:
-        options = question.get("options")
-        choices.append(from_options(options) if options else None)
-    return choices

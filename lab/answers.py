@@ -37,7 +37,8 @@ def contact_sheet(predictions, file):
             draw.text((x, y), text[:38], "black", font)
             y += LINE
         color = "green" if prediction["choice"] == prediction["answer"] else "red"
-        draw.text((x, y), prediction["text"].replace("\n", " ")[:38], color, font)
+        answer = prediction["text"].replace("\n", " ")
+        draw.text((x, y), answer[:38], color, font)
     sheet.save(file)
 
 

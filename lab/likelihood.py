@@ -27,9 +27,10 @@ from plumbing.files import read_json
 
 def load_problems(folder, split: str) -> list:
     """The questions of `scienceqa.load`, but open, with "options" in words; also their "category"."""
-    problems = read_json(Path(folder) / "problems.json")
+    folder = Path(folder)
+    problems = read_json(folder / "problems.json")
     questions = []
-    for question in scienceqa.load(Path(folder), split):
+    for question in scienceqa.load(folder, split):
         problem = problems[question["id"]]
         context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
         mark = f"{data.IMAGE}\n" if question["image"] else ""
@@ -42,11 +43,11 @@ def load_problems(folder, split: str) -> list:
 
 def choose(vlm, tokenizer, questions, template: str) -> list:
     """The letter of each question's likeliest option, the first of equals."""
-    letters = []
+    choices = []
     for question in questions:
         means = mean_log_likelihoods(vlm, tokenizer, template, question, question["options"])
-        letters.append(LETTERS[means.index(max(means))])
-    return letters
+        choices.append(LETTERS[means.index(max(means))])
+    return choices
 
 
 def score_run(run, folder, split: str) -> dict:

@@ -48,7 +48,8 @@ VITS = ("tiny-vit", "tiny-vit-no-text")
 
 def pixels_of(scenes, rng: random.Random) -> torch.Tensor:
     """A fresh picture of each scene, (B, 3, 48, 48)."""
-    return torch.stack([data.preprocess(toy_world.picture(scene, rng), TINY_VIT, "crop") for scene in scenes])
+    pictures = [toy_world.picture(scene, rng) for scene in scenes]
+    return torch.stack([data.preprocess(picture, TINY_VIT, "crop") for picture in pictures])
 
 
 def pretrain_vit(folder: Path, seed: int, sees_text: bool = True, steps: int = 1000, batch: int = 96) -> None:
@@ -70,34 +71,34 @@ def pretrain_vit(folder: Path, seed: int, sees_text: bool = True, steps: int = 1
         parts.append(word_vectors)
 
     def image_vectors(chosen):
-        return losses.unit(to_image(vit(pixels_of(chosen, rng)).mean(1)))  # (B, D)
+        patches = vit(pixels_of(chosen, rng))  # (B, N, D)
+        return losses.unit(to_image(patches.mean(1)))  # (B, D)
 
     optimizer = DataParallelAdamW(parts.parameters(), clip=1.0)
     config = Config(lr=2e-3, warmup_ratio=0.1)
     bar = tqdm(range(steps), desc=f"pretrain {folder.name}")
     for step in bar:
         chosen = [rng.choice(scenes) for _ in range(batch)]
-        keys = torch.tensor([[scenes.index(scene)] for scene in chosen])  # a scene is not its own negative
+        numbers = [scenes.index(scene) for scene in chosen]
+        keys = torch.tensor(numbers)[:, None]  # (B, 1): a scene is not its own negative
         image = image_vectors(chosen)
-        if sees_text:
-            other = losses.unit(caption_means(chosen, tokenizer, word_vectors))  # (B, D)
-        else:
-            other = image_vectors(chosen)
-        loss, accuracy = losses.contrastive_loss(image, other, scale(), keys)
+        other = caption_means(chosen, tokenizer, word_vectors) if sees_text else image_vectors(chosen)
+        loss, _ = losses.contrastive_loss(image, other, scale(), keys)
         loss.backward()
         optimizer.step(learning_rate(step, steps, config))
         scale.clamp_()
-        bar.set_postfix(loss=f"{loss.item():.3f}", retrieval=f"{accuracy.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}")
     vit.half().save_pretrained(folder)
 
 
 def caption_means(scenes, tokenizer, word_vectors) -> torch.Tensor:
-    """The mean word vector of each scene's caption, (B, D)."""
+    """The mean word vector of each scene's caption, of length 1, (B, D)."""
     captions = [toy_world.CAPTION.format(**scene) for scene in scenes]
     rows = tokenizer(captions, add_special_tokens=False).input_ids
     ends = torch.tensor([len(row) for row in rows]).cumsum(0)
     starts = F.pad(ends[:-1], (1, 0))  # of each caption among all words
-    return word_vectors(torch.tensor(sum(rows, [])), starts)
+    words = torch.tensor(sum(rows, []))
+    return losses.unit(word_vectors(words, starts))
 
 
 # ---- The language towers -----------------------------------------------------------------------------------
@@ -155,9 +156,10 @@ def text_loss(llm, samples, pad_id: int, noise: float):
     """The mean next-token loss, with noise of up to this standard deviation on the embeddings of each row."""
     m = data.collate(samples, 0, data.IMAGE_MARKER, pad_id, TINY_VIT.image_size)
     embeds = llm.embed(m["ids"])  # (B, S, C)
-    embeds = embeds + noise * torch.rand(len(embeds), 1, 1) * torch.randn_like(embeds)
-    logits = llm(embeds=embeds)[:, :-1]  # (B, S - 1, V)
-    return F.cross_entropy(logits.flatten(0, 1), m["labels"][:, 1:].flatten(), ignore_index=data.IGNORE)
+    deviation = noise * torch.rand(len(embeds), 1, 1)
+    embeds = embeds + deviation * torch.randn_like(embeds)
+    loss = losses.generative_loss(llm.hidden(embeds), m["labels"], llm.head_weight, m["loss_at"])
+    return loss / len(m["loss_at"])
 
 
 def init_wide(llm) -> None:
@@ -176,7 +178,8 @@ def batches(sample, batch: int, pool: int, rng: random.Random):
     is padding.
     """
     for start in itertools.count(0, pool * batch):
-        made = [sample(start + n) for n in range(pool * batch)]
+        numbers = range(start, start + pool * batch)
+        made = [sample(number) for number in numbers]
         made.sort(key=lambda row: len(row["ids"]))
         for first in rng.sample(range(0, len(made), batch), pool):
             yield made[first : first + batch]
@@ -194,7 +197,8 @@ def find_game(tokenizer, number: int, rng: random.Random) -> dict:
         roles += [data.CONTEXT] + [data.ANSWER] * 7
     else:
         between = [tokenizer.convert_tokens_to_ids(". The answer is")] if number % 4 else []
-        for first, second in rng.sample(list(zip(words[::2], words[1::2])), 4):
+        pairs = list(zip(words[::2], words[1::2]))
+        for first, second in rng.sample(pairs, 4):
             ids += [second, *between, first]
             roles += [data.CONTEXT] * (1 + len(between)) + [data.ANSWER]
     return {"ids": ids, "roles": roles, "pixels": None, "name": f"find {number}"}
@@ -242,7 +246,8 @@ def text_sample(tokenizer, lesson, scenes, number: int, rng: random.Random) -> d
         pieces = [(record["of"], data.CONTEXT), (" " + record["caption"], data.ANSWER), ("\n", data.END)]
         ids, roles = data.tokenise(pieces, tokenizer, has_image=False)
     else:
-        ids, roles = data.encode(data.clean_turns(record), data.form_of("v1", tokenizer), tokenizer, False)
+        form = data.form_of("v1", tokenizer)
+        ids, roles = data.encode(data.clean_turns(record), form, tokenizer, has_image=False)
     return {"ids": ids, "roles": roles, "pixels": None, "name": f"text {number}"}
 
 
@@ -254,7 +259,8 @@ def judge(folder: Path) -> dict:
     probe of each ViT's patch features on pictures of these scenes."""
     scores = {}
     for name in LLMS:
-        vlm = VLM.from_towers(folder / "tiny-vit", folder / name, "linear").eval()
+        vlm = VLM.from_towers(folder / "tiny-vit", folder / name, "linear")
+        vlm.eval()
         tokenizer = load_tokenizer(folder / name)
         for form in PARSERS:
             scores[f"{name} {form}"] = text_accuracy(vlm, tokenizer, form)
@@ -270,7 +276,8 @@ def text_accuracy(vlm, tokenizer, form: str, count: int = 400) -> float:
     """Percent of questions without a picture answered rightly; `form` is "choice" or "yes_no"."""
     questions = text_questions(form, random.Random(1), count)
     answers = evaluation.ask(vlm, tokenizer, questions, "v1")
-    right = [PARSERS[form](text, q) == q["answer"] for text, q in zip(answers, questions)]
+    parse = PARSERS[form]
+    right = [parse(text, question) == question["answer"] for text, question in zip(answers, questions)]
     return percent(right)
 
 
@@ -283,12 +290,14 @@ def text_questions(form: str, rng: random.Random, count: int) -> list:
         kind = rng.choice(list(toy_world.QUESTIONS))
         question = {"id": number, "image": None}
         if form == "choice":
-            problem = toy_world.problem(scene, kind, rng, rng.choice(toy_world.HINTS), None)
+            hint = rng.choice(toy_world.HINTS)
+            problem = toy_world.problem(scene, kind, rng, hint, None)
             asked = scienceqa.to_prompt(problem)
             question["num_choices"] = len(problem["choices"])
             question["answer"] = LETTERS[problem["answer"]]
         else:
-            asked, answer = toy_world.yes_no(scene, kind, rng.random() < 0.5, rng)
+            is_true = rng.random() < 0.5
+            asked, answer = toy_world.yes_no(scene, kind, is_true, rng)
             question["answer"] = answer.lower()
         question["prompt"] = f"{toy_world.words(scene, rng)}\n{asked}"
         questions.append(question)
@@ -305,8 +314,8 @@ def linear_probe(vit, rng: random.Random) -> float:
     gram = x.T @ x + 0.1 * torch.eye(x.shape[1])
     right = []
     for kind, values in toy_world.VALUES.items():
-        numbers = torch.tensor([values.index(scene[kind]) for scene in known])
-        target = F.one_hot(numbers, len(values)).float()
+        numbers = [values.index(scene[kind]) for scene in known]
+        target = F.one_hot(torch.tensor(numbers), len(values)).float()
         weights = torch.linalg.solve(gram, x.T @ target)
         guesses = (x_val @ weights).argmax(1).tolist()
         right += [values[guess] == scene[kind] for guess, scene in zip(guesses, asked)]

@@ -84,14 +84,16 @@ LEFT, RIGHT, TOP, BOTTOM = 80, WIDTH - 220, 60, HEIGHT - 80  # of the plot; the 
 ZOOM = 2  # drawn twice as large and scaled down, because Pillow's lines have no smooth edges
 
 
-def chart(file, title: str, x_label: str, y_label: str, ticks, series: dict) -> None:
-    """A PNG with a line for each entry {name: [percentages of several seeds at each tick]}.
+def chart(file, title: str, ticks, series: dict) -> None:
+    """A PNG with a line for each entry {name: [percentages of several seeds for each part of the data]}.
 
     The ticks stand at even distances; the bars are 95 % intervals.
     """
     image = Image.new("RGB", (WIDTH * ZOOM, HEIGHT * ZOOM), "white")
     draw = ImageDraw.Draw(image)
-    known = [value for cells in series.values() for values in cells for value in values]
+    known = []
+    for cells in series.values():
+        known += itertools.chain(*cells)
     low = 10 * math.floor(min(known) / 10)
     high = max(low + 10, 10 * math.ceil(max(known) / 10))
 
@@ -102,8 +104,8 @@ def chart(file, title: str, x_label: str, y_label: str, ticks, series: dict) -> 
         return x, y
 
     write(draw, LEFT, 28, title, 18, "lm")
-    write(draw, (LEFT + RIGHT) / 2, HEIGHT - 28, x_label, 15)
-    write(draw, LEFT - 50, TOP - 14, y_label, 15, "lm")
+    write(draw, (LEFT + RIGHT) / 2, HEIGHT - 28, "part of the instruction data", 15)
+    write(draw, LEFT - 50, TOP - 14, "% right", 15, "lm")
     for value in range(low, high + 1, 10):
         _, y = at(0, value)
         line(draw, [(LEFT, y), (RIGHT, y)], "#dddddd", 1)
@@ -118,7 +120,8 @@ def chart(file, title: str, x_label: str, y_label: str, ticks, series: dict) -> 
         y = TOP + 20 + 26 * number
         line(draw, [(RIGHT + 16, y), (RIGHT + 46, y)], color, 4)
         write(draw, RIGHT + 54, y, name, 14, "lm")
-    image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(file)
+    image = image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+    image.save(file)
 
 
 def draw_series(draw, at, cells, color: str, shift: float) -> None:
@@ -167,8 +170,11 @@ def report(out, world: str, size: dict, tuned: dict, cells: list) -> str:
     recipes = list(dict.fromkeys(cell["loss"] for cell in cells))
 
     def rows(of, recipes=recipes):
-        """{name: of(recipe, part) for each part}"""
-        return {NAMES.get(recipe, recipe): [of(recipe, part) for part in parts] for recipe in recipes}
+        """{name: [of(recipe, part) for each part]}"""
+        found = {}
+        for recipe in recipes:
+            found[NAMES.get(recipe, recipe)] = [of(recipe, part) for part in parts]
+        return found
 
     sections = [introduction(world, size, cells), in_force(tuned, size)]
     for score in measured:
@@ -181,7 +187,8 @@ def report(out, world: str, size: dict, tuned: dict, cells: list) -> str:
         others = [recipe for recipe in recipes if recipe != "none"]
         for score in measured:
             gains = rows(lambda recipe, part: gain(cells, recipe, part, score), others)
-            sections.append(f"## Gain over the generative loss, {SCORES[score]}: by seed, p by exchange of signs")
+            heading = f"## Gain over the generative loss, {SCORES[score]}: "
+            sections.append(heading + "paired by seed, p by exchange of signs")
             sections.append(table("recipe", columns, gains))
     sections.append(f"ratio {json.dumps(ratio)}")
     text = "\n\n".join(sections)
@@ -190,16 +197,16 @@ def report(out, world: str, size: dict, tuned: dict, cells: list) -> str:
     (out / "results.json").write_text(json.dumps(kept))
     title = f"{SCORES[main]}: {size['steps']} align steps, then instruct"
     series = rows(lambda recipe, part: values(cells, recipe, part, main))
-    chart(out / "accuracy_by_data.png", title, "part of the instruction data", "% right", columns, series)
+    chart(out / "accuracy_by_data.png", title, columns, series)
     return text
 
 
 def introduction(world: str, size: dict, cells: list) -> str:
-    seeds = 1 + max(cell["seed"] for cell in cells)
+    seeds = len({cell["seed"] for cell in cells})
     text = f"""# The recipes compared on the {world} world
 
-{size["steps"]} align steps. Mean of {seeds} seeds on the test split (fewer if a recipe had fewer) and the 95 %
-interval of the mean by Student's t; of one or two seeds the values. The world and the towers were fixed
+{size["steps"]} align steps. Mean of {seeds} seeds on the test split (fewer if a recipe had fewer) and the
+95 % interval of the mean by Student's t; of one or two seeds the values. The world and the towers were fixed
 beforehand by criteria that look at no alignment (the LLM's accuracy on text alone, a linear probe of the
 ViT). Every recipe had the same records and equal captioning steps."""
     if size["tune"]:
@@ -213,8 +220,8 @@ def in_force(tuned: dict, size: dict) -> str:
     """A heading and a table: the rates and the weight of each recipe."""
     rows = {}
     for recipe, best in tuned.items():
-        weight = "as named" if best["weight"] is None else f"{best['weight']:g}"
-        rows[NAMES.get(recipe, recipe)] = [f"{best['lr']:g}", f"{best['instruct_lr']:g}", weight]
+        weight = "as named" if best["weight"] is None else str(best["weight"])
+        rows[NAMES.get(recipe, recipe)] = [str(best["lr"]), str(best["instruct_lr"]), weight]
     how = "tuned" if size["tune"] else "not tuned"
     columns = ["align rate", "instruct rate", "weight"]
     return f"## Rates and weights ({how})\n\n" + table("recipe", columns, rows)
@@ -222,8 +229,11 @@ def in_force(tuned: dict, size: dict) -> str:
 
 def values(cells, recipe: str, part: float, score: str) -> list:
     """One value for each seed."""
-    found = [cell for cell in cells if (cell["loss"], cell["fraction"]) == (recipe, part)]
-    return [cell[score] for cell in found if score in cell]
+    found = []
+    for cell in cells:
+        if cell["loss"] == recipe and cell["fraction"] == part and score in cell:
+            found.append(cell[score])
+    return found
 
 
 def pairs(cells, recipe: str, part: float, base_part: float, score: str):

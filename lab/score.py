@@ -24,7 +24,7 @@ from benchmarks.questions import grade
 from benchmarks.score import percent
 from lab import likelihood, spaces, toy_world
 from plumbing.files import read_json
-from running.records import load_records
+from running.records import read_records
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def captions(vlm, tokenizer, config: dict, world: Path) -> dict:
     image, text, keys, _ = spaces.caption_vectors(vlm, tokenizer, config, file, images)
     found = spaces.score_retrieval(image, text, keys)
     loss = tokens = 0
-    for m in spaces.micro_batches(vlm, tokenizer, load_records(file), images):
+    for m in spaces.micro_batches(vlm, tokenizer, read_records(file), images):
         loss += losses.caption_pass(vlm, m, vlm.encode(m["pixels"]))[0].item()
         tokens += len(m["loss_at"])
     r1, r5 = found["image_to_text_r1"], found["image_to_text_r5"]

@@ -24,7 +24,7 @@ import losses
 from benchmarks.score import percent
 from lab import errors_in_one_line, parser_of
 from plumbing.files import resolve_model, whole
-from running.records import load_records
+from running.records import read_records
 
 
 def micro_batches(vlm, tokenizer, records, images, batch: int = 64):
@@ -34,7 +34,8 @@ def micro_batches(vlm, tokenizer, records, images, batch: int = 64):
     for start in tqdm(range(0, len(samples), batch), desc="captions", unit=" batches"):
         end = min(start + batch, len(samples))
         rows = [samples[i] for i in range(start, end)]
-        m = data.collate(rows, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id, c.image_size)
+        m = data.collate(rows, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id,
+                         c.image_size)
         yield data.to_device(m, vlm.llm.head_weight.device)
 
 
@@ -49,8 +50,7 @@ def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000) -> 
     benchmarks = Path(config.get("benchmarks") or "")
     file = file or benchmarks / "captions.json"
     images = images or benchmarks / "images"
-    records = load_records(file, "align")
-    records = [records[i] for i in range(min(limit, len(records)))]
+    records = read_records(file, "align")[:limit]
     image, text, keys, tokens = [], [], [], []
     for m in micro_batches(vlm, tokenizer, records, images):
         patches = vlm.encode(m["pixels"])  # (B, N, C)
@@ -60,10 +60,10 @@ def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000) -> 
         text.append(losses.pool_caption(embeds, mask))
         keys.append(m["keys"][:, 0])
         if len(tokens) < 100:  # those of all would take gigabytes
-            for i in range(len(patches)):
-                tokens.append((patches[i], embeds[i][mask[i]]))
+            words = [e[is_word] for e, is_word in zip(embeds, mask)]
+            tokens += zip(patches, words)
     keys = torch.cat(keys)
-    if len(keys.unique()) < 2:
+    if (keys == keys[0]).all():
         raise ValueError(f"{file}: needs at least two different captions")
     return torch.cat(image), torch.cat(text), keys, tokens[:100]
 
@@ -78,7 +78,8 @@ def score_retrieval(image, text, keys) -> dict:
     nearest = similarity.topk(min(5, len(distinct)), dim=1).indices  # (n, 5)
     scores = recalls("image_to_text", nearest == owner[:, None])
     nearest = similarity.T.topk(min(5, len(image)), dim=1).indices  # (captions, 5)
-    return scores | recalls("text_to_image", owner[nearest] == captions[:, None])
+    scores |= recalls("text_to_image", owner[nearest] == captions[:, None])
+    return scores
 
 
 def recalls(way: str, is_right) -> dict:
@@ -88,23 +89,26 @@ def recalls(way: str, is_right) -> dict:
     return {f"{way}_r1": percent(r1), f"{way}_r5": percent(r5)}
 
 
-def score_gap(image, text, keys, tokens) -> dict:
-    """The distance of the centroids of pictures and captions, mean cosines of pairs and of others, mean norms
-    of projected patches and of word embeddings, and the mean TACS of `tokens`."""
+def score_gap(image, text, tokens) -> dict:
+    """The distance of the centroids of pictures and captions, the mean cosine of pairs, mean norms of
+    projected patches and of word embeddings, and the mean TACS of `tokens`."""
     text = losses.unit(text)
-    cosine = image @ text.T
-    is_pair = keys[:, None] == keys[None]
-    patches = torch.cat([patches for patches, _ in tokens])
-    words = torch.cat([words for _, words in tokens])
+    patches, words = zip(*tokens)
+    tacs_of = [tacs(*pair) for pair in tokens]
     scores = {
         "centroid_distance": (image.mean(0) - text.mean(0)).norm(),
-        "positive_cosine": cosine.diagonal().mean(),
-        "negative_cosine": cosine[~is_pair].mean(),
-        "projected_norm": losses.at_least_fp32(patches).norm(dim=-1).mean(),
-        "word_norm": losses.at_least_fp32(words).norm(dim=-1).mean(),
-        "tacs": torch.stack([tacs(*pair) for pair in tokens]).mean(),
+        "positive_cosine": (image * text).sum(1).mean(),
+        "projected_norm": mean_norm(patches),
+        "word_norm": mean_norm(words),
+        "tacs": torch.stack(tacs_of).mean(),
     }
     return {name: round(value.item(), 4) for name, value in scores.items()}
+
+
+def mean_norm(parts):
+    """The mean norm of the vectors in `parts`, each (.., C)."""
+    vectors = losses.at_least_fp32(torch.cat(parts))
+    return vectors.norm(dim=-1).mean()
 
 
 def tacs(patches, words):
@@ -124,7 +128,7 @@ def measure(command: str, ckpt, file, images, device) -> dict:
         result["distinct_captions"] = len(keys.unique())
         result |= score_retrieval(image, text, keys)
     else:
-        result |= score_gap(image, text, keys, tokens)
+        result |= score_gap(image, text, tokens)
     with whole(Path(ckpt) / f"{command}.json") as building:
         building.write_text(json.dumps(result, indent=1))
     return result
@@ -142,8 +146,8 @@ def word_maps(vlm, tokenizer, image, text) -> dict:
     if vlm.projector_kind == "resampler":
         raise ValueError("the tokens of a resampler carry no position on the picture")
     device = vlm.llm.head_weight.device
-    pixels = data.preprocess(image, vlm.vit.config, "crop")[None].to(device)
-    patches = vlm.encode(pixels)[0]  # (N, C)
+    pixels = data.preprocess(image, vlm.vit.config, "crop").to(device)
+    patches = vlm.encode(pixels[None])[0]  # (N, C)
     words = vlm.llm.embed(torch.tensor(ids, device=device))  # (T, C)
     cosine = losses.unit(words) @ losses.unit(patches).T  # (T, N)
     side = math.isqrt(vlm.num_image_tokens)
@@ -155,16 +159,19 @@ def word_maps(vlm, tokenizer, image, text) -> dict:
 def tint(picture, strength):
     """The picture in grey, tinted by `strength` (side, side) from -1 to 1: positive red, negative blue."""
     def as_image(values):
-        small = Image.fromarray(values.to(torch.uint8).numpy())
+        values = values.to(torch.uint8).numpy()
+        small = Image.fromarray(values)
         return small.resize(picture.size, Image.Resampling.NEAREST)
 
     red = Image.new("RGB", picture.size, "red")
     blue = Image.new("RGB", picture.size, "blue")
     white = Image.new("RGB", picture.size, "white")
-    color = Image.composite(red, blue, as_image(255 * (strength > 0)))
-    grey = Image.blend(picture.convert("L").convert("RGB"), white, 0.5)
-    amount = (255 * strength.abs()).round()
-    return Image.composite(color, grey, as_image(amount))
+    is_red = as_image(255 * (strength > 0))
+    color = Image.composite(red, blue, is_red)
+    grey = picture.convert("L").convert("RGB")
+    grey = Image.blend(grey, white, 0.5)
+    opacity = as_image((255 * strength.abs()).round())
+    return Image.composite(color, grey, opacity)
 
 
 CELL, GAP, HEAD, MARGIN = 132, 6, 24, 150  # pixels of a sheet of heat maps
@@ -178,7 +185,8 @@ def heat_map(runs, path, text, file, device) -> dict:
     for run in runs:
         vlm, tokenizer, _ = evaluation.load_run(run, device)
         maps.append(word_maps(vlm, tokenizer, picture, text))
-    largest = max(cosine.abs().max().item() for words in maps for cosine in words.values())
+    cosines = [cosine for words in maps for cosine in words.values()]
+    largest = torch.stack(cosines).abs().max().item()
     # the centre, as the model saw it
     thumbnail = ImageOps.fit(picture, (CELL, CELL), Image.Resampling.NEAREST)
     width = MARGIN + (CELL + GAP) * (1 + len(maps[0]))
@@ -186,28 +194,26 @@ def heat_map(runs, path, text, file, device) -> dict:
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
-    results = []
     for row, (run, words) in enumerate(zip(runs, maps)):
         y = HEAD + row * (CELL + GAP)
         name = "\n".join(Path(run).parts[-2:])
-        draw.multiline_text((6, y + CELL // 2), name, "black", font, "lm")
+        middle = y + CELL // 2
+        draw.multiline_text((6, middle), name, "black", font, "lm")
         sheet.paste(thumbnail, (MARGIN, y))
         for column, (word, cosine) in enumerate(words.items(), start=1):
             x = MARGIN + column * (CELL + GAP)
             sheet.paste(tint(thumbnail, cosine / largest), (x, y))
             draw.text((x + CELL // 2, HEAD // 2), word, "black", font, "mm")
-        peaks = {word: round(cosine.max().item(), 4) for word, cosine in words.items()}
-        results.append({"ckpt": str(run)} | peaks)
     sheet.save(file)
     return {"measure": "heatmap", "image": str(path), "text": text, "file": str(file),
-            "largest_cosine": round(largest, 4), "runs": results}
+            "largest_cosine": round(largest, 4), "runs": [str(run) for run in runs]}
 
 
 def parse_args(argv=None):
     parser = parser_of("lab.spaces", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     retrieval = commands.add_parser("retrieval", help="R@1 and R@5 of pictures against captions, both ways")
-    gap = commands.add_parser("gap", help="distance of the centroids, cosines, norms, TACS")
+    gap = commands.add_parser("gap", help="distance of the centroids, cosine of pairs, norms, TACS")
     for command in (retrieval, gap):
         command.add_argument("--data", help="LLaVA JSON of captions (default: that of the run's benchmarks)")
         command.add_argument("--images", help="the folder of its pictures (default: likewise)")
@@ -224,13 +230,18 @@ def main(argv=None):
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with errors_in_one_line("lab.spaces"):
-        runs = [resolve_model(run) for run in args.ckpt or ()] or [evaluation.last_run()]
+        if args.ckpt:
+            runs = [resolve_model(run) for run in args.ckpt]
+        else:
+            runs = [evaluation.last_run()]
         if args.command == "heatmap":
             file = args.out or runs[0] / "heatmap.png"
-            print(json.dumps(heat_map(runs, args.image, args.text, file, device)))
+            result = heat_map(runs, args.image, args.text, file, device)
+            print(json.dumps(result))
             return
         for run in runs:
-            print(json.dumps(measure(args.command, run, args.data, args.images, device)))
+            result = measure(args.command, run, args.data, args.images, device)
+            print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ FILES = (  # of a complete world
 
 def scenes(seed: int = 0) -> dict:
     """All 384 scenes in disjoint splits of 304, 40 and 40: the test asks about unseen combinations."""
-    everything = [dict(zip(VALUES, values)) for values in itertools.product(*VALUES.values())]
+    combinations = itertools.product(*VALUES.values())
+    everything = [dict(zip(VALUES, values)) for values in combinations]
     random.Random(seed).shuffle(everything)
     return {"train": everything[:304], "val": everything[304:344], "test": everything[344:]}
 
@@ -82,10 +83,11 @@ def picture(scene: dict, rng: random.Random) -> Image.Image:
     scale = 4  # drawn four times as large and averaged, for smooth edges
     ground = jitter((232, 232, 228), rng)
     image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), ground)
+    radius = SIZES[scene["size"]]
     column, row = PLACES[scene["place"]]
     x = (13 + 22 * column + rng.uniform(-2, 2)) * scale
     y = (13 + 22 * row + rng.uniform(-2, 2)) * scale
-    radius = (SIZES[scene["size"]] + rng.uniform(-1, 1)) * scale
+    radius = (radius + rng.uniform(-1, 1)) * scale
     fill = jitter(COLORS[scene["color"]], rng)
     draw_shape(ImageDraw.Draw(image), scene["shape"], x, y, radius, fill)
     return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
@@ -93,7 +95,7 @@ def picture(scene: dict, rng: random.Random) -> Image.Image:
 
 def jitter(color: tuple, rng: random.Random) -> tuple:
     """The RGB colour, each channel moved by up to 18 of 255."""
-    moved = [value + rng.randint(-18, 18) for value in color]
+    moved = (value + rng.randint(-18, 18) for value in color)
     return tuple(max(0, min(255, value)) for value in moved)
 
 
@@ -329,7 +331,8 @@ def write_scienceqa(folder: Path, splits: dict, count: int, rng: random.Random) 
             has_image = number % 4 != 3
             hint = rng.choice(HINTS) if has_image else words(scene, rng)
             image = "image.png" if has_image else None
-            entry = problem(scene, rng.choice(list(QUESTIONS)), rng, hint, image)
+            kind = rng.choice(list(QUESTIONS))
+            entry = problem(scene, kind, rng, hint, image)
             problems[pid] = entry | {"split": split}
             pid_splits[split].append(pid)
             if has_image:
@@ -350,7 +353,7 @@ def write_pope_and_mme(pope: Path, mme: Path, test_scenes: list, count: int, rng
         question, answer = yes_no(scene, "shape", number % 2 == 0, rng)
         entry = {"question_id": number + 1, "image": f"{name}.png",
                  "text": question.removesuffix(SHORT_ANSWER), "label": answer.lower()}
-        lines.append(json.dumps(entry) + "\n")
+        lines.append(json.dumps(entry))
 
         kind = kinds[number % len(kinds)]
         save_picture(scene, mme / kind / f"{name}.png", rng)
@@ -359,7 +362,7 @@ def write_pope_and_mme(pope: Path, mme: Path, test_scenes: list, count: int, rng
             question, answer = yes_no(scene, kind, is_true, rng)
             text += f"{question.removesuffix(SHORT_ANSWER)} Please answer yes or no.\t{answer}\n"
         (mme / kind / f"{name}.txt").write_text(text)
-    (pope / "toy_pope_random.json").write_text("".join(lines))
+    (pope / "toy_pope_random.json").write_text("\n".join(lines) + "\n")
 
 
 def save_picture(scene: dict, file: Path, rng: random.Random) -> None:
@@ -390,7 +393,8 @@ def write_tokenizer(folder) -> None:
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     tokenizer.add_special_tokens(specials)
     for phrase in (SYSTEM, SHORT_ANSWER, LETTER_ANSWER, ". The answer is"):
-        tokenizer.add_tokens([AddedToken(phrase.strip(), normalized=False)])
+        token = AddedToken(phrase.strip(), normalized=False)
+        tokenizer.add_tokens([token])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The emoji world, on invented packages: an emoji.json of 162 things, plain squares for pictures, and a
 random DINOv2 in the shape in which an ONNX file would hold it."""
 
+import hashlib
 import importlib.util
 import json
 import random
@@ -18,7 +19,7 @@ from PIL import Image
 import data
 from benchmarks import scienceqa
 from lab import emoji_world
-from running.records import load_records
+from running.records import read_records
 from vit import ViT, load_vit_config
 
 GROUPS = {"Animals": ("animal-bird", "animal-bug", "animal-fish"), "Food": ("food-fruit", "food-sweet"),
@@ -109,12 +110,13 @@ def test_large_families_stay_in_train():
         assert sum(concept["variants"] == "many" for concept in splits["train"]) == 7
 
 
-def test_one_seed_gives_one_world(world, packages, tmp_path):
-    emoji_world.write_files(tmp_path / "again", packages, random.Random(0), **SIZES)
+def test_the_world_is_the_one_it_was(world, packages, tmp_path):
+    """Every byte, on invented packages: the figures of lab/README.md were measured on what is written so."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in world.rglob("*") if file.is_file()):
+        digest.update(str(file.relative_to(world)).encode() + file.read_bytes())
+    assert digest.hexdigest() == "873c16902a4c091f8409fc6f41b1a7091c4ebbd029eea6ce5099f876eaa1fef4"
     emoji_world.write_files(tmp_path / "other", packages, random.Random(1), **SIZES)
-    for file in sorted(world.rglob("*")):
-        if file.is_file():
-            assert file.read_bytes() == (tmp_path / "again" / file.relative_to(world)).read_bytes(), file
     assert concepts_of(world) != concepts_of(tmp_path / "other")
 
 
@@ -124,7 +126,7 @@ def test_one_seed_gives_one_world(world, packages, tmp_path):
 @pytest.mark.parametrize("name, split", [("align", "train"), ("instruct", "train"), ("captions", "unseen"),
                                          ("captions-val", "val"), ("align-heldout", "unseen")])
 def test_records_are_of_their_split_and_open(world, name, split):
-    records, concepts = load_records(world / f"{name}.json"), concepts_of(world)[split]
+    records, concepts = read_records(world / f"{name}.json"), concepts_of(world)[split]
     assert {record["id"].partition("-")[2] for record in records} == {concept["code"] for concept in concepts}
     is_one_each = name.startswith("captions")
     assert len(records) == (len(concepts) if is_one_each else sum(len(c["vendors"]) for c in concepts))
@@ -134,7 +136,7 @@ def test_records_are_of_their_split_and_open(world, name, split):
 
 def test_instructions_are_open_questions_on_both(world):
     by_code = {concept["code"]: concept for concept in concepts_of(world)["train"]}
-    for record in load_records(world / "instruct.json"):
+    for record in read_records(world / "instruct.json"):
         concept, turns = by_code[record["id"].partition("-")[2]], data.clean_turns(record)
         assert {text for role, text in turns if role == "gpt"} == {concept["name"], concept["group"]}
         assert not any("A." in text for _, text in turns)
@@ -151,15 +153,14 @@ def test_pictures_are_flat_on_white(world):
 # ---- multiple choice ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder, split, count", [("ScienceQA", "val", 60), ("ScienceQA", "test", 80),
-                                                  ("ScienceQA-reworded", "test", 80),
-                                                  ("ScienceQA-seen", "test", 80)])
+@pytest.mark.parametrize("folder, split, count", [
+    ("ScienceQA", "val", 60), ("ScienceQA", "test", 80), ("ScienceQA-reworded", "test", 80),
+    ("ScienceQA-seen", "test", 80)])
 def test_questions_open_with_their_pictures(world, folder, split, count):
     questions = scienceqa.load(world / folder, split)
     assert len(questions) == count
     for question in questions:
         assert question["num_choices"] == 4 and data.load_image(question["image"]).size == (64, 64)
-        assert scienceqa.parse(question["answer"], question) == question["answer"]
 
 
 def test_choices_are_of_the_split_and_fair(world):
@@ -197,7 +198,7 @@ def test_the_rewording_is_in_no_training_file(world):
 
 def test_collages_have_their_things_where_they_say(world):
     """By pixel: the middle of each quarter has the colour of the picture that is said to be there."""
-    records = load_records(world / "collages.json")
+    records = read_records(world / "collages.json")
     assert [record["concepts"] for record in records] == ["seen"] * 4 + ["unseen"] * 4
     splits = concepts_of(world)
     for record in records:
