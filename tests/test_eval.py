@@ -283,7 +283,7 @@ def test_a_turn_is_asked_behind_those_before_it(run, picture, monkeypatch, capsy
     assert len(answers) == len(asked) == 3 and all(answers)
     for question, answer, (ids, pixels, *_) in zip(questions, answers, asked):
         turns.append(("human", question if turns else f"<image>\n{question}"))
-        expected, _ = data.tokenise(data.TEMPLATES[template](turns, tokenizer), tokenizer, True)
+        expected, _ = data.encode(turns, data.form_of(template, tokenizer), tokenizer, True)
         marker = expected.index(data.IMAGE_MARKER)
         expected[marker : marker + 1] = [vlm.image_token_id] * vlm.num_image_tokens
         assert ids.tolist() == [expected] and torch.equal(pixels, asked[0][1]) and len(pixels) == 1
