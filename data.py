@@ -515,6 +515,7 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
     image_at (I N,)       the places of the placeholders in the flattened ids
     loss_at (n,)          the places whose next token carries loss
     state_at (B,)         the place before each first such token: its state has seen no caption
+    names                 of the samples, for errors
     text_ids, text_mask (B, T'), text_at (B,)   caption and text prompt, and the place of its last token
 
     Training pads on the right, where causal attention needs no mask. Generation pads on the left (`side`), so
@@ -534,6 +535,7 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
     pixels = [sample["pixels"] for sample in samples if sample["pixels"] is not None]
     batch["pixels"] = torch.stack(pixels or [torch.zeros(3, image_size, image_size)])
     images = [sample.get("image") or sample["name"] for sample in samples]
+    batch["names"] = [sample["name"] for sample in samples]
     batch["keys"] = torch.tensor([list(map(key_of, captions)), list(map(key_of, images))]).T  # (B, 2)
     # Found here, on the CPU, so that nobody waits for a GPU to tell.
     B, S = batch["ids"].shape
@@ -553,7 +555,8 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
 
 def key_of(value) -> int:
     """A number for the value, the same in every process. (Python's own hash of a text is not.)"""
-    value = value if isinstance(value, bytes) else repr(value).encode()
+    if not isinstance(value, (bytes, np.ndarray)):
+        value = repr(value).encode()
     return int.from_bytes(hashlib.blake2b(value, digest_size=7).digest(), "big")
 
 
@@ -561,7 +564,7 @@ def to_device(batch: dict, device) -> dict:
     """The batch with its tensors on the device."""
     moved = {}
     for key, value in batch.items():
-        moved[key] = value.to(device, non_blocking=True)
+        moved[key] = value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
     return moved
 
 

@@ -45,7 +45,7 @@ from plumbing.ranks import (all_gather, barrier, caught_signals, choose_dtype, c
 from projector import VLM, find_projector
 from running import checkpoint, features, options, order, plan
 from running.options import Config
-from running.watch import Watch, figures
+from running.watch import Watch, figures, naming
 from vit import ViT, load_vit_config
 
 # ------------------------------------------------------------------------------------------------------------
@@ -560,6 +560,7 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
 def train_stage(config: Config, device):
     """Run align or instruct, from the files on disk to the run directory `config.out`."""
+    checkpoint.agree_on_options(config)
     if config.resume and checkpoint.is_finished(config):
         say(f"{config.out}: this run is finished; nothing is left to do")
         return
@@ -572,8 +573,11 @@ def train_stage(config: Config, device):
     # What there is to do
     outlined = outline(config)
     samples = order.load_samples(config, outlined)
+    checkpoint.agree({"records": len(samples)})
     lengths = order.token_counts(config, samples, outlined)
     steps = order.count_steps(config, len(samples))
+    if not any(learning_rate(step, steps, config) for step in range(steps)):
+        raise ValueError(f"{steps} steps, all at learning rate 0: more --steps, or a smaller --warmup_ratio")
     dealt = order.deal(config, lengths, steps, world_size())
     plan.print_plan(config, outlined, device, dtype, steps, order.largest_micro_batch(dealt, lengths))
     plan.print_passes(config, len(samples), steps)
@@ -583,7 +587,8 @@ def train_stage(config: Config, device):
     vlm = load_model(config, device, dtype)
     if config.features:
         samples.features = features.load(config, samples, vlm.vit, device)
-    made_of = checkpoint.fingerprints(config, vlm, samples.tokenizer)
+    made_of = checkpoint.fingerprints(vlm, samples)
+    checkpoint.agree(made_of)
     optimizer, terms = build_optimizer(config, vlm, device)
     start = 0
     if config.resume:
@@ -595,7 +600,7 @@ def train_stage(config: Config, device):
     with caught_signals(config.save_every > 0) as signals:
         line = run_steps(config, vlm, terms, optimizer, loader, start, steps, made_of, lengths, signals)
     if rank() == 0:
-        seconds = round(time.time() - began, 1)
+        seconds = round(time.time() - began + checkpoint.seconds_before(config, start), 1)
         results = {"stage": config.stage, "steps": steps, "seconds": seconds, "last_step": line}
         checkpoint.save_run(config, vlm, results)
         say(f"finished, in {seconds:.0f} s: {config.out}")
@@ -616,7 +621,8 @@ def run_steps(config, vlm, terms, optimizer, loader, start, steps, made_of, leng
         if step == config.contrastive_first:
             optimizer.forget()  # the moments of contrast first are of far smaller gradients
         lr = learning_rate(step, steps, config)
-        line = {"step": step} | train_step(vlm, terms, optimizer, micro_batches, config, lr, step)
+        with naming(step, micro_batches):
+            line = {"step": step} | train_step(vlm, terms, optimizer, micro_batches, config, lr, step)
         took = time.perf_counter() - step_began
         line |= {"ms": round(1000 * took, 1), "wait_ms": round(1000 * waited, 1)}
         line["memory_mib"] = peak_memory(device)
@@ -660,7 +666,9 @@ def run_all(given: dict, device):
             chosen["init"] = str(root / "align")
             if not (root / stage / "log.jsonl").exists():
                 chosen.pop("resume", None)  # the run was stopped before this stage
-        train_stage(options.configure(stage, chosen), device)
+        config = options.configure(stage, chosen)
+        with checkpoint.locked(config):
+            train_stage(config, device)
     checkpoint.set_last_run(root / "instruct")
     questions = Path(first.benchmarks) / "ScienceQA"
     if rank() > 0:
@@ -690,7 +698,8 @@ def main(argv=None):
             run_all(given, device)
         else:
             config = options.configure(stage, given)
-            train_stage(config, device)
+            with checkpoint.locked(config):
+                train_stage(config, device)
             checkpoint.set_last_run(config.out)
 
 

@@ -19,6 +19,11 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------------------
 # Start and leave
 
+# The group of `barrier` and `on_every_rank`, where others wait while one rank writes 13 GB or answers questions.
+# Everything else, to begin with that all ranks join, takes minutes at most. None: torch's default group.
+patient = None
+
+
 def start_ranks() -> torch.device:
     """Join the process group if torchrun made one; return this rank's device."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -36,8 +41,9 @@ def start_ranks() -> torch.device:
             torch.set_num_threads(max(1, os.cpu_count() // local_ranks))
     if "RANK" in os.environ and not dist.is_initialized():
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        one_rank_works_alone = timedelta(hours=6)  # it may write 13 GB, or answer questions
-        dist.init_process_group(backend, device_id=device_id, timeout=one_rank_works_alone)
+        dist.init_process_group(backend, device_id=device_id, timeout=timedelta(minutes=10))
+        global patient
+        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
     return device
 
 
@@ -65,6 +71,8 @@ def choose_dtype(device, name: str = "") -> torch.dtype:
 def leave_ranks():
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        global patient
+        patient = None
         gc.collect()  # free what still holds one end of a message: otherwise a process may abort at exit
         dist.destroy_process_group()
 
@@ -108,7 +116,7 @@ def describe(error) -> tuple:
 
 @contextmanager
 def caught_signals(is_wanted: bool):
-    """A list that takes the first SIGINT or SIGTERM, so that the current step can finish and be saved.
+    """A list that takes the first SIGINT, SIGTERM or (from Slurm) SIGUSR1, so that the current step can finish.
 
     The second acts as it always does.
     """
@@ -120,8 +128,9 @@ def caught_signals(is_wanted: bool):
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    if is_wanted:
-        for number in (signal.SIGINT, signal.SIGTERM):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if is_wanted and hasattr(signal, name):  # Windows has no SIGUSR1
+            number = getattr(signal, name)
             before[number] = signal.signal(number, restore)
     try:
         yield caught
@@ -142,7 +151,7 @@ def world_size() -> int:
 
 def barrier():
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=patient)
 
 
 def say(*words):
@@ -177,7 +186,7 @@ def on_every_rank(function) -> list:
         problem = str(error) or repr(error)
     results = [(value, problem)] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(results, (value, problem))
+        dist.all_gather_object(results, (value, problem), group=patient)
     for _, problem in results:
         if problem:
             raise ValueError(problem)

@@ -7,18 +7,23 @@
     OUT/config.json                  written last: with it the run is finished
 """
 
+import contextlib
+import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
+import uuid
 import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import key_of
+from data import find_image, key_of
 from plumbing.files import named, read_json, read_text, whole
 from plumbing.ranks import barrier, on_every_rank, rank, say, world_size
 
@@ -35,17 +40,99 @@ def fingerprint(module) -> int:
     return key_of(sums)
 
 
-def fingerprints(config, vlm, tokenizer) -> dict:
+def fingerprints(vlm, samples) -> dict:
     """What a run is made of beside its options. A run that goes on with another is another run."""
-    if not config.resume and not config.save_every:
-        return {}
+    tokenizer = samples.tokenizer
     return {
-        "records": key_of(Path(config.annotations).read_bytes()),
+        "records": key_of(samples.records.text),
         "tokenizer": key_of((tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)),
         "vit": fingerprint(vlm.vit),
         "llm": fingerprint(vlm.llm),
+        "pictures": picture_sizes(samples),
     }
 
+
+def picture_sizes(samples, most: int = 1000) -> int:
+    """Of the names and sizes of at most `most` pictures, evenly spaced. A picture that is missing has no
+    size."""
+    found = []
+    for number in range(0, len(samples), max(1, len(samples) // most)):
+        name = samples.records[number].get("image")
+        file = find_image(samples.images, name) if name else None
+        found.append((name, file.stat().st_size if file and file.is_file() else None))
+    return key_of(found)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One run in one folder, and ranks that agree
+
+PATHS = {"out", "init", "vit", "llm", "annotations", "images", "benchmarks", "features"}  # each machine's own
+
+
+@contextmanager
+def locked(config):
+    """Hold OUT.lock. ValueError if another run holds it, or if a rank does not see rank 0's folder.
+
+    The system releases the lock when the process ends, however it ends.
+    """
+    path = Path(f"{config.out}.lock")
+    held = []
+
+    def take():
+        if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.append(lock(path, config.out))
+            held[0].write(token)
+            held[0].flush()
+        return token
+
+    def see():
+        if config.save_every and read_text(path) != tokens[0]:
+            raise ValueError(f"{config.out}: rank {rank()} does not see rank 0's folder; with --save_every, "
+                             "all ranks need the same one")
+
+    token = uuid.uuid4().hex
+    tokens = on_every_rank(take)
+    on_every_rank(see)
+    try:
+        yield
+    finally:
+        for file in held:
+            path.unlink(missing_ok=True)
+            file.close()
+
+
+def lock(path: Path, out: str):
+    """The open file, locked for this process."""
+    file = open(path, "a")
+    with contextlib.suppress(ImportError):  # Windows has no such module, and no lock
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{out}: another run is writing there") from None
+    file.truncate(0)
+    return file
+
+
+def agree(facts: dict):
+    """ValueError on all ranks, with the first fact that a rank has otherwise than rank 0."""
+    everyones = on_every_rank(lambda: facts)
+    for number, theirs in enumerate(everyones):
+        for name, value in everyones[0].items():
+            if theirs[name] != value:
+                raise ValueError(f"rank {number} has {name} {theirs[name]!r}, rank 0 has {value!r}")
+
+
+def agree_on_options(config):
+    """ValueError if a rank was started with other options: on several nodes the command is typed several
+    times."""
+    config.resume = on_every_rank(lambda: config.resume)[0]  # rank 0 knows its folder
+    agree({name: value for name, value in asdict(config).items() if name not in PATHS | MAY_DIFFER})
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
 
 def checkpoints(out) -> list:
     """The complete checkpoints of a run, oldest first."""
@@ -56,8 +143,10 @@ def save(config, step: int, optimizer, terms, made_of: dict):
     """Write OUT/checkpoint-STEP, complete or not at all. Keep the last two."""
     final = Path(config.out) / f"checkpoint-{step:07d}"
     partial = final.with_suffix(".partial")
-    barrier()  # no rank writes into OUT before rank 0 has made it ready (open_run)
-    partial.mkdir(parents=True, exist_ok=True)  # of a run that was stopped while saving: written over
+    if rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped while saving
+        partial.mkdir(parents=True)
+    barrier()
     state = {"step": step, "ranks": world_size(), "config": asdict(config)}
     state["squares"] = {name: term.squares for name, term in terms.items()}
     if config.shard or rank() == 0:
@@ -93,15 +182,20 @@ def refuse_changes(saved: dict, now: dict, where):
 
 
 def is_finished(config) -> bool:
-    """Whether the run to be resumed is finished. ValueError if there is none, or one of other options."""
-    if not (Path(config.out) / "log.jsonl").exists():
-        raise ValueError(f"{config.out}: no run to resume; without --resume one begins there")
-    finished = Path(config.out) / "config.json"
-    if not finished.exists():
-        return False
-    with named(finished):
-        refuse_changes(read_json(finished), asdict(config), finished)
-    return True
+    """Whether the run to be resumed is finished: rank 0 looks. ValueError if there is none, or of other
+    options."""
+    def look():
+        if rank() > 0:
+            return None
+        if not (Path(config.out) / "log.jsonl").exists():
+            raise ValueError(f"{config.out}: no run to resume; without --resume one begins there")
+        finished = Path(config.out) / "config.json"
+        if finished.exists():
+            with named(finished, "finished; --init goes on from it"):
+                refuse_changes(read_json(finished), asdict(config), finished)
+        return finished.exists()
+
+    return on_every_rank(look)[0]
 
 
 def load(config, optimizer, terms, made_of: dict) -> int:
@@ -110,26 +204,44 @@ def load(config, optimizer, terms, made_of: dict) -> int:
 
     ValueError if options, records, tokenizer or towers are others now, or if a file is damaged.
     """
-    found = checkpoints(config.out)
-    if not found:
+    steps = [int(folder.name.removeprefix("checkpoint-")) for folder in checkpoints(config.out)]
+    last_step = on_every_rank(lambda: max(steps, default=0))[0]  # rank 0 decides
+    if not last_step:
         say(f"{config.out}: no checkpoint to resume from; starting at step 0")
         return 0
-    last = found[-1]
+    last = Path(config.out) / f"checkpoint-{last_step:07d}"
+    states = []
+    on_every_rank(lambda: states.extend(read_states(last, config, made_of)))
+    optimizer.load_state_dict(*(state["optimizer"] for state in states))
+    for name, term in terms.items():
+        term.squares = states[0]["squares"][name]
+    say(f"resumed from {last}: step {last_step}")
+    return last_step
+
+
+def read_states(last: Path, config, made_of: dict) -> list:
+    """What the ranks saved, checked: of all ranks with --shard, else of rank 0."""
     with named(last, "damaged; without it, the one before is taken"):
         first = read_state(last, 0)
-        refuse_changes(first["config"], asdict(config), last)
+        refuse_changes(allow_more_steps(first["config"], asdict(config), last), asdict(config), last)
         refuse_other(last, made_of)
-        on_every_rank(lambda: check_sums(last, first["ranks"]))
+        check_sums(last, first["ranks"])
         if "buckets" not in first["optimizer"]:
             raise ValueError(f"{last}: saved by an older version of this program, which has to go on with it")
         states = [first]
-        if config.shard:  # each rank reads only its slices: the files are mapped
+        if config.shard:
             states += [read_state(last, number) for number in range(1, first["ranks"])]
-        optimizer.load_state_dict(*(state["optimizer"] for state in states))
-        for name, term in terms.items():
-            term.squares = first["squares"][name]
-    say(f"resumed from {last}: step {first['step']}")
-    return first["step"]
+        return states
+
+
+def allow_more_steps(saved: dict, now: dict, where) -> dict:
+    """The saved options, with more steps or epochs if the run has more now."""
+    saved = dict(saved)
+    for name in ("steps", "epochs"):
+        if now[name] > saved.get(name, math.inf):
+            say(f"{where}: saved with {name} {saved[name]}, now {now[name]}: the schedule is another")
+            saved[name] = now[name]
+    return saved
 
 
 def read_state(folder: Path, number: int) -> dict:
@@ -150,23 +262,32 @@ def refuse_other(folder: Path, made_of: dict):
     file = folder / "made_of.json"
     saved = read_json(file) if file.exists() else made_of
     changed = [name for name in made_of if saved.get(name) != made_of[name]]
-    if changed:
+    if changed == ["pictures"]:
+        say(f"warning: {folder}: some pictures have another size now, or other names")
+    elif changed:
         raise ValueError(f"{folder}: saved with another {' and '.join(changed)}; to go on with what is now "
                          f"there, which makes it another run, remove {file}")
+
+
+def old_names(path: Path):
+    """PATH.old, PATH.old2, PATH.old3 ..: what is finished is never deleted."""
+    yield Path(f"{path}.old")
+    for number in itertools.count(2):
+        yield Path(f"{path}.old{number}")
 
 
 def open_run(config, start: int, lengths: list):
     """Make OUT ready for its first line of log.
 
-    Rename an old run to OUT.old. On resume, drop the log lines after the checkpoint.
+    Rename an old run. On resume, drop the log lines after the checkpoint.
     """
     out = Path(config.out)
     is_finished = (out / "config.json").exists()
     if start == 0 and (is_finished or checkpoints(out)):
         what = "a finished" if is_finished else "an unfinished"
-        say(f"{out} holds {what} run: it is now {out}.old")
-        shutil.rmtree(f"{out}.old", ignore_errors=True)
-        out.rename(f"{out}.old")
+        old = next(path for path in old_names(out) if not path.exists())
+        say(f"{out} holds {what} run: it is now {old}")
+        out.rename(old)
     out.mkdir(parents=True, exist_ok=True)
     stale = list(out.glob("checkpoint-*.partial"))
     lines = []
@@ -178,6 +299,12 @@ def open_run(config, start: int, lengths: list):
     for folder in stale:
         shutil.rmtree(folder, ignore_errors=True)
     np.save(out / "lengths.npy", np.array(lengths))
+
+
+def seconds_before(config, start: int) -> float:
+    """The time of the steps before `start`, from the log: a run may have several parts."""
+    lines = read_text(Path(config.out) / "log.jsonl").splitlines()[:start]
+    return sum(json.loads(line)["ms"] for line in lines) / 1000
 
 
 def save_run(config, vlm, results: dict):

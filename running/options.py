@@ -181,6 +181,8 @@ def refuse(config: Config):
         is_number = type(value) in (int, float) and name != "feature_layer"
         if is_number and not 0 <= value < math.inf:
             raise ValueError(f"--{name} is {value}; it must be a number from 0 up")
+    if config.warmup_ratio > 1:
+        raise ValueError(f"--warmup_ratio is {config.warmup_ratio}; it is a part of the steps, at most 1")
     if config.seed >= 2**63:
         raise ValueError(f"--seed is {config.seed}; it must be below 2**63")
     if min(config.batch, config.micro_batch, config.epochs) == 0:

@@ -10,6 +10,7 @@ Letters: config is an options.Config, vlm a projector.VLM, samples a data.Conver
 import itertools
 import math
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -247,11 +248,25 @@ def make_loader(config, samples, vlm, mine: list, device):
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=leave_group,
+        timeout=20 if workers and os.path.isdir("/dev/shm") else 0,  # then `next_batch` looks, and waits on
         generator=torch.Generator().manual_seed(config.seed),  # its own: not the run's random state
     )
     batches = iter(loader)
     for parts in mine:
-        yield [next(batches) for _ in parts]
+        yield [next_batch(batches) for _ in parts]
+
+
+def next_batch(batches):
+    """The loader's next batch. A loader process that finds shared memory full dies silently, and is not
+    waited for."""
+    while True:
+        try:
+            return next(batches)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+        if shutil.disk_usage("/dev/shm").free < 2**20:
+            raise ValueError("shared memory (/dev/shm) is full: --workers 0, or docker run --shm-size=8g")
 
 
 def cores_of_a_rank() -> int:
@@ -262,6 +277,8 @@ def cores_of_a_rank() -> int:
 
 
 def leave_group(_):
-    """Ignore Ctrl-C in loader processes: the main process still needs them."""
+    """Ignore Ctrl-C in loader processes: the main process still needs them. Their tokenizers have no
+    threads."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if hasattr(os, "setpgrp"):
         os.setpgrp()

@@ -1,6 +1,7 @@
 """What a run says about itself while it trains: the line of the log, and what deserves a sentence."""
 
 import math
+from contextlib import contextmanager
 
 from plumbing.ranks import say
 
@@ -21,6 +22,9 @@ def figures(sums: dict, weights: dict, loss_scale: float, batch: int) -> dict:
 
     None stands for what has no value: a float16 step that overflowed, a ratio to nothing.
     """
+    for name in ("generative", *weights):
+        if loss_scale == 1 and not math.isfinite(sums.get(name, 0.0)):
+            raise ValueError(f"the {name} loss is not finite; no weight was changed")
     line = {}
     for name in ("generative", *weights):
         for key in (name, f"{name}_retrieval"):
@@ -51,6 +55,16 @@ def ratio(a: float, b: float) -> float | None:
     return a / b if b else None
 
 
+@contextmanager
+def naming(step: int, micro_batches):
+    """A ValueError in a step names the step and its records."""
+    try:
+        yield
+    except ValueError as error:
+        names = [name for m in micro_batches for name in m["names"]]
+        raise ValueError(f"step {step}: {error} (its records: {', '.join(names[:4])} ..)") from error
+
+
 class Watch:
     """Looks at every line of the log, and says what deserves a sentence."""
 
@@ -69,6 +83,9 @@ class Watch:
                 f"a uniform guess {math.log(vocab_size):.2f}")
         if line["tokens"] == 0:
             say(f"step {line['step']}: no token carries loss, so captioning teaches nothing in it")
+        for name in self.terms:
+            if line.get(name) == 0 and line["step"] == 0:
+                say(f"warning: the {name} loss is 0 by construction: it needs several captions that differ")
         self.look_for_stuck(line)
         self.look_for_waiting(number, line)
 
