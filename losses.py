@@ -232,7 +232,7 @@ class ContrastiveTerm(nn.Module):
         ]
 
     def weight(self) -> float:
-        """What this loss is multiplied with. Both averages start at 0: their ratio is right from the start."""
+        """What this loss is multiplied with. Both averages start at 0: their ratio is right from step 0."""
         generative, own = self.squares
         if self.share and own:
             return self.share * math.sqrt(generative / own)

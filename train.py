@@ -482,9 +482,9 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     """One update from the micro-batches of this rank. Returns the line of the log.
 
     The gradient is that of one process with the whole batch in one piece: every loss is divided by a count
-    over all ranks and micro-batches, and a contrastive loss sees all their images. The graph is cut behind the
-    projector. Each loss leaves its gradient there, and the projector's backward runs once, for all (gradient
-    caching, Gao et al. 2021, arXiv 2101.06983).
+    over all ranks and micro-batches, and a contrastive loss sees all their images. The graph is cut behind
+    the projector. Each loss leaves its gradient there, and the projector's backward runs once for all
+    (gradient caching, Gao et al. 2021, arXiv 2101.06983).
     """
     device = vlm.llm.head_weight.device
     with_llm = step >= config.contrastive_first  # the first steps: the patch loss alone, without the LLM

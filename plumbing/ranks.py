@@ -19,8 +19,8 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------------------
 # Start and leave
 
-# The group of `barrier` and `on_every_rank`, where others wait while one rank writes 13 GB or answers questions.
-# Everything else, to begin with that all ranks join, takes minutes at most. None: torch's default group.
+# The group of `barrier` and `on_every_rank`: others wait there while one rank writes 13 GB or answers
+# questions. Everything else, joining included, takes minutes at most. None: torch's default group.
 patient = None
 
 
@@ -116,9 +116,9 @@ def describe(error) -> tuple:
 
 @contextmanager
 def caught_signals(is_wanted: bool):
-    """A list that takes the first SIGINT, SIGTERM or (from Slurm) SIGUSR1, so that the current step can finish.
+    """A list that takes the first SIGINT, SIGTERM or (from Slurm) SIGUSR1: the current step can then finish.
 
-    The second acts as it always does.
+    The second signal acts as it always does.
     """
     caught = []
     before = {}

@@ -191,8 +191,8 @@ def is_finished(config) -> bool:
             raise ValueError(f"{config.out}: no run to resume; without --resume one begins there")
         finished = Path(config.out) / "config.json"
         if finished.exists():
-            with named(finished, "finished; --init goes on from it"):
-                refuse_changes(read_json(finished), asdict(config), finished)
+            with named(finished):
+                refuse_changes(read_json(finished), asdict(config), f"{finished}: finished (--init goes on from it)")
         return finished.exists()
 
     return on_every_rank(look)[0]
