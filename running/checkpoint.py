@@ -192,7 +192,8 @@ def is_finished(config) -> bool:
         finished = Path(config.out) / "config.json"
         if finished.exists():
             with named(finished):
-                refuse_changes(read_json(finished), asdict(config), f"{finished}: finished (--init goes on from it)")
+                saved = read_json(finished)
+                refuse_changes(saved, asdict(config), f"{finished}: finished (--init goes on from it)")
         return finished.exists()
 
     return on_every_rank(look)[0]
