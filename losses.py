@@ -111,6 +111,9 @@ def vectors(name, vlm, micro_batches, leaves, states) -> tuple:
 
     leaves: projected patches (I, N, C) of each micro-batch; states: what `caption_pass` returned of each.
     """
+    for m in micro_batches:
+        if len(m["image_at"]) < len(m["ids"]) * vlm.num_image_tokens:
+            raise ValueError("the contrastive loss pairs each caption with one image; a record here has none")
     image = []
     text = []
     if name == "patch":  # no LLM, only its embedding table
