@@ -33,7 +33,7 @@ def sizes_of(config: dict, folder: Path) -> dict:
     refuse_others(config, KNOWN, folder)
     sizes = dict(config)
     if config["model_type"] == "dinov2":
-        sizes["intermediate_size"] = int(config["hidden_size"] * config["mlp_ratio"])
+        sizes["intermediate_size"] = config["hidden_size"] * config["mlp_ratio"]
     file, preprocessor = read_preprocessor(folder)
     refuse_others(preprocessor, KNOWN_OF_PICTURES, file)
     for key in ("image_mean", "image_std", "resample"):

@@ -24,8 +24,11 @@ def read_sizes(folder: Path, families) -> dict:
     """Sizes of the LLM in a folder, alone or as a part of LLaVA. ValueError if it is not of `families`."""
     with named(folder):
         config = read_config(folder, (*families, "llava"))
-        tied = {"tie_word_embeddings": config["tie_word_embeddings"]}  # transformers asks the whole model's
-        return sizes_of(config.get("text_config", config) | tied, folder)
+        text = config.get("text_config", config)
+        for name in ("tie_word_embeddings", "eos_token_id"):  # what a whole LLaVA says comes first
+            if config.get(name) is not None:
+                text[name] = config[name]
+        return sizes_of(text, folder)
 
 
 def sizes_of(config: dict, folder: Path) -> dict:
@@ -74,7 +77,7 @@ NOT_OURS = re.compile(
     r".*inv_freq$|(model\.)?(vision_tower\.(?!vision_tower)|multi_modal_projector\.|mm_projector\.)")
 
 
-def our_name(name: str, is_tied: bool) -> str:
+def our_name(name: str, is_tied: bool = False) -> str:
     """Our name of a tensor, or "" if it is not part of the LLM. A tied head is the embedding table itself."""
     if NOT_OURS.match(name):
         return ""

@@ -170,9 +170,9 @@ def prepare_tokenizer(source: Path, template: str, system: str, v1) -> tuple:
     """(the LLM's tokenizer with the placeholder and an export's chat template, that template's name, a list:
     the special token that it puts after an answer, if there is one)."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    # In a batch of prompts, padding comes before them: an answer behind padding would be nonsense.
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, padding_side="left")
     tokenizer.add_tokens(IMAGE, special_tokens=True)
-    tokenizer.padding_side = "left"  # of prompts in a batch: behind padding, answers would be nonsense
     own = tokenizer.chat_template
     template = "v1" if template == "v1" or not own else "chat"
     if template == "v1":

@@ -150,8 +150,10 @@ def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32, devic
         if name in loaded and torch.equal(loaded[name], tensor.to(loaded[name])):
             continue
         if name not in missing:
-            raise ValueError(f"{source}: {theirs!r} has no place in {kind}" if name not in loaded else
-                             f"{source}: {theirs!r} is another tensor than the {name!r} that was loaded")
+            if name in loaded:
+                raise ValueError(f"{source}: two different tensors for {name!r}; if one is an LLM's own head, "
+                                 "tie_word_embeddings in config.json must be false")
+            raise ValueError(f"{source}: {theirs!r} has no place in {kind}")
         if tensor.shape != missing[name]:
             raise ValueError(f"{source}: {theirs} has shape {tuple(tensor.shape)}, "
                              f"{kind} needs {tuple(missing[name])}")
