@@ -71,8 +71,8 @@ def config_json(config, architecture: str) -> dict:
     return asdict(config) | changes
 
 
-# Old files store RoPE's frequencies, which we compute. LLaVA's folders hold more than the LLM. (A vision tower
-# that was tuned in LLaVA's own form has another name, and no place.)
+# Old files store RoPE's frequencies, which we compute. LLaVA's folders hold more than the LLM. A vision tower
+# that was tuned, in LLaVA's own form, has another name: it is not left out, and refused.
 NOT_OURS = re.compile(
     r".*inv_freq$|(model\.)?(vision_tower\.(?!vision_tower)|multi_modal_projector\.|mm_projector\.)")
 

@@ -104,7 +104,7 @@ def read_llava(folder: Path, name: str) -> dict:
     config = read_config(folder, ("llava",))
     refuse_others(config, KNOWN, folder)
     if not isinstance(config["vision_feature_layer"], int):
-        raise ValueError(f"{folder}: vision_feature_layer is {config['vision_feature_layer']}; one is supported")
+        raise ValueError(f"{folder}: vision_feature_layer is no single layer")
     return {"vit": name, "llm": name, "projector": "mlp2x_gelu",
             "feature_layer": config["vision_feature_layer"], "template": config.get("template"),
             "image_token_id": config.get("image_token_index") or config["image_token_id"],

@@ -15,7 +15,7 @@ from plumbing.files import named, read_json, whole, write_json
 def open_config(folder: Path) -> dict:
     """config.json as it is. ValueError if the folder holds an adapter, which would change the weights."""
     if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{folder}: a LoRA adapter; merge it first (PEFT: merge_and_unload, save_pretrained)")
+        raise ValueError(f"{folder}: a LoRA adapter; merge it first (PEFT's merge_and_unload)")
     config = read_json(folder / "config.json")
     return config if isinstance(config, dict) else {}
 
@@ -151,8 +151,8 @@ def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32, devic
             continue
         if name not in missing:
             if name in loaded:
-                raise ValueError(f"{source}: two different tensors for {name!r}; if one is an LLM's own head, "
-                                 "tie_word_embeddings in config.json must be false")
+                raise ValueError(f"{source}: two different tensors for {name!r}; where one is a head of "
+                                 "its own, tie_word_embeddings in config.json must be false")
             raise ValueError(f"{source}: {theirs!r} has no place in {kind}")
         if tensor.shape != missing[name]:
             raise ValueError(f"{source}: {theirs} has shape {tuple(tensor.shape)}, "

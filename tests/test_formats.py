@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import assert_close, llama_config, shaken
+from conftest import assert_close, shaken
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_llm import their_llm
@@ -18,7 +18,7 @@ from test_vit import FAMILIES as TOWERS
 import data
 from llm import LLM, load_llm_config
 from plumbing import llava
-from projector import IMAGE_TOKEN_ID, VLM
+from projector import VLM
 from vit import ViT, load_vit_config
 
 TEXT = torch.arange(3, 43)[None]
@@ -70,7 +70,7 @@ HEADS = {
     ("other", True), ("equal", True), ("none", True), ("alone", True), ("other", None), ("alone", None),
     ("none", None)])
 def test_a_head_is_what_transformers_makes_of_flag_and_file(tmp_path, head, flag):
-    """What it fills with random numbers is refused, and a head of its own under a flag that says it is tied."""
+    """What it fills with random numbers is refused, and a head of its own where the flag says it is tied."""
     their_llm("llama 2, vicuna").save_pretrained(tmp_path)
     change(tmp_path, tie_word_embeddings=flag)
     change_weights(tmp_path, lambda w: HEADS[head](w, "lm_head.weight", "model.embed_tokens.weight"))
@@ -95,7 +95,8 @@ def test_a_llava_is_tied_if_either_of_its_configs_says_so(tmp_path, whole, text)
 
 
 @pytest.mark.parametrize("first, second", [
-    ("model.safetensors", "model.safetensors.index.json"), ("model.safetensors.index.json", "pytorch_model.bin"),
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("model.safetensors.index.json", "pytorch_model.bin"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json")])
 def test_of_several_forms_of_weights_the_one_that_transformers_takes(tmp_path, first, second):
     their_llm("llama 2, vicuna").save_pretrained(tmp_path)
@@ -114,7 +115,8 @@ def test_of_several_forms_of_weights_the_one_that_transformers_takes(tmp_path, f
     assert_close(LLM.from_pretrained(tmp_path)(TEXT), theirs_of_llm(tmp_path))
 
 
-@pytest.mark.parametrize("whole, text, generation", [(7, 8, None), (7, None, None), (None, 8, None), (7, 8, 9)])
+@pytest.mark.parametrize("whole, text, generation", [
+    (7, 8, None), (7, None, None), (None, 8, None), (7, 8, 9)])
 def test_a_llavas_answers_end_where_transformers_ends_them(tmp_path, whole, text, generation):
     their_llava(tmp_path)
     (tmp_path / "generation_config.json").unlink()
@@ -148,6 +150,11 @@ def llm_at(name):
     return load, lambda folder: LLM.from_pretrained(folder)(TEXT)
 
 
+def their_tower(family):
+    kind, config, _ = TOWERS[family]
+    return shaken(kind(config))
+
+
 def tower_at(family):
     kind, _, class_token = TOWERS[family]
 
@@ -160,15 +167,17 @@ def tower_at(family):
 
 SWEPT = {  # name: (what writes it, (theirs, ours), the parts of config.json)
     "llama": (lambda f: their_llm("llama 2, vicuna").save_pretrained(f), llm_at("LlamaForCausalLM"), [None]),
+    "mistral": (lambda f: their_llm("mistral").save_pretrained(f), llm_at("MistralForCausalLM"), [None]),
+    "qwen3": (lambda f: their_llm("qwen3").save_pretrained(f), llm_at("Qwen3ForCausalLM"), [None]),
     "qwen2": (lambda f: their_llm("qwen2").save_pretrained(f), llm_at("Qwen2ForCausalLM"), [None]),
-    "clip": (lambda f: shaken(TOWERS["clip"][0](TOWERS["clip"][1])).save_pretrained(f), tower_at("clip"), [None]),
-    "dinov2": (lambda f: shaken(TOWERS["dinov2"][0](TOWERS["dinov2"][1])).save_pretrained(f),
-               tower_at("dinov2"), [None]),
+    "clip": (lambda f: their_tower("clip").save_pretrained(f), tower_at("clip"), [None]),
+    "siglip": (lambda f: their_tower("siglip").save_pretrained(f), tower_at("siglip"), [None]),
+    "dinov2": (lambda f: their_tower("dinov2").save_pretrained(f), tower_at("dinov2"), [None]),
     "llava": (their_llava, (lambda f: theirs_of_llava(f, WITH_IMAGE), lambda f: ours_of_llava(f, WITH_IMAGE)),
               [None, "text_config"])}
 OF_NO_EFFECT = {"model_type", "architectures", "transformers_version", "dtype", "id2label", "label2id",
                 "return_dict", "output_attentions", "output_hidden_states",
-                "image_token_index", "image_token_id"}  # our own tests of these
+                "image_token_index", "image_token_id"}  # with these, other ids would have to be asked
 
 
 def another(value):
@@ -245,15 +254,19 @@ def test_of_llavas_own_fields_what_is_not_known_is_refused_by_name(original, fie
         VLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind", ["llava_next", "vipllava", "llava_onevision", "video_llava", "llava_qwen"])
-def test_other_llavas_are_named(tmp_path, kind):
+@pytest.mark.parametrize("opens", [VLM.from_pretrained, LLM.from_pretrained, ViT.from_pretrained])
+@pytest.mark.parametrize("kind", ["llava_next", "vipllava", "llava_onevision", "video_llava"])
+def test_other_llavas_are_named(tmp_path, kind, opens):
     their_llava(tmp_path)
     change(tmp_path, model_type=kind)
-    if kind == "llava_qwen":
-        change(tmp_path, text_config=None, mm_vision_tower="some/tower")
-    opens = VLM.from_pretrained if kind != "llava_qwen" else LLM.from_pretrained
-    with pytest.raises(ValueError, match=f"model_type is '{kind if kind != 'llava_qwen' else 'qwen'}'; known"):
+    with pytest.raises(ValueError, match=f"model_type is '{kind}'; known"):
         opens(tmp_path)
+
+
+def test_another_llm_in_llavas_own_form_is_named(original):
+    change(original[1], model_type="llava_qwen")
+    with pytest.raises(ValueError, match="model_type is 'qwen'; known"):
+        VLM.from_pretrained(original[1])
 
 
 @pytest.mark.parametrize("opens", [VLM.from_pretrained, LLM.from_pretrained, ViT.from_pretrained])
@@ -298,7 +311,8 @@ def test_each_part_of_each_folder_opens_under_the_name_that_describe_gives(origi
     fresh = VLM.from_towers(found["vit"], found["llm"], found["projector"], found["feature_layer"])
     assert not same(fresh.projector, vlm.projector)
     assert len(fresh.load_projector(folder)) == 4 and same(fresh.projector, vlm.projector)
-    assert found["template"] == VLM.from_pretrained(folder).template == (None if kind == "transformers" else "v1")
+    template = None if kind == "transformers" else "v1"
+    assert found["template"] == VLM.from_pretrained(folder).template == template
     if kind != "run":  # such a folder is a name of its LLM, too
         assert same(LLM.from_pretrained(folder), vlm.llm)
 
@@ -308,7 +322,12 @@ def test_a_whole_models_projector_comes_before_an_mm_projector_beside_it(origina
     vlm, folder = original
     older = {f"model.mm_projector.{name}": p * 2 for name, p in vlm.projector.state_dict().items()}
     torch.save(older, folder / "mm_projector.bin")
-    assert same(VLM.from_pretrained(folder).projector, vlm.projector)
+    again = VLM.from_pretrained(folder)
+    assert same(again.projector, vlm.projector)
+    again.load_projector(folder / "mm_projector.bin")
+    assert torch.equal(again.projector[0].weight, 2 * vlm.projector[0].weight)
+    again.load_projector(folder)
+    assert same(again.projector, vlm.projector)
 
 
 def test_a_tuned_vision_tower_in_llavas_own_form_is_refused(original):
