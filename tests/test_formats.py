@@ -19,6 +19,7 @@ import data
 from llm import LLM, load_llm_config
 from plumbing import llava
 from projector import VLM
+from plumbing.tokenizer import load_tokenizer
 from vit import ViT, load_vit_config
 
 TEXT = torch.arange(3, 43)[None]
@@ -412,10 +413,10 @@ def test_an_export_says_its_template_and_asks_as_before(
     expected = None
     for number in range(2):
         vlm.export(tmp_path / str(number))
-        before = data.load_tokenizer(vlm.sources["llm"])
+        before = load_tokenizer(vlm.sources["llm"])
         vlm = VLM.from_pretrained(tmp_path / str(number))
         assert vlm.template == said
-        for tokenizer in (before, data.load_tokenizer(vlm.sources["llm"])):
+        for tokenizer in (before, load_tokenizer(vlm.sources["llm"])):
             ids, _ = data.encode(turns, data.form_of(said, tokenizer), tokenizer, True)
             expected = expected or ids
             assert ids == expected
