@@ -20,6 +20,7 @@ import data
 import train
 from lab import toy_world
 from plumbing.ranks import caught_signals
+from projector import VLM
 from running import checkpoint, features, order
 from running.options import Config
 from running.watch import Watch, figures, naming
@@ -85,6 +86,56 @@ def test_a_start_that_fails_leaves_what_was_there(world):
     assert "no such file" in refusal(world, "--out", "first", "--annotations", "missing.json")
     after = {file: file.read_bytes() for file in (world[0] / "first").rglob("*") if file.is_file()}
     assert after == before and not (world[0] / "first.lock").exists()
+
+
+# ---- what a run starts from --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(world):
+    """(the world with options of a short instruct run, a finished one whose LLM has a mark of 7.0 in its
+    norm)."""
+    folder, options = world
+    options = ["--stage", "instruct", *options[2:], "--steps", "2"]
+    run(world, "--out", "runs/tiny/align", "--steps", "2")
+    run((folder, options), "--out", "tuned")
+    vlm = VLM.from_pretrained(folder / "tuned")
+    with torch.no_grad():
+        vlm.llm.model.norm.weight.fill_(7.0)
+    vlm.llm.save_pretrained(folder / "tuned/llm")
+    vlm = VLM.from_pretrained(folder / "tuned")
+    vlm.export(folder / "exported")
+    return (folder, options), vlm
+
+
+def without(options, *names) -> list:
+    """The options without some of them."""
+    kept = list(options)
+    for name in names:
+        place = kept.index(name)
+        del kept[place : place + 2]
+    return kept
+
+
+@pytest.mark.parametrize("init", ["tuned", "exported"])
+def test_a_run_takes_all_that_it_starts_from(tuned, init):
+    (folder, options), vlm = tuned
+    options = without(options, "--vit", "--llm")
+    run((folder, options), "--init", folder / init, "--out", f"on-{init}", "--lr", "1e-9")
+    found = VLM.from_pretrained(folder / f"on-{init}")
+    assert torch.allclose(found.llm.model.norm.weight, torch.tensor(7.0), atol=1e-4)
+    theirs = dict(vlm.named_parameters())
+    for name, parameter in found.named_parameters():
+        rows = min(len(parameter), len(theirs[name]))  # an export has a row more for the placeholder
+        assert torch.allclose(parameter[:rows], theirs[name][:rows], atol=1e-4), name
+
+
+def test_a_tower_that_is_typed_and_another_is_refused(tuned, clip_folder):
+    (folder, options), _ = tuned
+    options = without(options, "--llm")
+    said = refusal((folder, options), "--init", "tuned", "--llm", clip_folder, "--out", "other")
+    assert f"--llm {clip_folder}: tuned has 'tuned/llm', which is taken" in said
+    assert "runs/nothing/here" in refusal((folder, options), "--init", "runs/nothing/here", "--out", "other")
 
 
 # ---- ranks -------------------------------------------------------------------------------------------------
