@@ -11,7 +11,7 @@ import transformers
 from conftest import assert_close, shaken
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_llm import their_llm
+from test_llm import LLAMA3, their_llm
 from test_projector import their_llava
 from test_vit import FAMILIES as TOWERS
 
@@ -23,6 +23,7 @@ from plumbing.tokenizer import load_tokenizer
 from vit import ViT, load_vit_config
 
 TEXT = torch.arange(3, 43)[None]
+SCALING = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}  # the older form
 WITH_IMAGE = torch.tensor([[1] + [89] * 16 + [5, 6, 7]])
 PIXELS = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
 
@@ -139,6 +140,22 @@ def test_pictures_are_prepared_as_the_file_says_that_transformers_asks_first(tmp
            image_processor=newer and kind | {"image_mean": [newer] * 3})
     theirs = transformers.CLIPImageProcessor.from_pretrained(tmp_path)
     assert load_vit_config(tmp_path).image_mean == tuple(theirs.image_mean)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("fields", [
+    {"rope_theta": 300.0}, {"rope_scaling": SCALING, "rope_theta": 300.0},
+    {"rope_scaling": {"type": "default"}}, {"rope_theta": 300.0, "rope_parameters": LLAMA3},
+    {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}},
+    {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}])
+def test_older_and_newer_names_of_rope_together(tmp_path, fields, own):
+    """LLaVA's own form holds an LLM's config.json, mostly with the older names."""
+    their_llm("llama 2, vicuna").save_pretrained(tmp_path)
+    change(tmp_path, **{"rope_parameters": None} | fields)
+    expected = theirs_of_llm(tmp_path)
+    if own:
+        change(tmp_path, model_type="llava_llama")
+    assert_close(LLM.from_pretrained(tmp_path)(TEXT), expected)
 
 
 # ---- fields that change the computation --------------------------------------------------------------------
