@@ -68,10 +68,11 @@ def random_model(config, shapes, device, dtype) -> VLM:
             vlm = VLM(ViT(shapes[0], config.feature_layer), LLM(shapes[1]), config.projector)
     finally:
         torch.set_default_dtype(default)
+    train.choose_learning(config, vlm)
     if config.compile:
         train.compile_blocks(vlm.llm.model.layers)
     train.checkpoint_blocks(vlm.llm.model.layers, config.checkpointing)
-    return train.choose_learning(config, vlm)
+    return vlm
 
 
 def random_batch(config, vlm, number: int = 0, text: int = 0) -> dict:
