@@ -549,9 +549,12 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
     # 6. Sum over ranks, clip, update. A float16 step that was skipped has no norm.
     norm = optimizer.step(lr)
-    for name, term in terms.items():
+    for term in terms.values():
         term.clamp_()
-        line[f"{name}_scale"] = term().item()
+    if len(terms):
+        scales = torch.stack([term() for term in terms.values()]).tolist()  # a GPU is waited for once
+        for name, scale in zip(terms, scales):
+            line[f"{name}_scale"] = scale
     norm = norm if math.isfinite(norm) else None
     return line | {"lr": lr, "grad_norm": norm, "tokens": int(sums["tokens"])}
 
