@@ -242,6 +242,16 @@ class ContrastiveTerm(nn.Module):
         return self.fixed_weight
 
 
+def clamp_scales(terms) -> dict:
+    """Clamp all terms. Returns their scales, {"patch_scale": number, ..}."""
+    for term in terms.values():
+        term.clamp_()
+    if not len(terms):
+        return {}
+    scales = torch.stack([term() for term in terms.values()]).tolist()  # a GPU is waited for once
+    return {f"{name}_scale": scale for name, scale in zip(terms, scales)}
+
+
 @torch.no_grad()
 def products(at_cut: dict) -> dict:
     """This rank's shares of squared norms and inner products of the gradients at the cut.

@@ -538,9 +538,7 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
     # 6. Sum over ranks, clip, update.
     norm = optimizer.step(lr)
-    for name, term in terms.items():
-        term.clamp_()
-        line[f"{name}_scale"] = term().item()
+    line |= losses.clamp_scales(terms)
     return line | {"lr": lr, "grad_norm": norm, "tokens": int(sums["tokens"])}
 
 
