@@ -10,7 +10,7 @@ each; random has 2,910 at the revision that LLaVA pins.
 The files may also lie in coco/, as LLaVA has them.
 """
 
-from benchmarks.entries import ID, find_entries
+from benchmarks.entries import ID, find_entries, first_folder
 from benchmarks.questions import to_question
 from benchmarks.score import grouped, percent
 from data import find_image
@@ -26,7 +26,8 @@ def load(folder, split: str):
     revision of either breaks.)
     """
     pattern = f"*pope_*{split}.json"
-    images = find_images(folder)
+    beside = folder.parent
+    images = first_folder(folder / "images", folder / "val2014", beside / "images", beside / "val2014", folder)
     if not any(folder.glob(pattern)) and (folder / "coco").is_dir():
         folder = folder / "coco"
     for file, row in find_entries(folder, pattern, **KINDS):
@@ -34,15 +35,6 @@ def load(folder, split: str):
         name = f"{category}-{row['question_id']}"
         image = find_image(images, row["image"])
         yield to_question(file, name, row["text"], image, row["label"], category, options=YES_OR_NO)
-
-
-def find_images(folder):
-    """The folder of the pictures: the first that is there of those where people keep them."""
-    for place in (folder, folder.parent):
-        for name in ("images", "val2014"):
-            if (place / name).is_dir():
-                return place / name
-    return folder
 
 
 def parse(text: str, question=None) -> str:

@@ -53,17 +53,12 @@ def read_answers(file, questions) -> dict:
         complete = text[: text.rfind("\n") + 1]
         if complete != text:
             part.write_text(complete)
-        if not complete:
-            continue
-        others = 0
-        for row in read_entries(part, answer=str):
-            i = index.get(row.get("made_of"))
-            if i is None:
-                others += 1
-            else:
-                answers[i] = row["answer"]
-        if others:
-            say(f"{part}: {others} answers are of another model, template, question or picture: asked anew")
+        rows = read_entries(part, answer=str) if complete else []
+        known = [row for row in rows if row.get("made_of") in index]
+        answers |= {index[row["made_of"]]: row["answer"] for row in known}
+        if len(known) < len(rows):
+            say(f"{part}: {len(rows) - len(known)} answers are of another model, template, question or picture; "
+                "these are asked anew")
     return answers
 
 
@@ -76,25 +71,17 @@ def write_predictions(file, scores: dict, questions, answers, choices):
     for question, text, choice in zip(questions, answers, choices):
         prediction = question | {"text": text, "choice": choice}
         prediction.pop("row", None)
-        if isinstance(question["image"], bytes):
-            prediction["image"] = "in the table"
-        elif question["image"]:
-            prediction["image"] = str(question["image"])
+        image = question["image"]
+        prediction["image"] = "in the table" if isinstance(image, bytes) else image and str(image)
         predictions.append(prediction)
     file = Path(f"{file}.json")
-    if file.exists():
-        before = read_json(file)
-        if before["predictions"] == json.loads(json.dumps(predictions)):
-            scores = before["scores"] | scores  # with floors, maybe
-        else:
-            set_aside(file)
+    before = read_json(file) if file.exists() else None
+    if before and before["predictions"] == json.loads(json.dumps(predictions)):
+        scores = before["scores"] | scores  # floors that were asked for before
+    elif before:
+        names = [Path(f"{file}.old{number}") for number in ("", *range(2, 1000))]
+        old = next(name for name in names if not name.exists())
+        file.rename(old)
+        say(f"{file} had other answers: it is now {old}")
     with whole(file) as building:
         building.write_text(json.dumps({"scores": scores, "predictions": predictions}, indent=1))
-
-
-def set_aside(file: Path):
-    """Rename a file to FILE.old, FILE.old2 .."""
-    names = [Path(f"{file}.old{number}") for number in ("", *range(2, 1000))]
-    old = next(name for name in names if not name.exists())
-    file.rename(old)
-    say(f"{file} is now {old}")
