@@ -26,8 +26,11 @@ def load(folder, split: str):
     revision of either breaks.)
     """
     pattern = f"*pope_*{split}.json"
-    beside = folder.parent
-    images = first_folder(folder / "images", folder / "val2014", beside / "images", beside / "val2014", folder)
+    places = []
+    for place in (folder, folder.parent):
+        places.append(place / "images")
+        places.append(place / "val2014")
+    images = first_folder(*places, folder)
     if not any(folder.glob(pattern)) and (folder / "coco").is_dir():
         folder = folder / "coco"
     for file, row in find_entries(folder, pattern, **KINDS):

@@ -21,7 +21,7 @@ def name_result(folder, name: str, args) -> Path:
 
 
 def key_of_answer(question: dict) -> int:
-    """Of all that the answer is made of: the model, the text, the picture (of a file its path, size, time)."""
+    """Of all that the answer is made of: model, text, and the picture's path, size and time of change."""
     picture = question["image"]
     if isinstance(picture, Path):
         facts = picture.stat()
@@ -53,18 +53,21 @@ def read_answers(file, questions) -> dict:
         complete = text[: text.rfind("\n") + 1]
         if complete != text:
             part.write_text(complete)
-        rows = read_entries(part, answer=str) if complete else []
-        known = [row for row in rows if row.get("made_of") in index]
-        answers |= {index[row["made_of"]]: row["answer"] for row in known}
-        if len(known) < len(rows):
-            say(f"{part}: {len(rows) - len(known)} answers are of another model, template, question or picture; "
-                "these are asked anew")
+        others = 0
+        for row in read_entries(part, answer=str) if complete else []:
+            i = index.get(row.get("made_of"))
+            if i is None:
+                others += 1
+            else:
+                answers[i] = row["answer"]
+        if others:
+            say(f"{part}: {others} answers are of another model, template, question or picture: asked anew")
     return answers
 
 
 def write_predictions(file, scores: dict, questions, answers, choices):
-    """Write FILE.json: the scores, and every question with its answer ("text") and what the rule reads from it
-    ("choice"). Rank 0 does that. A result of other answers becomes FILE.json.old."""
+    """Write FILE.json on rank 0: the scores, and each question with its answer ("text") and what the rule
+    reads from it ("choice"). An older file with other answers becomes FILE.json.old."""
     if rank() > 0:
         return
     predictions = []
@@ -76,8 +79,8 @@ def write_predictions(file, scores: dict, questions, answers, choices):
         predictions.append(prediction)
     file = Path(f"{file}.json")
     before = read_json(file) if file.exists() else None
-    if before and before["predictions"] == json.loads(json.dumps(predictions)):
-        scores = before["scores"] | scores  # floors that were asked for before
+    if before and before.get("predictions") == json.loads(json.dumps(predictions)):
+        scores = before["scores"] | scores  # an earlier command may have asked for floors
     elif before:
         names = [Path(f"{file}.old{number}") for number in ("", *range(2, 1000))]
         old = next(name for name in names if not name.exists())
