@@ -6,8 +6,9 @@ cannot read. A question is right if it is right in all its rotations ("circular"
 
     mmbench_dev_*.tsv     index, question, hint, A to D, answer, category, image
 
-The row index + k x 10^6 asks question `index` again, with its options rotated. An image is base64, or the
-index of the row that has it. A test split has no answers: a server scores its file.
+The row index + k x 10^6 asks question `index` again, with its options rotated. Of the choices only some at
+the end may be missing. An image is base64, or the index of the row that has it. A test split has no answers:
+a server scores its file.
 """
 
 import csv
