@@ -474,8 +474,9 @@ def test_mmbench_only_lacks_the_choices_at_the_end_that_pandas_lacks(tmp_path, r
 @pytest.mark.parametrize("text", mmbench.MISSING[1:])
 def test_mmbench_has_a_choice_that_is_missing_nowhere_but_at_the_end(tmp_path, text):
     """Two choices: one reads "None". What is at the end of one rotation comes first in the other."""
-    found = mmbench_choices(tmp_path, ["red", text, "", ""], [text, "red", "", ""])
-    assert found == [["red", text], [text, "red"]]
+    rows = [["red", text, "", ""], [text, "red", "", ""]]
+    for rotations in (rows, rows[::-1]):
+        assert mmbench_choices(tmp_path, *rotations) == [row[:2] for row in rotations]
 
 
 def test_mmbench_needs_one_table(root, copy):
@@ -721,9 +722,11 @@ def test_parquet_beside_what_is_read_is_not_left_out(copy):
         load_questions("mmmu", folder)
 
 
-def test_mmes_pictures_each_have_a_text(copy):
+@pytest.mark.parametrize("suffix", [".png", ".JPG"])
+def test_mmes_pictures_each_have_a_text(copy, suffix):
     folder = copy("mme")
     (folder / "color/00000.txt").unlink()
+    (folder / "color/00000.png").rename(folder / f"color/00000{suffix}")
     with pytest.raises(FileNotFoundError, match="color/00000.txt"):
         load_questions("mme", folder)
 
