@@ -51,11 +51,12 @@ def parse(text: str, question=None) -> str:
 def score(questions, choices) -> dict:
     """F1 of "yes" (the headline), accuracy and the share of yes, in percent: for each category, and their
     means, in which every category counts alike."""
-    rows = []
+    names, rows = [], []
     for question, choice in zip(questions, choices):
+        names.append(question["category"])
         rows.append((question["answer"] == "yes", choice == "yes"))
     categories = {}
-    for name, group in grouped([question["category"] for question in questions], rows).items():
+    for name, group in grouped(names, rows).items():
         categories[name] = score_category(group)
     means = {}
     for key in ("f1", "accuracy", "yes"):
