@@ -229,78 +229,65 @@ def test_equals_torch_adamw_on_any_number_of_ranks(ranks, world, shard, micro):
             "updated before all was summed")
 
 
-def odd_resumed(rank, world, shard, dtype, steps=4):
-    """(weights of eight steps in a row, those of four, files, and four of another model and optimizer)."""
-    models, optimizers = [], []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        models.append(Odd().to(dtype))
-        optimizers.append(DataParallelAdamW(models[-1].learning(), 0.1, 0.5, shard=shard, bucket_size=100))
-    for step in range(steps):
-        odd_step(rank, world, models[0], optimizers[0], step, 2)
-    file = io.BytesIO()
-    torch.save(optimizers[0].state_dict(), file)
-    files = [file.getvalue()] * world
-    if world > 1:
-        dist.all_gather_object(files, file.getvalue())
-    optimizers[1].load_state_dict(*(torch.load(io.BytesIO(file), weights_only=True) for file in files))
-    for step in range(steps, 2 * steps):
-        for model, optimizer in zip(models, optimizers):
-            odd_step(rank, world, model, optimizer, step, 2)
-    assert optimizers[0].loss_scale == optimizers[1].loss_scale
-    assert optimizers[0].good_steps == optimizers[1].good_steps
-    return [flat(model.parameters()) for model in models]
-
-
-@pytest.mark.parametrize("world, shard, dtype", [(1, False, torch.float16), (1, False, torch.bfloat16),
-                                                 (2, True, torch.bfloat16), (2, True, torch.float64)])
-def test_state_dict_brings_every_bit_back(ranks, world, shard, dtype):
-    """Moments, steps and masters (of more bits than the weights), whole or in shards; through a file."""
-    found = [odd_resumed(0, 1, shard, dtype)] if world == 1 else ranks(world, odd_resumed, shard, dtype)
-    for in_a_row, resumed in found:
-        assert torch.equal(in_a_row, resumed) and torch.equal(in_a_row, found[0][0])
-
-
-def odd_checkpoint(rank, world, out, source=""):
-    """Save a sharded checkpoint of four steps or, with `source`, of what was saved there. Returns the
-    weights."""
+def odd_checkpoint(rank, world, dtype, shard, out, source=""):
+    """Save a checkpoint of four steps or, with `source`, of what was saved there; then take two steps more.
+    Returns the weights before these, and after."""
     torch.manual_seed(7 if source else 0)
-    model, term = Odd().bfloat16(), losses.ContrastiveTerm()  # a bucket of a single number, shorter than W
-    optimizer = DataParallelAdamW([*model.learning(), *term.parameters()], 0.1, 0.5, shard=True,
-                                  bucket_size=100)
+    model, term = Odd().to(dtype), losses.ContrastiveTerm()  # a bucket of one number: shorter than W
+    learning = [*model.learning(), *term.parameters()]
+    optimizer = DataParallelAdamW(learning, 0.1, 0.5, shard=shard, bucket_size=100)
+    config = partial(Config, shard=shard)
+
+    def step(number):
+        term.log_scale.grad = torch.tensor(1.0)
+        optimizer.collect(term.log_scale)
+        odd_step(rank, world, model, optimizer, number, 8)
+
     if source:
-        assert checkpoint.load(Config(out=source, shard=True), optimizer, {"patch": term}, {}) == 4
+        assert checkpoint.load(config(out=source), optimizer, {"patch": term}, {}) == 4
+        assert term.squares == pytest.approx([0.3, 0.2])
     else:
-        for step in range(4):
-            term.log_scale.grad = torch.tensor(1.0)
-            optimizer.collect(term.log_scale)
-            odd_step(rank, world, model, optimizer, step, 4)
+        for number in range(4):
+            step(number)
         term.measure(3.0, 2.0)
-    checkpoint.save(Config(out=out, shard=True), 4, optimizer, {"patch": term}, {})
-    assert term.squares == pytest.approx([0.3, 0.2])
-    learned = [*model.learning(), *term.parameters()]
-    return flat([p.float() for p in learned])
+    checkpoint.save(config(out=out), 4, optimizer, {"patch": term}, {})
+    weights = [flat(p.float() for p in learning)]
+    if 8 % world == 0:
+        step(4), step(5)
+        weights.append(flat(p.float() for p in learning))
+    return weights
 
 
-def saved_states(out):
-    """What each rank has saved of its buckets: masters, moments and counts of steps."""
+def saved(out):
+    """What each rank has saved: of its buckets masters, moments and counts of steps; the loss scale's."""
     files = sorted((out / "checkpoint-0000004").glob("*.pt"))
-    states = [torch.load(file, weights_only=True)["optimizer"] for file in files]
-    return [bucket[name] for state in states for bucket in state["buckets"] for name in sorted(bucket)]
+    states = [torch.load(file, weights_only=True).get("optimizer") for file in files]
+    states = [state for state in states if state]  # unsharded, of the first rank alone
+    numbers = [torch.tensor([state["loss_scale"], state["good_steps"]]) for state in states]
+    return numbers + [bucket[name] for state in states for bucket in state["buckets"] for name in sorted(bucket)]
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_or_three_and_back(ranks, tmp_path):
-    """Sharded; weights, masters and moments, bit for bit. The parts have other lengths and paddings there."""
-    place = {name: str(tmp_path / name) for name in ("two", "three", "one", "from three", "from one")}
-    found = ranks(2, odd_checkpoint, place["two"])
-    found += ranks(3, odd_checkpoint, place["three"], place["two"])
-    found += [odd_checkpoint(0, 1, place["one"], place["two"])]
-    for name in ("three", "one"):
-        found += ranks(2, odd_checkpoint, place[f"from {name}"], place[name])
-        for ours, theirs in zip(saved_states(tmp_path / f"from {name}"), saved_states(tmp_path / "two"),
-                                strict=True):
+@pytest.mark.parametrize("shard, dtype, ways", [
+    (False, torch.float16, [(1, 1), (1, 2, 1)]), (False, torch.bfloat16, [(2, 2)]),
+    (True, torch.float64, [(2, 2)]), (True, torch.bfloat16, [(2, 2), (2, 1, 2), (2, 3, 2)])])
+def test_a_checkpoint_goes_on_with_any_number_of_ranks_and_back(ranks, tmp_path, shard, dtype, ways):
+    """Weights, masters (of more bits), moments and counters, bit for bit, whole or in shards: (2, 3, 2) was
+    saved on two ranks, loaded and saved on three, and again on two. Parts of other lengths and paddings."""
+    def run(world, *args):
+        args = dtype, shard, *map(str, args)
+        return [odd_checkpoint(0, 1, *args)] if world == 1 else ranks(world, odd_checkpoint, *args)
+
+    first = run(ways[0][0], tmp_path / "first")
+    for way in ways:
+        source = tmp_path / "first"
+        for place, world in enumerate(way[1:]):
+            target = tmp_path / f"{way} {place}"
+            found = run(world, target, source)
+            assert all(torch.equal(weights[0], first[0][0]) for weights in found)
+            source = target
+        assert all(torch.equal(weights[1], first[0][1]) for weights in found), "it goes on otherwise"
+        for ours, theirs in zip(saved(target), saved(tmp_path / "first"), strict=True):
             assert torch.equal(ours, theirs)
-    assert all(torch.equal(weights, found[0]) for weights in found)
 
 
 class Part:
@@ -1268,14 +1255,14 @@ def test_killed_and_resumed_equals_uninterrupted(world, both_stages, ranks, tmp_
     kill(killed)
     assert not (tmp_path / "cut/config.json").exists()  # it was stopped before it could finish
     lines = (tmp_path / "cut/log.jsonl").read_text()
-    resumed = script(world, *options, tmp_path / "cut", "--resume", launch=launch)
-    step = int(re.search(r"resumed from .*: step (\d+)", resumed.stdout)[1])
+    step = int(sorted(file.name for file in (tmp_path / "cut").glob("checkpoint-???????"))[-1][-7:])
     assert 2 <= step <= len(lines.splitlines()) < 24  # all that was done when it was killed, and no more
-    whole = [*world[1], *options, tmp_path / "whole"]
-    if world_size == 1:
-        called(train.main, world[0], *whole)
-    else:
-        ranks(2, stage_of_rank, world[0], whole)
+    for name, more in (("cut", ["--resume"]), ("whole", [])):
+        args = [*world[1], *options, tmp_path / name, *more]
+        if world_size == 1:
+            assert f"cut/checkpoint-{step:07d}: step {step}" in called(train.main, world[0], *args) or not more
+        else:
+            ranks(2, stage_of_rank, world[0], args)
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
     for file in (tmp_path / "whole").rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "cut" / file.relative_to(tmp_path / "whole")).read_bytes()
