@@ -460,7 +460,7 @@ class Conversations(torch.utils.data.Dataset):
             with named(f"record {record.get('id', number)!r}"):
                 pieces = to_pieces(self.turns(record), self.form, self.tokenizer, has_image)
                 text = "".join(text for text, _ in pieces)
-                text.encode()  # half a character, as in "\\ud800", is an error that names the record
+                text.encode()  # half a character, as in "\ud800", is an error that names the record
             parts = split_at_image(text, has_image)
             texts += parts
             owners += [place] * len(parts)
