@@ -116,7 +116,7 @@ def find_problem(record, stage=None) -> str | None:
     if not isinstance(image, (str, type(None))):
         return "has an image that is not a file name"
     if marked and not image:
-        others = [key for key in record if LIKE_IMAGE.search(key) and record[key]]
+        others = [key for key in tidy(record) if LIKE_IMAGE.search(key) and record[key]]
         if others:
             return f"has {IMAGE} in a turn, and no 'image'; is it {others[0]!r}?"
     if image and marked != ["human"]:
