@@ -111,7 +111,7 @@ def find_problem(record, stage=None) -> str | None:
         return "has an empty turn"
     image = tidy(record).get("image")
     marked = [turn["from"] for turn in turns if IMAGE in turn["value"]]
-    if isinstance(image, list):
+    if isinstance(image, list) and len(image) > 1:
         return f"has {len(image)} images; one is supported"
     if not isinstance(image, (str, type(None))):
         return "has an image that is not a file name"
