@@ -111,12 +111,12 @@ def find_problem(record, stage=None) -> str | None:
         return "has an empty turn"
     image = tidy(record).get("image")
     marked = [turn["from"] for turn in turns if IMAGE in turn["value"]]
-    if isinstance(image, list):
+    if isinstance(image, list) and len(image) > 1:
         return f"has {len(image)} images; one is supported"
     if not isinstance(image, (str, type(None))):
         return "has an image that is not a file name"
     if marked and not image:
-        others = [key for key in record if LIKE_IMAGE.search(key) and record[key]]
+        others = [key for key in tidy(record) if LIKE_IMAGE.search(key) and record[key]]
         if others:
             return f"has {IMAGE} in a turn, and no 'image'; is it {others[0]!r}?"
     if image and marked != ["human"]:
@@ -459,7 +459,9 @@ class Conversations(torch.utils.data.Dataset):
             has_image = "image" in record
             with named(f"record {record.get('id', number)!r}"):
                 pieces = to_pieces(self.turns(record), self.form, self.tokenizer, has_image)
-            parts = split_at_image("".join(text for text, _ in pieces), has_image)
+                text = "".join(text for text, _ in pieces)
+                text.encode()  # half a character, as in "\ud800", is an error that names the record
+            parts = split_at_image(text, has_image)
             texts += parts
             owners += [place] * len(parts)
             totals[place] += num_image_tokens * has_image

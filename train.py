@@ -600,6 +600,7 @@ def run_steps(config, vlm, terms, optimizer, loader, start, steps, made_of, leng
     log."""
     device = vlm.llm.head_weight.device
     watch = Watch(config, terms, steps)
+    line = {}  # for a run of fewer steps than its checkpoint
     bar = tqdm(range(start, steps), desc=config.stage, initial=start, total=steps, disable=rank() > 0)
     for step in bar:
         step_began = time.perf_counter()

@@ -85,6 +85,7 @@ def token_counts(config, samples, vlm) -> list:
 def count_mine(samples, num_image_tokens: int, most: int) -> tuple:
     """(lengths, numbers of rows that are cut, of rows without a label), of every W-th record from this
     rank's."""
+    samples.read(0, with_pixels=False)  # a template that cannot be learned from is told here
     lengths = []
     cut = []
     empty = []
@@ -172,7 +173,8 @@ def spread(batch: list, lengths, size: int, budget: int, world: int) -> list:
     if budget:  # as many micro-batches as these, but filled evenly
         wanted = math.ceil(len(cut) / world) * world
         bound = budget
-        budget = max(lengths[longest_first[0]], sum(lengths[i] for i in batch) / wanted)
+        even = sum(lengths[i] for i in batch) / wanted
+        budget = min(bound, max(even, lengths[longest_first[0]]))
         cut = cut_by_tokens(longest_first, lengths, size, budget)
         while len(cut) > wanted:
             budget = min(bound, budget * 1.01)

@@ -1,33 +1,25 @@
-"""From files to batches: pictures against CLIPImageProcessor, labels against what LLaVA's own code makes, the
-order of the records."""
+"""From files to batches: pictures against CLIPImageProcessor, labels against what LLaVA's own code makes."""
 
 import itertools
 import json
-import math
 import pickle
-import random
 import re
-import sys
-import time
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
-import bench_order
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+from PIL import Image, ImageCms
+from tokenizers import processors
+from transformers import CLIPImageProcessor
 
 import data
+import test_ids
 from data import ANSWER, CONTEXT, END, IMAGE_MARKER
 from lab import toy_world
-from train import Config
 from plumbing.tokenizer import check_vocabulary
+from running import records as records_module
 from running.records import load_records
+from test_ids import EMPTY, MISTRAL, THINKING, chatml, llama3
 from vit import ViTConfig
 
 TOWER = ViTConfig(image_size=32, patch_size=8)  # CLIP's normalisation
@@ -36,35 +28,6 @@ TOWER = ViTConfig(image_size=32, patch_size=8)  # CLIP's normalisation
 def record(*turns, **fields):
     return {"id": "r", "conversations": [{"from": ("human", "gpt")[i % 2], "value": turn}
                                          for i, turn in enumerate(turns)], **fields}
-
-
-# ---- the loader --------------------------------------------------------------------------------------------
-
-
-class SlowSamples(torch.utils.data.Dataset):
-    """Eight samples without an image, each of which takes so many seconds."""
-
-    def __init__(self, seconds):
-        self.seconds, self.pad_id = seconds, 0
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, i):
-        time.sleep(self.seconds)
-        return {"ids": [1, 2, 3], "roles": [CONTEXT, ANSWER, END], "pixels": None, "name": str(i)}
-
-
-@pytest.mark.parametrize("of_loader, of_step, is_told", [(0.01, 0.0, True), (0.0, 0.04, False)])
-def test_a_loader_slower_than_the_step_is_told(capsys, of_loader, of_step, is_told):
-    vlm = SimpleNamespace(num_image_tokens=4, image_token_id=-200, vit=SimpleNamespace(config=TOWER),
-                          llm=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64)))
-    steps, cpu = [[[0]]] * 25, torch.device("cpu")
-    for _ in data.make_loader(Config(batch=1), SlowSamples(of_loader), vlm, steps, cpu):
-        time.sleep(of_step)
-    said = re.search(r"the loader is slower than the step: (\d+\.\d) samples/s, the step alone (\d+\.\d)",
-                     capsys.readouterr().out)
-    assert bool(said) == is_told and (not said or float(said[1]) < 100)
 
 
 # ---- images ------------------------------------------------------------------------------------------------
@@ -114,9 +77,30 @@ def test_bad_images(tmp_path):
             data.load_image(tmp_path / name)
 
 
-def test_other_extension_of_the_same_stem(tmp_path):
-    picture(8, 8).save(tmp_path / "a.gif")
-    assert data.load_image(tmp_path / "a.jpg").size == (8, 8)
+@pytest.mark.parametrize("names, is_found", [
+    (["a.gif"], True), (["a.gif", "a.txt"], True), (["a.GIF", "a.2.png", "a.mask.png"], True),
+    (["a.png", "a.gif"], False), (["a.2.png"], False), (["a.txt"], False), (["b.png"], False)])
+def test_one_other_picture_of_the_same_stem_stands_in(tmp_path, names, is_found):
+    """Only a picture, and only one: else the file is missing, which is the truth."""
+    for name in names:
+        picture(8, 8).save(tmp_path / name, format="gif")
+    assert data.find_image(tmp_path, "a.jpg").is_file() == is_found
+
+
+def test_an_accent_may_be_one_character_or_two(tmp_path):
+    picture(8, 8).save(tmp_path / "e\u0301.png")
+    assert data.load_image(tmp_path / "\u00e9.png").size == (8, 8)
+
+
+def test_a_colour_profile_is_applied(tmp_path):
+    """Here one whose red and green have changed places; a damaged one does nothing."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = profile.replace(b"rXYZ", b"none").replace(b"gXYZ", b"rXYZ").replace(b"none", b"gXYZ")
+    swapped = swapped.replace("sRGB".encode("utf-16-be"), "gRsB".encode("utf-16-be"))
+    for content, expected in ((swapped, (0, 255, 0)), (profile, (255, 0, 0)), (b"none", (255, 0, 0))):
+        Image.new("RGB", (4, 4), "red").save(tmp_path / "x.png", icc_profile=content)
+        found = data.load_image(tmp_path / "x.png").getpixel((0, 0))
+        assert np.abs(np.subtract(found, expected)).max() <= 2
 
 
 # ---- templates and labels: what LLaVA's own functions make, on the Llama-2 vocabulary ----------------------
@@ -173,16 +157,13 @@ VECTORS = {
 
 
 def llama2(legacy):
-    """Llama 2's tokenizer, cut down to bytes and to the tokens and merges that these vectors touch; its ids
-    are the real ones. `legacy`: SentencePiece's own space also behind every special token."""
-    spec = json.loads((Path(__file__).parent / "llama2_subset.json").read_text())
-    spec["model"]["vocab"] |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    if not legacy:
-        spec["normalizer"] = None
-        spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first",
-                                 "split": False}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token="<s>",
-                                   eos_token="</s>", unk_token="<unk>")
+    """Llama 2's tokenizer. `legacy`: SentencePiece's own space also behind every special token."""
+    return test_ids.llama2("legacy" if legacy else "first")
+
+
+def encode(template, turns, tokenizer, has_image=True):
+    """(ids, roles) under the template of this name."""
+    return data.encode(turns, data.form_of(template, tokenizer), tokenizer, has_image)
 
 
 def text_of(ids, tokenizer):
@@ -200,8 +181,9 @@ def test_llava_vectors(name, legacy):
         parts = [HEAD[-1] if part == NEXT_QUESTION else part for part in parts]
     for text, ids, _ in parts:
         assert text_of(ids, tokenizer) == text  # the text beside the ids above is true
-    pieces = data.TEMPLATES[template](data.clean_turns(sample), tokenizer)
-    ids, roles = data.tokenise(pieces, tokenizer, "image" in sample)
+    turns = data.clean_turns(sample)
+    turns = data.image_and_caption(turns) if template == "plain" else turns
+    ids, roles = encode(template, turns, tokenizer, "image" in sample)
     assert ids == [i for _, part, _ in parts for i in part], (
         "other ids than LLaVA's: a piece was tokenised on its own, or the image stands elsewhere")
     said = text_of([i for i, role in zip(ids, roles) if role != CONTEXT], tokenizer)
@@ -214,20 +196,19 @@ def test_llava_vectors(name, legacy):
 @pytest.mark.parametrize("answer, first", [("5", 29871), ("\nA b", 29871)])
 def test_a_lone_space_before_the_answer_carries_loss(answer, first):
     tokenizer = llama2(False)
-    pieces = data.v1([("human", "<image>\nHow many dogs?"), ("gpt", answer)], tokenizer)
-    ids, roles = data.tokenise(pieces, tokenizer, True)
+    ids, roles = encode("v1", [("human", "<image>\nHow many dogs?"), ("gpt", answer)], tokenizer)
     assert ids[roles.index(ANSWER)] == first
 
 
 def test_plain_takes_two_turns_with_an_image():
     for sample in (CHAT, TEXT):
         with pytest.raises(ValueError, match="plain template"):
-            data.plain(data.clean_turns(sample), None)
+            data.image_and_caption(data.clean_turns(sample))
 
 
 def test_supervised_ids_decode_to_the_answers(toy, tokenizer):
     for sample in load_records(toy / "instruct.json"):
-        ids, roles = data.tokenise(data.v1(data.clean_turns(sample), tokenizer), tokenizer, "image" in sample)
+        ids, roles = encode("v1", data.clean_turns(sample), tokenizer, "image" in sample)
         assert tokenizer.unk_token_id not in ids
         said = tokenizer.decode([i for i, role in zip(ids, roles) if role != CONTEXT])
         assert said == " ".join(turn["value"] + " </s>" for turn in sample["conversations"][1::2])
@@ -236,7 +217,7 @@ def test_supervised_ids_decode_to_the_answers(toy, tokenizer):
 def test_marked_text_shows_what_carries_loss(tokenizer):
     turns = [("human", f"{data.IMAGE}\nIs the shape red?"), ("gpt", "Yes"), ("human", "Is it large?"),
              ("gpt", "No")]
-    ids, roles = data.tokenise(data.v1(turns, tokenizer), tokenizer, True)
+    ids, roles = encode("v1", turns, tokenizer)
     shown = data.marked_text({"ids": ids, "roles": roles}, tokenizer)
     assert shown.count(data.IMAGE) == 1
     assert re.findall(r"\[\[ (.*?)\]\]", shown) == ["Yes </s>", "No </s>"]
@@ -271,6 +252,9 @@ def test_image_marker_moves_to_the_front():
     (record("<image> q", "a", "<image> r", "b", image="x"), "2 turns with <image>"),
     (record("q", "<image>", image="x"), "1 turns with <image>"),
     ("text", "no conversation turns"),
+    ({"messages": TEXT["conversations"]}, "has messages; LLaVA's records have 'conversations'"),
+    *[(record("<image>\nq", "a", **{key: "x.png"}), f"no 'image'; is it '{key}'")
+      for key in ("images", "image_path", "Image", "video")],
 ])
 def test_bad_records_are_named(tmp_path, bad, message):
     (tmp_path / "d.json").write_text(json.dumps([TEXT, bad]))
@@ -278,18 +262,46 @@ def test_bad_records_are_named(tmp_path, bad, message):
         load_records(tmp_path / "d.json")
 
 
-@pytest.mark.parametrize("part", [1, 7, 10**6])
-@pytest.mark.parametrize("style", [{}, {"indent": 1}, {"ensure_ascii": False}, {"separators": (",", ":")}])
-def test_records_stay_on_disk_and_are_what_json_reads(tmp_path, monkeypatch, style, part):
-    """However the file is written, and however small the parts in which it is looked through."""
+@pytest.mark.parametrize("write", [
+    json.dumps, lambda records: json.dumps(records, indent=1),
+    lambda records: f" {json.dumps(records, ensure_ascii=False)}\n",
+    lambda records: json.dumps(records, separators=(",", ":")),
+    lambda records: "\n".join(map(json.dumps, records)),
+    lambda records: "\n\n".join(map(json.dumps, records))])
+def test_records_are_what_json_reads(tmp_path, monkeypatch, write):
+    """However the file is written, as a list or in lines; and nothing is left of the file they are mapped
+    from."""
+    monkeypatch.setattr(records_module.tempfile, "tempdir", str(tmp_path))
     written = [TEXT, CAPTION | {"id": "é 😀 ]}, {["}, record("two\n words", "b"),
                record("q", "ü" * 50, "<image>", "a", image="x")]
-    (tmp_path / "d.json").write_text(f" {json.dumps(written, **style)}\n", encoding="utf-8")
-    monkeypatch.setattr(data, "scan_list", partial(data.scan_list, part=part))
-    records = pickle.loads(pickle.dumps(load_records(tmp_path / "d.json")))
-    assert list(records) == written and records[-1] == written[3] and records[1:3] == written[1:3]
-    assert records.sizes.tolist()[2:] == [[len("two\n wordsb"), 2, 0, 0], [59, 4, 1, 165]]
-    assert records.sizes[1, 2:].tolist() == [1, 0] and len(records) == 4
+    (tmp_path / "d.json").write_text(write(written), encoding="utf-8")
+    loaded = load_records(tmp_path / "d.json")
+    assert isinstance(loaded.text, np.memmap) and [*tmp_path.iterdir()] == [tmp_path / "d.json"]
+    for records in (loaded, pickle.loads(pickle.dumps(loaded))):
+        assert list(records) == written and records[-1] == written[3] and len(records) == 4
+
+
+def loaded_by(rank, ranks, file, local_ranks):
+    """On each rank: its records, or their error; and how often it has opened the file."""
+    opened, read = [], records_module.read_text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", str(local_ranks[rank]))
+        patch.setattr(records_module, "read_text", lambda path: opened.append(path) or read(path))
+        try:
+            found = [*load_records(file)]
+        except ValueError as error:
+            found = str(error)
+    return found, len(opened)
+
+
+@pytest.mark.parametrize("local_ranks, opened", [((0, 1), [1, 0]), ((0, 0), [1, 1])])
+def test_one_rank_of_a_machine_parses_the_records_and_all_have_them(ranks, tmp_path, local_ranks, opened):
+    file = tmp_path / "d.json"
+    file.write_text(json.dumps([TEXT, CAPTION]))
+    assert ranks(2, loaded_by, file, local_ranks) == [([TEXT, CAPTION], count) for count in opened]
+    file.write_text(json.dumps([TEXT, {}]))
+    for found, _ in ranks(2, loaded_by, file, local_ranks):
+        assert "d.json: record 1 (id None) has no conversation turns" in found
 
 
 @pytest.mark.parametrize("text, message", [
@@ -308,23 +320,10 @@ def test_what_stands_behind_the_list_is_refused(tmp_path):
         load_records(tmp_path / "d.json")
 
 
-def test_lengths_come_near_the_tokens(toy, tokenizer):
-    """Estimated from a few records, of rows with and without an image; never above the limit."""
-    samples = data.Conversations(load_records(toy / "instruct.json"), toy / "images", tokenizer, "v1",
-                                 TOWER, "pad")
-    lengths, tokens = samples.lengths(16, 2048, samples=10), []
-    for i in range(len(samples)):
-        ids = samples[i]["ids"]
-        tokens.append(len(ids) + 15 * ids.count(IMAGE_MARKER))
-    assert np.abs(np.array(lengths) - tokens).mean() < 0.1 * np.mean(tokens)
-    assert np.corrcoef(lengths, tokens)[0, 1] > 0.9
-    assert max(samples.lengths(16, 30)) <= 30
-
-
 def test_good_oddities():
     opening = {"from": "gpt", "value": "hello"}
     assert data.find_problem({"conversations": [opening, *TEXT["conversations"]]}) is None
-    assert "not a file name" in data.find_problem(CAPTION | {"image": ["a.jpg", "b.jpg"]})
+    assert "has 2 images; one is supported" in data.find_problem(CAPTION | {"image": ["a.jpg", "b.jpg"]})
     assert data.find_problem(record("q", "a", "r") | {"model": ""}) is None  # the earlier answer counts
 
 
@@ -400,134 +399,16 @@ def test_one_image_has_one_key_and_samples_without_a_name_their_own():
     assert keys[0, 1] == keys[2, 1] and len(keys[:, 1].unique()) == 3 and len(keys[:, 0].unique()) == 4
 
 
-def test_subsets_are_nested():
-    parts = [set(data.subset(1000, fraction, seed=3)) for fraction in (0.01, 0.1, 0.5, 1)]
-    assert [len(part) for part in parts] == [10, 100, 500, 1000]
-    assert all(small < large for small, large in zip(parts, parts[1:]))
-    assert data.subset(1000, 0.1, seed=4) != data.subset(1000, 0.1, seed=3)
-    with pytest.raises(ValueError, match="data_fraction is 0"):
-        data.subset(10, 0, seed=0)
-
-
-@pytest.mark.parametrize("lengths, chunks, expected", [
-    ([9, 8, 7, 6, 5, 4, 3, 2], 2, [[0, 3, 4, 7], [1, 2, 5, 6]]),
-    ([10, 9, 2, 2, 1, 1], 3, [[0, 5], [1, 4], [2, 3]]),
-    ([5, 4, 3, 2, 1], 2, [[0, 2, 4], [1, 3]]),
-])
-def test_even_chunks_of_llava(lengths, chunks, expected):
-    assert data.even_chunks(list(range(len(lengths))), lengths, chunks) == expected
-
-
-def test_grouped_order_is_a_permutation_of_single_modality_batches():
-    rng = random.Random(0)
-    lengths = [rng.randint(1, 99) * (1 if i % 3 else -1) for i in range(100)]
-    order = data.grouped_order(lengths, batch=8, chunks=4, seed=1, epoch=0)
-    assert sorted(order) == list(range(100))
-    batches = [order[start : start + 8] for start in range(0, 64 + 32, 8)]  # 66 with image, 34 without
-    assert all(len({lengths[i] > 0 for i in batch}) == 1 for batch in batches)
-    totals = [[sum(abs(lengths[i]) for i in batch[c : c + 2]) for c in range(0, 8, 2)] for batch in batches]
-    assert sum(max(t) - min(t) for t in totals) / len(totals) < 40  # dealt evenly over the chunks
-    assert order != data.grouped_order(lengths, 8, 4, seed=1, epoch=1)
-    one = data.grouped_order(lengths, batch=8, chunks=1, seed=1, epoch=0)
-    assert [set(one[s : s + 8]) for s in range(0, 96, 8)] == [set(batch) for batch in batches]
-
-
-@pytest.mark.parametrize("budget, contrastive", [(0, "none"), (60, "none"), (60, "patch"), (1, "none")])
-@pytest.mark.parametrize("is_grouped", [True, False])
-def test_every_rank_count_takes_the_same_records(is_grouped, budget, contrastive):
-    """Six steps of eight: two passes over 21 records, and a part of a third. In each step the ranks together
-    take what one rank takes at once, in LLaVA's order one after another; all have as many micro-batches, and
-    where vectors are exchanged as many samples."""
-    config = Config(batch=8, micro_batch=2, epochs=2.0, seed=3, group_by_length=is_grouped,
-                    micro_tokens=budget, contrastive=contrastive)
-    lengths = [1 + 17 * i % 40 for i in range(21)]
-    steps = data.count_steps(config, len(lengths))
-    assert steps == math.ceil(42 / 8)
-    at_once = config if is_grouped else replace(config, micro_batch=8, micro_tokens=0)
-    whole = [list(itertools.chain(*parts)) for (parts,) in data.micro_batches(at_once, lengths, steps, 1)]
-    order = list(itertools.chain(*whole))
-    assert sorted(order[:21]) == list(range(21)) == sorted(order[21:42])
-    for world in (1, 2, 4):
-        for ranks, batch in zip(data.micro_batches(config, lengths, steps, world), whole, strict=True):
-            taken = [i for parts in ranks for part in parts for i in part]
-            assert len(ranks) == world and sorted(taken) == sorted(batch)
-            assert taken == batch or not is_grouped
-            assert len({len(parts) for parts in ranks}) == 1
-            if contrastive != "none" or is_grouped:
-                assert {sum(map(len, parts)) for parts in ranks} == {8 // world}
-            for part in itertools.chain(*ranks) if budget and not is_grouped else ():
-                assert len(part) == 1 or len(part) * max(lengths[i] for i in part) <= budget
-
-
-def test_spreading_by_length_takes_the_padding_and_the_waiting_out():
-    """On lengths like those of mix665k, 8 ranks: at least 1.7 times as many rows a second as in LLaVA's
-    order."""
-    text, has_image = bench_order.log_normal(3000)
-    rates = {name: 1 - bench_order.costs(bench_order.WAYS[name], text, has_image)["padding or waiting"]
-             for name in ("LLaVA's order, 16", "spread, 16, 8192 tokens", "spread, 4")}
-    llava, budget, by_number = rates.values()
-    assert budget > 1.7 * llava and by_number > 1.7 * llava
-
-
-def test_a_batch_that_the_ranks_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="batch of 8 does not divide into 3 ranks"):
-        data.split_batch(Config(batch=8, micro_batch=2), 3)
-
-
 # ---- the LLM's own chat template ---------------------------------------------------------------------------
-
-CHATML = ("{% for m in messages %}{% if loop.first %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
-          "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-LLAMA3 = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-          "{{ m.content | trim }}<|eot_id|>{% endfor %}"
-          "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
-MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-           "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
-EMPTY = "<think>\n\n</think>\n\n"  # thoughts, as Qwen3 has them: earlier answers lose them
-THINKING = (CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}"
-                           f"{EMPTY}{{% endif %}}{{{{ m.content }}}}")
-            .replace("assistant\n{% endif %}", "assistant\n"
-                     "{% if enable_thinking is defined and not enable_thinking %}"
-                     f"{EMPTY}{{% endif %}}{{% endif %}}"))
-# How Llama 3 and Qwen cut text before their BPE sees it: a stop takes the newlines behind it along.
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-
-
-def byte_level(template, bos, eos, specials, is_trimmed=False):
-    """A byte-level BPE like Llama 3's and Qwen's, trained on a few words. `is_trimmed`: as in some, the place
-    that it gives of a token is without the space in front."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    text = "What color is the shape? It is a red circle.\n user assistant\n\n"
-    tokenizer.train_from_iterator([text] * 3, trainer)
-    behind = [processors.ByteLevel(trim_offsets=True)] if is_trimmed else []
-    if bos:
-        behind.append(processors.TemplateProcessing(single=f"{bos} $A",
-                                                    special_tokens=[(bos, tokenizer.token_to_id(bos))]))
-    tokenizer.post_processor = processors.Sequence(behind)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos,
-                                   chat_template=template)
-
 
 def chat_tokenizer(family):
     """Of one of FAMILIES, or "mistral"."""
     if family == "mistral":
-        tokenizer = llama2(False)
-        tokenizer.chat_template = MISTRAL
-        return tokenizer
+        return test_ids.llama2("first", MISTRAL)
     family, is_trimmed = family.removesuffix(", trimmed"), family.endswith(", trimmed")
     if family == "llama3":
-        specials = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
-        return byte_level(LLAMA3, *specials[:2], specials, is_trimmed)
-    template = CHATML if family == "chatml" else THINKING
-    return byte_level(template, None, "<|im_end|>", ["<|im_start|>", "<|im_end|>"], is_trimmed)
+        return llama3(is_trimmed=is_trimmed)
+    return chatml(THINKING, is_trimmed=is_trimmed) if family == "thinking" else chatml(is_trimmed=is_trimmed)
 
 
 FAMILIES = ["chatml", "chatml, trimmed", "llama3", "llama3, trimmed", "thinking"]
@@ -540,7 +421,7 @@ def test_chat_labels_are_the_answers_and_their_ends(family):
     """For each kind of tokenizer: the ids are those of the rendered chat, the supervised ones decode to the
     answers."""
     tokenizer = chat_tokenizer(family)
-    ids, roles = data.tokenise(data.chat(CHAT_TURNS, tokenizer), tokenizer, True)
+    ids, roles = encode("chat", CHAT_TURNS, tokenizer)
     supervised = [i for i, role in zip(ids, roles) if role != data.CONTEXT]
     eos = tokenizer.eos_token
     said = tokenizer.decode(supervised).replace(" ", "")
@@ -551,7 +432,7 @@ def test_chat_labels_are_the_answers_and_their_ends(family):
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     if family == "thinking":  # each answer is learned behind empty thoughts, as it will be asked for
         whole = whole.replace("assistant\nIt", f"assistant\n{EMPTY}It")
-    found, roles = data.tokenise(data.chat(text, tokenizer), tokenizer, False)
+    found, roles = encode("chat", text, tokenizer, False)
     if family != "mistral":  # SentencePiece's spaces depend on where a text begins
         last = len(found) - 1
         assert roles[last] == data.END
@@ -563,8 +444,7 @@ def test_chat_labels_are_the_answers_and_their_ends(family):
 @pytest.mark.parametrize("caption", ["A red circle", "A red circle.", "A red circle.\n", "It is!"])
 def test_plain_labels_where_a_stop_and_a_newline_are_one_token(family, caption):
     tokenizer = chat_tokenizer(family)
-    pieces = data.plain([("human", data.IMAGE), ("gpt", caption)], tokenizer)
-    ids, roles = data.tokenise(pieces, tokenizer, True)
+    ids, roles = encode("plain", [("human", data.IMAGE), ("gpt", caption)], tokenizer)
     start = roles.index(data.ANSWER)
     assert ids[start - 1] == data.IMAGE_MARKER and set(roles[start:]) <= {data.ANSWER, data.END}
     assert ids[start:] == tokenizer(caption + "\n", add_special_tokens=False).input_ids
@@ -574,8 +454,7 @@ def test_plain_labels_where_a_stop_and_a_newline_are_one_token(family, caption):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_image_stands_at_the_first_position(family):
     tokenizer = chat_tokenizer(family)
-    pieces = data.plain([("human", data.IMAGE), ("gpt", "A red circle.")], tokenizer)
-    ids, roles = data.tokenise(pieces, tokenizer, True)
+    ids, roles = encode("plain", [("human", data.IMAGE), ("gpt", "A red circle.")], tokenizer)
     bos = tokenizer("").input_ids
     assert ids[: ids.index(data.IMAGE_MARKER)] == (bos or tokenizer("\n", add_special_tokens=False).input_ids)
     assert roles[0] == data.CONTEXT
@@ -585,16 +464,32 @@ def test_no_image_stands_at_the_first_position(family):
 def test_chat_answers_lose_the_space_around_them(answer):
     for family in FAMILIES:
         tokenizer = chat_tokenizer(family)
-        pieces = data.chat([("human", "What?"), ("gpt", answer)], tokenizer)
-        ids, roles = data.tokenise(pieces, tokenizer, False)
+        ids, roles = encode("chat", [("human", "What?"), ("gpt", answer)], tokenizer, False)
         said = tokenizer.decode([i for i, role in zip(ids, roles) if role != data.CONTEXT])
         assert said == answer.strip() + tokenizer.eos_token
 
 
+def test_a_template_that_tells_the_date_tells_one():
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("Be kind.", "{{ strftime_now('%d %b %Y') }}")
+    assert "26 Jul 2024" in data.chat(tokenizer).opening
+
+
+@pytest.mark.parametrize("added, bos", [("<s> $A </s>", [1]), ("$A </s>", []), ("<s> $A", [1])])
+def test_only_bos_opens_a_row_whatever_the_tokenizer_adds(added, bos):
+    tokenizer = llama2(False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=added, special_tokens=[("<s>", 1), ("</s>", 2)])
+    ids, roles = encode("v1", [("human", "What?"), ("gpt", "Red.")], tokenizer, False)
+    assert ids[: len(bos) + 1] == [*bos, HEAD[1][1][0]] and ids.count(2) == 1 and roles[-1] == END
+
+
 def test_a_question_ends_with_what_training_put_before_the_answer():
     tokenizer = chat_tokenizer("thinking")
-    asked, = data.chat(CHAT_TURNS[:1], tokenizer)
-    assert asked == data.chat(CHAT_TURNS, tokenizer)[0] and asked[0].endswith(f"assistant\n{EMPTY}")
+    asked, _ = encode("chat", CHAT_TURNS[:1], tokenizer)
+    ids, roles = encode("chat", CHAT_TURNS, tokenizer)
+    assert ids[: roles.index(ANSWER)] == asked
+    assert tokenizer.decode(asked[asked.index(IMAGE_MARKER) + 1 :]).endswith(f"assistant\n{EMPTY}")
 
 
 BORDERS = [  # pieces; "end" is the tokenizer's own end token
@@ -626,42 +521,21 @@ def test_roles_follow_the_text_where_characters_take_several_tokens(name, pieces
 @pytest.mark.parametrize("pieces", BORDERS)
 def test_trimmed_places_of_tokens_change_no_label(pieces):
     trimmed, plain = chat_tokenizer("chatml, trimmed"), chat_tokenizer("chatml")
-    places = [t("It is red", return_offsets_mapping=True).offset_mapping for t in (trimmed, plain)]
-    assert places == [[(0, 2), (3, 5), (6, 9)], [(0, 2), (2, 5), (5, 9)]]  # or nothing is tested here
+    places = [t("What is red", return_offsets_mapping=True).offset_mapping for t in (trimmed, plain)]
+    assert places == [[(0, 4), (5, 7), (8, 11)], [(0, 4), (4, 7), (7, 11)]]  # or nothing is tested here
     assert data.tokenise(pieces, trimmed, False) == data.tokenise(pieces, plain, False)
 
 
-def test_chat_templates_that_fit_no_labels_are_refused():
+CONTENT = "{% for m in messages %}{{ m.content }}"
+
+
+@pytest.mark.parametrize("template, message", [
+    (f"{{{{ messages | length }}}}{CONTENT}{{{{ eos_token }}}}{{% endfor %}}", "rewrites earlier turns"),
+    (f"{CONTENT.replace('m.content', 'm.content[0].text')}{{% endfor %}}", "drops a question"),
+    (f"{CONTENT}\n{{% endfor %}}", "does not end an answer"),
+    (None, "no chat template")])
+def test_chat_templates_that_fit_no_labels_are_refused(template, message):
     tokenizer = chat_tokenizer("chatml")
-    tokenizer.chat_template = ("{{ messages | length }}{% for m in messages %}{{ m.content }}{{ eos_token }}"
-                               "{% endfor %}")
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
-        data.chat(CHAT_TURNS, tokenizer)
-    tokenizer.chat_template = ("{% for m in messages %}{% for x in m.content %}{{ x.text }}{% endfor %}"
-                               "{% endfor %}")
-    with pytest.raises(ValueError, match="drops the question"):
-        data.chat(CHAT_TURNS, tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
-    with pytest.raises(ValueError, match="does not end an answer"):
-        data.chat(CHAT_TURNS, tokenizer)
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="no chat template"):
-        data.chat(CHAT_TURNS, tokenizer)
-
-
-# ---- check -------------------------------------------------------------------------------------------------
-
-
-def test_check_lists_faults_and_writes_a_clean_list(toy, tmp_path, monkeypatch, capsys):
-    records = json.loads((toy / "align.json").read_text())[:4]
-    records[1]["image"] = "gone.png"
-    records[2]["conversations"] = []
-    (tmp_path / "d.json").write_text(json.dumps(records))
-    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(tmp_path / "d.json"), str(toy / "images")])
-    with pytest.raises(SystemExit) as end:
-        data.main()
-    printed = capsys.readouterr().out
-    assert end.value.code == 1
-    assert "record 1" in printed and "gone.png" in printed and "record 2" in printed
-    assert "2 of 4 records are good" in printed
-    assert len(load_records(tmp_path / "d.clean.json")) == 2
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        data.chat(tokenizer)

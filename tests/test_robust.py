@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,17 @@ from conftest import ROOT, llama_config, shaken
 from eval import BENCHES
 from llm import LLM, load_llm_config
 from projector import VLM
-from test_data import CHAT_TURNS, CHATML, TEXT, TOWER, byte_level, chat_tokenizer, llama2, record
+from running import checkpoint
+from running.check import check
+from running.options import configure, parse_args
+from test_check import pictured, write_records
+from test_data import CHAT_TURNS, TEXT, TOWER, chat_tokenizer, encode, llama2, record
+from test_ids import CHATML, QWEN3, chatml
 from test_train import HERE, called, how_it_ends, log_of, script, start, trained
 from test_train import world  # noqa: F401 (a fixture)
 from vit import ViT, ViTConfig, load_vit_config
 from plumbing.weights import read_shard, read_weights
-from plumbing.tokenizer import check_vocabulary, load_tokenizer
+from plumbing.tokenizer import load_tokenizer
 from running.records import load_records
 
 CPU = torch.device("cpu")
@@ -131,31 +137,9 @@ def bad_images(folder, rng):
         yield how, value, how != "fine" or value.shape == (3, 32, 32)
 
 
-ODD = [
-    None,
-    True,
-    0,
-    -1,
-    1e400,
-    10**30,
-    "",
-    "x",
-    "\ud800",
-    "a\0b",
-    [],
-    [[]],
-    {},
-    {"x": []},
-    [None],
-    "<image>",
-    "<image>\n<image>",
-    "</s>",
-    "é" * 3000,
-    "../../x.png",
-    "/etc/passwd",
-    "a" * 300,
-    "\U000f0000\U00100000",
-]
+ODD = [None, True, 0, -1, 1e400, 10**30, "", "x", "\ud800", "a\0b", [], [[]], {}, {"x": []}, [None],
+       "<image>", "<image>\n<image>", "</s>", "é" * 3000, "../../x.png", "/etc/passwd", "a" * 300,
+       "\U000f0000\U00100000"]
 
 
 def bad_records(folder, rng, images, tokenizer_folder):
@@ -171,7 +155,7 @@ def bad_records(folder, rng, images, tokenizer_folder):
         place[0][place[1]] = odd
         file = folder / f"{number}.json"
         file.write_text(json.dumps([TEXT, bad]))
-        how, value = outcome(data.check, file, images, None, tokenizer_folder, "v1", 16, 200)
+        how, value = outcome(check, file, images, None, tokenizer_folder, "v1", 16, 200)
         clean = file.with_suffix(".clean.json")
         kept = len(json.loads(clean.read_text())) if clean.exists() else 2
         trains = outcome(read_all, file, images, tokenizer_folder)[0]
@@ -187,36 +171,11 @@ def read_all(file, images, tokenizer_folder):
 
 def bad_json(folder, rng):
     """Files that are no JSON, or no list of records, or too much."""
-    texts = [
-        "",
-        "[",
-        "[" * 10**5,
-        '{"a":' * 10**5,
-        "nul",
-        "[1,",
-        '["\\ud8',
-        "[" + "9" * 5000 + "]",
-        "NaN",
-        "{}",
-        "[]",
-        "\ufeff",
-        "[[]]",
-        "[1]",
-        "null",
-        '"x"',
-        "[{}]",
-        "true",
-        "[]]",
-        "{'a': 1}",
-    ]
+    texts = ["", "[", "[" * 10**5, '{"a":' * 10**5, "nul", "[1,", '["\\ud8', "[" + "9" * 5000 + "]", "NaN",
+             "{}", "[]", "\ufeff", "[[]]", "[1]", "null", '"x"', "[{}]", "true", "[]]", "{'a': 1}"]
     contents = [text.encode() for text in texts]
-    contents += [
-        b"\xff\xfe[",
-        b"\x80",
-        b"\0" * 100,
-        bytes(rng.randrange(256) for _ in range(100)),
-        b"\x1f\x8b\x08",
-    ]
+    contents += [b"\xff\xfe[", b"\x80", b"\0" * 100, bytes(rng.randrange(256) for _ in range(100)),
+                 b"\x1f\x8b\x08"]
     for number, content in enumerate(contents):
         file = folder / f"{number}.json"
         file.write_bytes(content)
@@ -238,10 +197,8 @@ def bad_weights(folder, rng, vlm):
     vlm.save(folder / "run", {"stage": "align"}, with_llm=False)
     vlm.llm.save_pretrained(folder / "llm")
     torch.save(dict(vlm.llm.named_parameters()), folder / "weights.bin")
-    files = {
-        "llm": (folder / "llm/model.safetensors").read_bytes(),
-        "bin": (folder / "weights.bin").read_bytes(),
-    }
+    files = {"llm": (folder / "llm/model.safetensors").read_bytes(),
+             "bin": (folder / "weights.bin").read_bytes()}
     for number in range(30):
         kind = ("llm", "bin")[number % 2]
         target = folder / ("llm/model.safetensors" if kind == "llm" else "llm/pytorch_model.bin")
@@ -263,7 +220,7 @@ def bad_weights(folder, rng, vlm):
 
 def bad_checkpoints(folder, rng, world):
     """The last checkpoint of a run cut, or with one bit flipped anywhere: a line, or the same weights."""
-    options = [*world[1], "--stage", "align", "--epochs", "4", "--save_every", "2", "--out", folder / "run"]
+    options = [*world[1], "--stage", "align", "--save_every", "2", "--out", folder / "run"]
     called(train.main, world[0], *options)
     expected = (folder / "run/projector.safetensors").read_bytes()
     (folder / "run/config.json").unlink()
@@ -315,12 +272,10 @@ def list_places(tree, places):
 
 def bad_configs(folder, rng, vlm, clip_folder, llama_folder):
     """Each field of each config with a value of another type."""
-    sources = {
-        "vit": (clip_folder, "config.json", lambda f: ViT(load_vit_config(f))),
-        "llm": (llama_folder, "config.json", load_llm_config),
-        "tokenizer": (llama_folder, "tokenizer_config.json", load_tokenizer),
-        "tokens": (llama_folder, "tokenizer.json", load_tokenizer),
-    }
+    sources = {"vit": (clip_folder, "config.json", lambda f: ViT(load_vit_config(f))),
+               "llm": (llama_folder, "config.json", load_llm_config),
+               "tokenizer": (llama_folder, "tokenizer_config.json", load_tokenizer),
+               "tokens": (llama_folder, "tokenizer.json", load_tokenizer)}
     for kind, (source, name, load) in sources.items():
         shutil.copytree(source, folder / kind)
         config = json.loads((folder / kind / name).read_text())
@@ -340,80 +295,30 @@ def bad_configs(folder, rng, vlm, clip_folder, llama_folder):
 
 def ask_a_run(folder):
     vlm, tokenizer, config = evaluation.load_run(folder, CPU)
-    return evaluation.ask(
-        vlm, tokenizer, [{"id": 1, "prompt": "Is it red?", "image": None}], config["template"], 2
-    )
+    return evaluation.ask(vlm, tokenizer, [{"id": 1, "prompt": "Is it red?", "image": None}],
+                          config["template"], 2)
 
 
-BAD_FLAGS = [
-    "--batch 0",
-    "--batch -1",
-    "--batch x",
-    "--batch 1.5",
-    "--batch 7 --micro_batch 2",
-    "--micro_batch 0",
-    "--lr nan",
-    "--lr inf",
-    "--lr -1",
-    "--lr x",
-    "--epochs 0",
-    "--epochs nan",
-    "--steps -1",
-    "--steps x",
-    "--seed -1",
-    "--warmup_ratio -1",
-    "--clip -1",
-    "--clip nan",
-    "--weight_decay -1",
-    "--data_fraction 0",
-    "--data_fraction 2",
-    "--max_length 3",
-    "--max_length 0",
-    "--workers -1",
-    "--save_every -1",
-    "--feature_layer 99",
-    "--feature_layer x",
-    "--vit none",
-    "--vit /dev/null",
-    "--llm none",
-    "--llm data",
-    "--images none",
-    "--images /dev/null",
-    "--annotations none",
-    "--annotations data",
-    "--annotations /dev/null",
-    "--features data",
-    "--features /dev/null",
-    "--projector none",
-    "--projector mlp0x_gelu",
-    "--projector pixel_shuffle --feature_layer -99",
-    "--template none",
-    "--fit none",
-    "--dtype int8",
-    "--contrastive x",
-    "--contrastive_weight nan",
-    "--contrastive_balance -1",
-    "--prompt x",
-    "--prompt |",
-    "--checkpointing x",
-    "--shard x",
-    "--resume",
-    "--resume x",
-    "--preset x",
-    "--stage x",
-    "--out /dev/null/x",
-    "--out data/toy/align.json",
-    "--nothing",
-    "extra",
-    "--init x --stage instruct",
-]
+BAD_FLAGS = ["--batch 0", "--batch -1", "--batch x", "--batch 1.5", "--batch 7 --micro_batch 2",
+             "--micro_batch 0", "--lr nan", "--lr inf", "--lr -1", "--lr x", "--epochs 0", "--epochs nan",
+             "--steps -1", "--steps x", "--seed -1", "--warmup_ratio -1", "--clip -1", "--clip nan",
+             "--weight_decay -1", "--data_fraction 0", "--data_fraction 2", "--max_length 3",
+             "--max_length 0", "--workers -1", "--save_every -1", "--feature_layer 99", "--feature_layer x",
+             "--vit none", "--vit /dev/null", "--llm none", "--llm data", "--images none",
+             "--images /dev/null", "--annotations none", "--annotations data", "--annotations /dev/null",
+             "--features data", "--features /dev/null", "--projector none", "--projector mlp0x_gelu",
+             "--projector pixel_shuffle --feature_layer -99", "--template none", "--fit none", "--dtype int8",
+             "--contrastive x", "--contrastive_weight nan", "--contrastive_balance -1", "--prompt x",
+             "--prompt |", "--checkpointing x", "--shard x", "--resume", "--resume x", "--preset x",
+             "--stage x", "--out /dev/null/x", "--out data/toy/align.json", "--nothing", "extra",
+             "--init x --stage instruct"]
 
 
 def bad_flags(folder, world):
-    """Each on a run that would take one step; and nothing is left behind."""
+    """Each on a run that would take two steps; and nothing is left behind."""
     for number, flags in enumerate(BAD_FLAGS):
         out = [] if "--out" in flags else ["--out", folder / str(number)]
-        argv = [*world[1], "--stage", "align", "--steps", "1", *out, *flags.split(" ")]
+        argv = [*world[1], "--stage", "align", "--steps", "2", *out, *flags.split(" ")]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stderr", io.StringIO())
             how, value = outcome(called, train.main, world[0], *argv)
@@ -423,16 +328,10 @@ def bad_flags(folder, world):
 def test_bad_inputs_end_in_a_line_and_lose_nothing(tmp_path, world, clip_folder, llama_folder, capsys):
     rng, vlm = random.Random(int(os.environ.get("SEED", 0))), VLM.from_towers(clip_folder, llama_folder)
     images = world[0] / "data/toy/images"
-    kinds = {
-        "images": (bad_images,),
-        "records": (bad_records, images, llama_folder),
-        "JSON": (bad_json,),
-        "weights": (bad_weights, vlm),
-        "checkpoints": (bad_checkpoints, world),
-        "benchmarks": (bad_benchmarks,),
-        "configs": (bad_configs, vlm, clip_folder, llama_folder),
-        "flags": (lambda folder, _, world: bad_flags(folder, world), world),
-    }
+    kinds = {"images": (bad_images,), "records": (bad_records, images, llama_folder), "JSON": (bad_json,),
+             "weights": (bad_weights, vlm), "checkpoints": (bad_checkpoints, world),
+             "benchmarks": (bad_benchmarks,), "configs": (bad_configs, vlm, clip_folder, llama_folder),
+             "flags": (lambda folder, _, world: bad_flags(folder, world), world)}
     rows, faults = [], []
     for kind, (make, *args) in kinds.items():
         (tmp_path / kind).mkdir()
@@ -446,14 +345,10 @@ def test_bad_inputs_end_in_a_line_and_lose_nothing(tmp_path, world, clip_folder,
                 faults.append(f"{kind} {counts['cases']}: {how}: {str(value)[:300]}")
         rows.append((kind, *counts.values()))
     rows.append(("all", *map(sum, list(zip(*rows))[1:])))
+    head = ("kind", "cases", "silent losses", "tracebacks", "hangs")
     with capsys.disabled():
-        print(
-            "\n"
-            + "\n".join(
-                f"{name!s:<12}" + "".join(f"{number!s:>15}" for number in numbers)
-                for name, *numbers in [("kind", "cases", "silent losses", "tracebacks", "hangs"), *rows]
-            )
-        )
+        for name, *numbers in [head, *rows]:
+            print(f"\n{name:<12}" + "".join(f"{number!s:>15}" for number in numbers), end="")
     assert not faults, "\n".join(faults)
     assert rows[-1][1] >= 300
 
@@ -461,80 +356,12 @@ def test_bad_inputs_end_in_a_line_and_lose_nothing(tmp_path, world, clip_folder,
 # ---- 1, 8, 17: files of pictures ---------------------------------------------------------------------------
 
 
-def check_command(capsys, monkeypatch, *args):
-    """(exit status, what it prints) of `python data.py check`."""
-    monkeypatch.setattr(sys, "argv", ["data.py", "check", *map(str, args)])
-    with pytest.raises(SystemExit) as end:
-        data.main()
-    return end.value.code, capsys.readouterr().out
-
-
-def write_records(file, *records):
-    file.write_text(json.dumps(records))
-    return file
-
-
-def pictured(image, question="<image>\nWhat color is it?", answer="red"):
-    return record(question, answer, image=image)
-
-
-def test_check_lists_whatever_a_decoder_raises_and_goes_on(tmp_path, toy, monkeypatch, capsys):
-    """A bomb, a picture of which Pillow says something that is no OSError, an unknown mode, text that a
-    tokenizer refuses; in training, too, each is a line."""
-    good = sorted((toy / "images").iterdir())[0]
-    shutil.copy(good, tmp_path / "good.png")
-    Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")
-    for name, error in (("runtime", RuntimeError), ("index", IndexError), ("struct", EOFError)):
-        (tmp_path / f"{name}.png").write_bytes(good.read_bytes())
-    real = Image.open
-
-    def opened(file):
-        errors = {"runtime.png": RuntimeError("decoder"), "index.png": IndexError(), "struct.png": EOFError()}
-        if Path(file).name in errors:
-            raise errors[Path(file).name]
-        return real(file)
-
-    monkeypatch.setattr(Image, "open", opened)
-    names = ["good.png", "bomb.png", "runtime.png", "index.png", "struct.png"]
-    file = write_records(tmp_path / "d.json", *map(pictured, names), record("q", "\ud800 a"))
-    status, printed = check_command(
-        capsys, monkeypatch, file, tmp_path, "--llm", ROOT / "lab/towers/tiny-llm"
-    )
-    assert status == 1 and "1 of 6 records are good" in printed
-    assert len(load_records(tmp_path / "d.clean.json")) == 1
-    for part in (
-        "14000 x 14000 pixels; raise data.py's MAX_PIXELS",
-        "runtime.png: not a readable image: RuntimeError: dec",
-        "IndexError",
-        "EOFError",
-        "record 5 (id 'r'): TypeError",
-    ):
-        assert part in printed
-    samples = data.Conversations(load_records(file), tmp_path, llama2(False), "v1", TOWER, "pad")
-    for number in range(1, 6):
-        with pytest.raises(ValueError, match="^record 'r': [^\n]*$"):
-            samples[number]
-
-
 def test_a_loader_process_names_the_record_too(tmp_path, world):
     Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")
     file = write_records(tmp_path / "d.json", *[pictured("bomb.png")] * 8)
     for workers in ("0", "1"):
-        last = how_it_ends(
-            train.main,
-            world[0],
-            *world[1],
-            "--stage",
-            "align",
-            "--annotations",
-            file,
-            "--images",
-            tmp_path,
-            "--workers",
-            workers,
-            "--out",
-            tmp_path / "out",
-        )
+        last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", "--annotations", file,
+                           "--images", tmp_path, "--workers", workers, "--out", tmp_path / "out")
         assert re.match(r"train.py: .*record 'r': .*bomb.png: not a readable image: 14000 x 14000", last)
 
 
@@ -553,9 +380,8 @@ def test_pictures_stand_upright(tmp_path, orientation, ending):
 
 
 def test_damaged_exif_data_leave_the_picture_as_it_is(tmp_path):
-    Image.new("RGB", (8, 4), "red").save(
-        tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 20
-    )
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "x.jpg",
+                                         exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 20)
     assert data.load_image(tmp_path / "x.jpg").size == (8, 4)
 
 
@@ -600,36 +426,24 @@ def test_strips_take_no_gigabytes(size, fit, monkeypatch):
     assert max(largest) <= data.MAX_PIXELS
 
 
-NAMES_THAT_LEAVE = [
-    "/etc/passwd",
-    "../secret.png",
-    "a/../../secret.png",
-    "link.png",
-    "folder/secret.png",
-    "loop.png",
-]
-
-
-@pytest.mark.parametrize("name", NAMES_THAT_LEAVE)
-def test_an_image_lies_in_its_folder(tmp_path, monkeypatch, capsys, name):
+@pytest.mark.parametrize("name, message", [
+    *[(name, "leads out of") for name in ("/etc/passwd", "../secret.png", "a/../../secret.png")],
+    ("out/../secret.png", "no such image"), ("loop.png", "no such image")])
+def test_a_name_leads_to_no_picture_outside_the_folder(tmp_path, name, message):
+    """A link in the folder may: whoever has the pictures made it."""
     images = tmp_path / "images"
     (images / "a").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
     shutil.copy(tmp_path / "secret.png", images / "a/inside.png")
-    (images / "link.png").symlink_to("../secret.png")
-    (images / "folder").symlink_to("..")
-    (images / "loop.png").symlink_to("loop.png")
-    (images / "within.png").symlink_to("a/inside.png")
-    file = write_records(tmp_path / "d.json", *map(pictured, ["within.png", "a/../within.png", name]))
-    status, printed = check_command(capsys, monkeypatch, file, images)
-    assert "2 of 3 records are good" in printed
-    assert (
-        f"record 2 (id 'r'): {name!r} leads out" in printed or "no such image" in printed and "loop" in name
-    )
+    for link, target in (("out", ".."), ("loop.png", "loop.png"), ("within.png", "a/inside.png")):
+        (images / link).symlink_to(target)
+    names = ["within.png", "a/../within.png", "out/secret.png", name]
+    file = write_records(tmp_path / "d.json", *map(pictured, names))
+    assert outcome(check, file, images) == ("fine", 1)
     samples = data.Conversations(load_records(file), images, llama2(False), "v1", TOWER, "pad")
-    assert samples[0]["pixels"].shape == (3, 32, 32)
-    with pytest.raises(ValueError, match="record 'r': .*(leads out of|no such image)"):
-        samples[2]
+    assert all(samples[i]["pixels"].shape == (3, 32, 32) for i in range(3))
+    with pytest.raises(ValueError, match=f"record 'r': .*{message}"):
+        samples[3]
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
@@ -644,10 +458,8 @@ def test_pipes_and_folders_are_no_files(tmp_path, make):
 def test_no_code_of_a_folder_is_run(tmp_path, llama_folder, clip_folder):
     folder = shutil.copytree(llama_folder, tmp_path / "llm")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    for name, classes in (
-        ("config.json", {"AutoConfig": "evil.C"}),
-        ("tokenizer_config.json", {"AutoTokenizer": ["evil.T", "evil.T"]}),
-    ):
+    for name, classes in (("config.json", {"AutoConfig": "evil.C"}),
+                          ("tokenizer_config.json", {"AutoTokenizer": ["evil.T", "evil.T"]})):
         content = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(content | {"auto_map": classes, "tokenizer_class": "Evil"}))
     with limited(10):  # to ask, and wait for an answer, would be too long
@@ -666,9 +478,7 @@ def test_no_code_of_a_folder_is_run(tmp_path, llama_folder, clip_folder):
 TOKENIZERS = {
     "llama2": lambda: llama2(False),
     "legacy": lambda: llama2(True),
-    **{
-        name: (lambda name=name: chat_tokenizer(name)) for name in ("chatml", "llama3", "thinking", "mistral")
-    },
+    **{name: partial(chat_tokenizer, name) for name in ("chatml", "llama3", "thinking", "mistral")},
 }
 
 
@@ -682,18 +492,13 @@ def test_typed_special_tokens_are_text(name, template):
         return
     eos, special = tokenizer.eos_token, set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for typed in (
-        eos,
-        f"red {eos} blue {eos}",
-        f"{eos}<image>{eos}",
-        tokenizer.all_special_tokens[-1],
-        "\U00100000",
-    ):
+    for typed in (eos, f"red {eos} blue {eos}", f"{eos}<image>{eos}", tokenizer.all_special_tokens[-1],
+                  "\U00100000"):
         rows = []
         for text in (typed, "red"):
             turns = [("human", f"<image>\n{text}"), ("gpt", text), ("human", text), ("gpt", text)]
             turns = turns[:2] if template == "plain" else turns
-            ids, roles = data.tokenise(data.TEMPLATES[template](turns, tokenizer), tokenizer, True)
+            ids, roles = encode(template, turns, tokenizer)
             rows.append([(i, role) for i, role in zip(ids, roles) if i in special or i == data.IMAGE_MARKER])
             said = tokenizer.decode([i for i, role in zip(ids, roles) if role == data.ANSWER])
             if text.isascii() and template == "plain":
@@ -702,18 +507,16 @@ def test_typed_special_tokens_are_text(name, template):
 
 
 @pytest.mark.parametrize("is_special", [False, True])
-def test_ids_without_a_row_are_text(is_special, tmp_path):
+def test_ids_without_a_row_are_text(is_special):
     """LLaVA's tokenizer for Vicuna has <image> and more behind the vocabulary, which a record may say."""
-    tokenizer = llama2(False)
-    rows = max(tokenizer.get_vocab().values()) + 1
+    tokenizer = chatml()
+    rows = len(tokenizer)
     tokenizer.add_tokens(["<image>", "<video>"], special_tokens=is_special)
-    check_vocabulary(tokenizer, rows)
+    tokenizer.rows = rows
     for text in ("What is <image>?", "<video>", "<image>"):
-        ids, _ = data.tokenise(data.v1([("human", text), ("gpt", text)], tokenizer), tokenizer, False)
-        assert max(ids) < rows and text in tokenizer.decode(ids)
-        ids, _ = data.tokenise(
-            data.v1([("human", f"<image>\n{text}"), ("gpt", text)], tokenizer), tokenizer, True
-        )
+        ids, _ = encode("v1", [("human", text), ("gpt", text)], tokenizer, False)
+        assert max(ids) < rows and tokenizer.decode(ids).count(text.replace("<", "< ")) == 2
+        ids, _ = encode("v1", [("human", f"<image>\n{text}"), ("gpt", text)], tokenizer)
         assert max(ids) < rows and ids.count(data.IMAGE_MARKER) == 1
 
 
@@ -735,93 +538,11 @@ def test_a_template_whose_tokens_have_no_row_is_refused_before_loading(tmp_path,
     assert "the LLM has no embedding for '<|im_" in last
 
 
-def test_check_counts_typed_special_tokens(tmp_path, toy, llama_folder, monkeypatch, capsys):
-    file = write_records(
-        tmp_path / "d.json",
-        TEXT,
-        record("What is </s>?", "an end"),
-        record("q", "red </s> blue"),
-        record("What is <image>?", "a marker"),
-    )
-    for more in ([], ["--llm", llama_folder]):
-        status, printed = check_command(capsys, monkeypatch, file, toy / "images", *more)
-        assert status == 0 and "3 of them have the name of a special token in their text" in printed
-
-
-def test_check_and_the_start_of_a_run_know_the_stage(tmp_path, world, llama_folder, monkeypatch, capsys):
-    images = world[0] / "data/toy/images"
-    good = pictured(sorted(images.iterdir())[0].name)
-    many = good | {"conversations": good["conversations"] * 1 + record("more?", "no")["conversations"]}
-    long = record("red " * 300, "a", "<image> b", "c", image=good["image"])
-    unsaid = record("<image>\n" + "red " * 300, "a", image=good["image"])
-    file = write_records(tmp_path / "d.json", *[good] * 8, TEXT, many, long, unsaid)
-    _, printed = check_command(capsys, monkeypatch, file, images)
-    assert "12 of 12" in printed
-    _, printed = check_command(capsys, monkeypatch, file, images, "--stage", "align")
-    assert "9 of 12" in printed and printed.count("not an image with one caption") == 3
-    for stage, bad in (("align", "8 of 12"), ("instruct", "10 of 12")):
-        options = ["--stage", stage, "--llm", llama_folder, "--image_tokens", "16", "--max_length", "256"]
-        _, printed = check_command(capsys, monkeypatch, file, images, *options)
-        assert ("the image does not fit into 256 tokens" in printed) == (stage == "instruct")
-        assert "record 11 (id 'r'): has no word of an answer within 256 tokens" in printed or stage == "align"
-    options = [
-        "--annotations",
-        file,
-        "--max_length",
-        "256",
-        "--out",
-        tmp_path / "out",
-        "--batch",
-        "1",
-        "--micro_batch",
-        "1",
-    ]
-    started = []
-    monkeypatch.setattr(train, "load_model", lambda *_: started.append(1))
-    last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", *options)
-    assert "d.json: record 8 (id 'r') is not an image with one caption" in last
-    last = how_it_ends(
-        train.main,
-        world[0],
-        *world[1],
-        "--stage",
-        "align",
-        "--contrastive",
-        "none",
-        "--template",
-        "v1",
-        *options,
-    )
-    assert "record 'r': the image does not fit into 256 tokens" in last and not started
-
-
-@pytest.mark.parametrize(
-    "image, found",
-    [
-        (None, None),
-        ("", None),
-        ([], None),
-        (["a.png"], "a.png"),
-        ([""], None),
-        ([None], None),
-        ("a.png", "a.png"),
-    ],
-)
-def test_an_image_may_be_null_empty_or_a_list_of_one(tmp_path, monkeypatch, capsys, image, found):
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    text = "<image>\nWhat?" if found else "What is <image>?"
-    file = write_records(tmp_path / "d.json", record(text, "red", image=image))
-    status, printed = check_command(capsys, monkeypatch, file, tmp_path)
-    assert status == 0 and "1 of 1 records are good" in printed
-    (loaded,) = load_records(file)
-    assert loaded.get("image") == found
-    sample = data.Conversations([loaded], tmp_path, llama2(False), "v1", TOWER, "pad")[0]
-    assert (sample["pixels"] is not None) == bool(found)
-
-
-@pytest.mark.parametrize("image", [["a.png", "b.png"], 5, {"x": 1}, [5], True, [["a.png"]]])
-def test_other_images_are_refused(tmp_path, image):
-    with pytest.raises(ValueError, match="not a file name"):
+@pytest.mark.parametrize("image, message", [
+    (["a.png", "b.png"], "has 2 images; one is supported"),
+    *[(odd, "not a file name") for odd in (5, {"x": 1}, [5], True, [["a.png"]])]])
+def test_other_images_are_refused(tmp_path, image, message):
+    with pytest.raises(ValueError, match=message):
         load_records(write_records(tmp_path / "d.json", record("<image>\nq", "a", image=image)))
 
 
@@ -842,17 +563,8 @@ def stopped(world, tmp_path):
     whole.safetensors)."""
     own = tmp_path / "align.json"
     shutil.copy(world[0] / "data/toy/align.json", own)
-    options = [
-        *world[1],
-        "--stage",
-        "align",
-        "--annotations",
-        own,
-        "--save_every",
-        "2",
-        "--out",
-        tmp_path / "cut",
-    ]
+    options = [*world[1], "--stage", "align", "--annotations", own, "--save_every", "2", "--out",
+               tmp_path / "cut"]
     called(train.main, world[0], *options)
     shutil.copy(tmp_path / "cut/projector.safetensors", tmp_path / "whole.safetensors")
     for name in ("config.json", "projector.safetensors"):
@@ -865,27 +577,35 @@ def change_caption(records):
     return records
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda records: records[:-1],
-        lambda records: records[:4],
-        change_caption,
-        lambda records: records[::-1],
-        lambda records: records * 2,
-    ],
-)
+@pytest.mark.parametrize("change", [
+    lambda records: records[:-1], lambda records: records[:8], change_caption, lambda records: records[::-1],
+    lambda records: records * 2])
 def test_other_records_are_refused_on_resume(world, stopped, change):
     options, out, file = stopped
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     log = (out / "log.jsonl").read_text()
     last = how_it_ends(train.main, world[0], *options, "--resume")
-    assert re.match(
-        r"train.py: .*checkpoint-0000004: saved with another records; .*, remove .*made_of.json$", last
-    )
+    assert re.match("train.py: .*checkpoint-0000004: saved with another records( and pictures)?; .*, remove "
+                    ".*made_of.json$", last)
     assert (out / "log.jsonl").read_text() == log
     (out / "checkpoint-0000004/made_of.json").unlink()  # on purpose; also where nothing is left to do
     called(train.main, world[0], *options, "--resume")
+    assert (out / "config.json").exists()
+
+
+def test_pictures_of_another_size_are_a_warning_on_resume(world, stopped, tmp_path):
+    options, out, file = stopped
+    images = shutil.copytree(world[0] / "data/toy/images", tmp_path / "images")
+    assert "saved with images" in how_it_ends(train.main, world[0], *options, "--resume", "--images", images)
+    picture = images / json.loads(file.read_text())[0]["image"]
+    original = world[0] / "data/toy/images" / picture.name
+    kept = original.read_bytes()
+    try:
+        Image.new("RGB", (77, 77), "red").save(original)
+        said = called(train.main, world[0], *options, "--resume")
+    finally:
+        original.write_bytes(kept)
+    assert "warning: " in said and "some pictures have another size now" in said
     assert (out / "config.json").exists()
 
 
@@ -930,7 +650,7 @@ def test_resume_of_a_finished_run_and_of_none(world, stopped, tmp_path):
     assert ((out / "projector.safetensors").read_bytes(), (out / "log.jsonl").read_text()) == (weights, log)
     assert not Path(f"{out}.old").exists()
     other = how_it_ends(train.main, world[0], *options, "--resume", "--lr", "0.5")
-    assert "config.json: saved with lr 0.002, resumed with 0.5" in other
+    assert re.search(r"config.json: finished .*: saved with lr 0.002, resumed with 0.5$", other)
     last = how_it_ends(train.main, world[0], *options[:-1], tmp_path / "none", "--resume")
     assert last == f"train.py: {tmp_path}/none: no run to resume; without --resume one begins there"
     assert not (tmp_path / "none").exists()
@@ -959,28 +679,26 @@ def saved_and_cut_anew(rank, ranks, folder, old, shard, clip_folder, llama_folde
                 generator = torch.Generator().manual_seed(100 * step + number)
                 (parameter * torch.randn(parameter.shape, generator=generator)).sum().backward()
             optimizer.step(1e-2)
-        train.save_checkpoint(config, 2, optimizer, terms, {})
+        checkpoint.save(config, 2, optimizer, terms, {})
     else:
-        assert train.load_checkpoint(config, optimizer, terms, {}) == 2
-    found, order = {}, sorted(optimizer.buckets, key=lambda bucket: bucket.parameters[0].ndim <= 1)
-    for number, bucket in enumerate(order):  # what belongs to real parameters, of all ranks together
-        n, kept = sum(p.numel() for p in bucket.parameters), optimizer.adamw.state[bucket.master]
-        for name, flat in (("master", bucket.master), ("m", kept["exp_avg"]), ("v", kept["exp_avg_sq"])):
+        assert checkpoint.load(config, optimizer, terms, {}) == 2
+    found = {}
+    for number, bucket in enumerate(optimizer.buckets):  # without the padding, of all ranks together
+        for name in ("master", "m", "v"):
+            flat = getattr(bucket, name).detach()
             if optimizer.shard:
                 parts = [torch.empty_like(flat) for _ in range(ranks)]
-                torch.distributed.all_gather(parts, flat.detach().contiguous())
+                torch.distributed.all_gather(parts, flat.contiguous())
                 flat = torch.cat(parts)
-            found[number, name] = flat.detach()[:n].clone()
-        found[number, "step"] = kept["step"]
+            found[number, name] = flat[: bucket.size].clone()
+        found[number, "steps"] = bucket.steps
     return found, {name: p.detach().clone() for name, p in vlm.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    "old, new, shard", [(1, 2, True), (2, 1, True), (2, 3, True), (3, 2, False), (1, 3, False)]
-)
-def test_a_checkpoint_goes_on_on_another_number_of_ranks(
-    ranks, tmp_path, clip_folder, llama_folder, old, new, shard
-):
+@pytest.mark.parametrize("old, new, shard",
+                         [(1, 2, True), (2, 1, True), (2, 3, True), (3, 2, False), (1, 3, False)])
+def test_a_checkpoint_goes_on_on_another_number_of_ranks(ranks, tmp_path, clip_folder, llama_folder, old, new,
+                                                         shard):
     """Masters, moments, counts and weights: every bit, whatever the padding of the buckets is."""
     args = (tmp_path, old, shard, clip_folder, llama_folder)
     before = ranks(old, saved_and_cut_anew, *args)[0]
@@ -989,12 +707,18 @@ def test_a_checkpoint_goes_on_on_another_number_of_ranks(
     assert holds == [True] + [shard] * (old - 1)  # unsharded, all ranks have the same: one writes it
     for after in ranks(new, saved_and_cut_anew, *args):
         for ours, theirs in zip(after, before):
-            ratio = old if not shard else 1  # unsharded sums over equal ranks: the gradients above add up
-            assert ours.keys() == theirs.keys() and ratio
+            assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_a_run_goes_on_on_another_number_of_ranks(world, tmp_path):
+def stage_of(rank, ranks, folder, argv):
+    """Run the align stage on these ranks."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
+        patch.chdir(folder)
+        train.train_stage(configure("align", parse_args(argv)), CPU)
+
+
+def test_a_run_goes_on_on_another_number_of_ranks(world, ranks, tmp_path):
     """Saved by one process, resumed by two, sharded: to rounding, the log of an undisturbed run."""
     options = ["--stage", "align", "--epochs", "4", "--save_every", "3", "--shard", "True", "--out"]
     called(train.main, world[0], *world[1], *options, tmp_path / "whole")
@@ -1002,7 +726,8 @@ def test_a_run_goes_on_on_another_number_of_ranks(world, tmp_path):
     (tmp_path / "cut/config.json").unlink()
     for old in sorted((tmp_path / "cut").glob("checkpoint-*"))[1:]:
         shutil.rmtree(old)
-    script(world, *options, tmp_path / "cut", "--resume", launch=["--nproc_per_node=2", *HERE])
+    argv = [str(arg) for arg in (*world[1], *options, tmp_path / "cut", "--resume")]
+    ranks(2, stage_of, world[0], argv)
     for ours, theirs in zip(log_of(tmp_path / "cut"), log_of(tmp_path / "whole"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
 
@@ -1018,9 +743,8 @@ def small_disk(tmp_path):
     def mount(size):
         folder = tmp_path / f"disk-{size}"
         folder.mkdir()
-        if subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder], capture_output=True
-        ).returncode:
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder],
+                          capture_output=True).returncode:
             pytest.skip("may not mount")
         made.append(folder)
         return folder
@@ -1032,9 +756,8 @@ def small_disk(tmp_path):
 
 def test_the_plan_compares_the_run_with_the_free_space(world, small_disk):
     disk = small_disk(12)
-    last = how_it_ends(
-        train.main, world[0], *world[1], "--stage", "align", "--save_every", "2", "--out", disk / "a"
-    )
+    last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", "--save_every", "2", "--out",
+                       disk / "a")
     assert re.search(r"disk-12/a: the run and its checkpoints take .* GiB, and its disk has", last)
     assert not (disk / "a").exists()
 
@@ -1043,8 +766,8 @@ def test_the_plan_compares_the_run_with_the_free_space(world, small_disk):
 def test_a_disk_that_fills_up_costs_no_finished_work(world, small_disk, monkeypatch, tmp_path, save_every):
     """The plan found room, and then somebody else wrote. Without checkpoints the run is kept elsewhere; with
     them, half of one is removed, and the last complete one goes on."""
-    disk, name = small_disk(240), "save_run" if save_every == "0" else "save_checkpoint"
-    filler, save, calls = disk / "filler", getattr(train, name), []
+    disk, name = small_disk(240), "save_run" if save_every == "0" else "save"
+    filler, save, calls = disk / "filler", getattr(checkpoint, name), []
     (tmp_path / "elsewhere").mkdir()
 
     def saved(*args):
@@ -1053,8 +776,8 @@ def test_a_disk_that_fills_up_costs_no_finished_work(world, small_disk, monkeypa
             filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - 8192))
         return save(*args)
 
-    monkeypatch.setattr(train, name, saved)
-    monkeypatch.setattr(train.tempfile, "mkdtemp", lambda **_: str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(checkpoint, name, saved)
+    monkeypatch.setattr(checkpoint.tempfile, "mkdtemp", lambda **_: str(tmp_path / "elsewhere"))
     options = [*world[1], "--stage", "align", "--save_every", save_every, "--out", disk / "a"]
     last = how_it_ends(train.main, world[0], *options)
     assert (
@@ -1093,19 +816,10 @@ def original(tmp_path_factory, clip_folder, llama_folder):
     (folder / "config.json").write_text(
         json.dumps(
             config
-            | {
-                "model_type": "llava",
-                "architectures": ["LlavaLlamaForCausalLM"],
-                "image_aspect_ratio": "pad",
-                "mm_hidden_size": 32,
-                "mm_projector_type": "mlp2x_gelu",
-                "mm_use_im_patch_token": False,
-                "mm_use_im_start_end": False,
-                "mm_vision_select_feature": "patch",
-                "mm_vision_select_layer": -2,
-                "mm_vision_tower": str(clip_folder),
-                "use_mm_proj": True,
-            }
+            | {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "image_aspect_ratio": "pad",
+               "mm_hidden_size": 32, "mm_projector_type": "mlp2x_gelu", "mm_use_im_patch_token": False,
+               "mm_use_im_start_end": False, "mm_vision_select_feature": "patch",
+               "mm_vision_select_layer": -2, "mm_vision_tower": str(clip_folder), "use_mm_proj": True}
         )
     )
     return vlm.eval(), folder
@@ -1123,15 +837,13 @@ def test_llavas_own_checkpoint_opens(original, tmp_path, kind):
 
 @pytest.mark.parametrize(
     "change, message",
-    [
-        ({"mm_use_im_start_end": True}, "only those like version 1.5's"),
-        ({"mm_vision_tower": None}, "only those like"),
-        ({"mm_patch_merge_type": "spatial_unpad"}, "only those like version 1.5's"),
-        ({"model_type": "llava_mpt"}, "model_type is 'mpt'"),
-        ({"mm_projector_type": "abstractor"}, "projector 'abstractor'"),
-        ({"mm_projector_type": "mlp3x_gelu"}, "projector.4.weight"),
-        ({"mm_vision_select_layer": "x"}, "llava-v1.5: "),
-    ],
+    [({"mm_use_im_start_end": True}, "only those like version 1.5's"),
+     ({"mm_vision_tower": None}, "only those like"),
+     ({"mm_patch_merge_type": "spatial_unpad"}, "only those like version 1.5's"),
+     ({"model_type": "llava_mpt"}, "model_type is 'mpt'"),
+     ({"mm_projector_type": "abstractor"}, "projector 'abstractor'"),
+     ({"mm_projector_type": "mlp3x_gelu"}, "projector.4.weight"),
+     ({"mm_vision_select_layer": "x"}, "llava-v1.5: ")],
 )
 def test_what_llava_1_5_does_not_have_is_refused_by_name(original, tmp_path, change, message):
     folder = shutil.copytree(original[1], tmp_path / "llava-v1.5")
@@ -1142,31 +854,20 @@ def test_what_llava_1_5_does_not_have_is_refused_by_name(original, tmp_path, cha
 
 
 def test_llavas_projector_starts_the_instruct_stage(original, world, tmp_path):
-    options = ["--stage", "instruct", "--steps", "1", "--lr", "0", "--out"]
+    options = ["--stage", "instruct", "--steps", "2", "--lr", "1e-300", "--out"]  # so small that no bit moves
     for number, init in enumerate((original[1].parent / "mm_projector.bin", original[1].parent)):
         printed = trained(world, *options, tmp_path / str(number), "--init", init)
         assert "loaded projector.0.weight, projector.0.bias, projector.2.weight" in printed
         ours = VLM.from_pretrained(tmp_path / str(number)).projector.state_dict()
         assert all(torch.equal(ours[name], p) for name, p in original[0].projector.state_dict().items())
-    last = how_it_ends(
-        train.main, world[0], *world[1], *options, tmp_path / "x", "--init", init, "--projector", "linear"
-    )
+    last = how_it_ends(train.main, world[0], *world[1], *options, tmp_path / "x", "--init", init,
+                       "--projector", "linear")
     assert "mm_projector.bin" in last
 
 
-@pytest.mark.parametrize(
-    "name, template",
-    [
-        ("toy", "v1"),
-        ("llama2", "v1"),
-        ("legacy", "v1"),
-        ("chatml", "v1"),
-        ("chatml", "chat"),
-        ("llama3", "chat"),
-        ("thinking", "chat"),
-        ("mistral", "chat"),
-    ],
-)
+@pytest.mark.parametrize("name, template", [
+    ("toy", "v1"), ("llama2", "v1"), ("legacy", "v1"), ("chatml", "v1"), ("chatml", "chat"),
+    ("llama3", "chat"), ("thinking", "chat"), ("mistral", "chat")])
 def test_an_exported_folder_has_our_prompts(name, template, clip_folder, llama_folder, tmp_path):
     """Messages as an OpenAI-style server gets them, through transformers' processor: our ids, to the last;
     through its pipeline: our answer."""
@@ -1175,9 +876,8 @@ def test_an_exported_folder_has_our_prompts(name, template, clip_folder, llama_f
         tokenizer = TOKENIZERS[name]()
         tokenizer.save_pretrained(folder)
         size = max(tokenizer.get_vocab().values()) + 1
-        config = llama_config(
-            vocab_size=size, eos_token_id=tokenizer.eos_token_id, max_position_embeddings=1024
-        )
+        config = llama_config(vocab_size=size, eos_token_id=tokenizer.eos_token_id,
+                              max_position_embeddings=1024)
         shaken(transformers.LlamaForCausalLM(config)).save_pretrained(folder)
     tokenizer, vlm = load_tokenizer(folder), VLM.from_towers(clip_folder, folder).eval()
     vlm.template = template
@@ -1186,19 +886,13 @@ def test_an_exported_folder_has_our_prompts(name, template, clip_folder, llama_f
     Image.new("RGB", (40, 40), "red").save(tmp_path / "x.png")
     question = "What color is it?"
     messages = [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image", "url": str(tmp_path / "x.png")},
-                {"type": "text", "text": question},
-            ],
-        }
+        {"role": "user",
+         "content": [{"type": "image", "url": str(tmp_path / "x.png")}, {"type": "text", "text": question}]}
     ]
-    theirs = processor.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, return_dict=True
-    )
+    theirs = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True,
+                                           return_dict=True)
     turns = [("human", f"<image>\n{question}")]
-    ids, _ = data.tokenise(data.TEMPLATES[template](turns, tokenizer), tokenizer, True)
+    ids, _ = encode(template, turns, tokenizer)
     place = processor.tokenizer.convert_tokens_to_ids("<image>")
     at = ids.index(data.IMAGE_MARKER)
     assert theirs["input_ids"][0] == ids[:at] + [place] * 16 + ids[at + 1 :]
@@ -1219,8 +913,8 @@ def test_an_exported_folder_has_our_prompts(name, template, clip_folder, llama_f
 
 def test_a_turn_may_end_with_another_token_than_the_tokenizers(monkeypatch, clip_folder, tmp_path):
     """As of Qwen's base models. What is learned ends with it, and so does an answer."""
-    tokenizer = byte_level(CHATML, None, "<|endoftext|>", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    ids, roles = data.tokenise(data.chat(CHAT_TURNS, tokenizer), tokenizer, True)
+    tokenizer = chatml(eos="<|endoftext|>")
+    ids, roles = encode("chat", CHAT_TURNS, tokenizer)
     assert [tokenizer.convert_ids_to_tokens(i) for i, role in zip(ids, roles) if role == data.END] == [
         "<|im_end|>"
     ] * 2
@@ -1229,40 +923,19 @@ def test_a_turn_may_end_with_another_token_than_the_tokenizers(monkeypatch, clip
     shaken(transformers.LlamaForCausalLM(config)).save_pretrained(tmp_path)
     vlm, ends = VLM.from_towers(clip_folder, tmp_path), []
     generate = vlm.llm.generate
-    monkeypatch.setattr(
-        vlm.llm, "generate", lambda *args, **how: ends.append(how["end_tokens"]) or generate(*args, **how)
-    )
+    monkeypatch.setattr(vlm.llm, "generate", lambda *args,
+                        **how: ends.append(how["end_tokens"]) or generate(*args, **how))
     evaluation.ask(vlm, load_tokenizer(tmp_path), [{"id": 1, "prompt": "?", "image": None}], "chat", 2)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends[0]
-
-
-REAL_THOUGHTS = """{% for m in messages %}{% set last = loop.last %}<|im_start|>{{ m.role }}
-{% if m.role == 'assistant' and '</think>' in m.content %}{% if last %}<think>
-{{ m.content.split('</think>')[0].split('<think>')[-1].strip() }}
-</think>
-
-{% endif %}{{ m.content.split('</think>')[-1].strip() }}{% else %}{{ m.content }}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% if enable_thinking is defined and not enable_thinking %}<think>
-
-</think>
-
-{% endif %}{% endif %}"""
 
 
 def test_answers_may_have_thoughts():
     """Under a template like Qwen3's, which drops those of earlier turns: each answer is learned with its
     own."""
-    tokenizer = byte_level(REAL_THOUGHTS, None, "<|im_end|>", ["<|im_start|>", "<|im_end|>"])
-    turns = [
-        ("human", "What?"),
-        ("gpt", "<think>\nred or blue</think> red"),
-        ("human", "Sure?"),
-        ("gpt", "yes"),
-        ("human", "And?"),
-        ("gpt", "<think>it is </think>\n\na circle"),
-    ]
-    ids, roles = data.tokenise(data.chat(turns, tokenizer), tokenizer, False)
+    tokenizer = chatml(QWEN3)
+    turns = [("human", "What?"), ("gpt", "<think>\nred or blue</think> red"), ("human", "Sure?"),
+             ("gpt", "yes"), ("human", "And?"), ("gpt", "<think>it is </think>\n\na circle")]
+    ids, roles = encode("chat", turns, tokenizer, False)
     said = tokenizer.decode([i for i, role in zip(ids, roles) if role != data.CONTEXT])
     assert said == (
         "<think>\nred or blue\n</think>\n\nred<|im_end|>yes<|im_end|>"
@@ -1298,14 +971,8 @@ def test_no_module_or_call_that_windows_lacks_is_needed(world, tmp_path):
         "import vit, llm, projector, losses, data, eval, train; train.main(sys.argv[1:])"
     )
     argv = [*world[1], "--stage", "align", "--steps", "3", "--save_every", "1", "--out", tmp_path / "a"]
-    subprocess.run(
-        [sys.executable, "-c", code, *map(str, argv)],
-        cwd=world[0],
-        check=True,
-        timeout=120,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-    )
+    subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=world[0], check=True, timeout=120,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     assert log_of(tmp_path / "a")[2] == log_of_kept(world, tmp_path)[2]
 
 
@@ -1331,74 +998,55 @@ def test_an_error_of_one_rank_comes_first_and_ends_all(world, tmp_path):
     images = shutil.copytree(world[0] / "data/toy/images", tmp_path / "images")
     shutil.move(tmp_path / "bad.png", images / bad["image"])
     began = time.monotonic()
-    run = script(
-        world,
-        "--stage",
-        "align",
-        "--steps",
-        "6",
-        "--images",
-        images,
-        "--out",
-        tmp_path / "out",
-        launch=["--nproc_per_node=2", *HERE],
-        check=False,
-    )
+    run = script(world, "--stage", "align", "--steps", "6", "--images", images, "--out", tmp_path / "out",
+                 launch=["--nproc_per_node=2", *HERE], check=False)
     said = [line for line in run.stderr.splitlines() if "train.py: " in line or "Traceback" in line]
     assert run.returncode and time.monotonic() - began < 60
     assert re.search(f"train.py: rank [01]: record '{bad['id']}': .*not a readable image", said[0])
 
 
-@pytest.mark.parametrize("number, world_size", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_a_signal_saves_and_says_how_to_go_on(world, tmp_path, number, world_size):
-    """With loader processes, which torchrun ends too; and the run goes on to the same bits."""
-    options = [
-        "--stage",
-        "align",
-        "--epochs",
-        "15",
-        "--save_every",
-        "1000",
-        "--workers",
-        "1",
-        "--out",
-        tmp_path / "a",
-    ]
-    launch = ["--nproc_per_node=2", *HERE] if world_size == 2 else []
-    process = start(world, *options, launch=launch, stderr=subprocess.PIPE)
-    while (
-        not (tmp_path / "a/log.jsonl").exists()
-        or len((tmp_path / "a/log.jsonl").read_text().splitlines()) < 5
-    ):
+SAVED = r"train.py: stopped, and saved at step (\d+): the same command and --resume go on"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(world, tmp_path, monkeypatch, number):
+    """And the run goes on to the same bits."""
+    options = [*world[1], "--stage", "align", "--save_every", "1000", "--out"]
+    step, before = train.train_step, signal.getsignal(number)
+
+    def signalled(*args):
+        if args[-1] == 3:
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", signalled)
+        last = how_it_ends(train.main, world[0], *options, tmp_path / "a")
+    assert re.fullmatch(SAVED, last)[1] == "4" and signal.getsignal(number) is before
+    assert [f.name for f in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-0000004"]
+    assert len(log_of(tmp_path / "a")) == 4
+    assert "step 4" in called(train.main, world[0], *options, tmp_path / "a", "--resume")
+    called(train.main, world[0], *options, tmp_path / "b")
+    weights = [(tmp_path / name / "projector.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_a_signal_to_torchrun_saves_what_all_ranks_have(world, tmp_path):
+    """With loader processes, which torchrun ends, too."""
+    options = ["--stage", "align", "--epochs", "50", "--save_every", "1000", "--workers", "1"]
+    launch = ["--nproc_per_node=2", *HERE]
+    process = start(world, *options, "--out", tmp_path, launch=launch, stderr=subprocess.PIPE)
+    log = tmp_path / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 5:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(number)
-    said = process.communicate(timeout=60)[1].decode()
-    step = int(
-        re.search(r"train.py: stopped, and saved at step (\d+): the same command and --resume go on", said)[1]
-    )
-    assert process.returncode != 0 and [f.name for f in (tmp_path / "a").glob("checkpoint-*")] == [
-        f"checkpoint-{step:07d}"
-    ]
-    assert len(log_of(tmp_path / "a")) == step
-    if world_size == 1 and number == signal.SIGTERM:
-        assert f"step {step}" in called(train.main, world[0], *world[1], *options, "--resume")
-        called(train.main, world[0], *world[1], *options[:-1], tmp_path / "b")
-        assert (tmp_path / "a/projector.safetensors").read_bytes() == (
-            tmp_path / "b/projector.safetensors"
-        ).read_bytes()
+    process.send_signal(signal.SIGTERM)
+    step = int(re.search(SAVED, process.communicate(timeout=60)[1].decode())[1])
+    assert process.returncode != 0 and len(log_of(tmp_path)) == step
+    assert [f.name for f in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{step:07d}"]
 
 
 # ---- what a second reader tried ----------------------------------------------------------------------------
-
-
-def test_a_byte_order_mark_is_no_part_of_the_records(tmp_path, toy):
-    """`check` said good, and training refused the file."""
-    file = tmp_path / "d.json"
-    content = json.dumps([TEXT, record("q", "é"), TEXT], ensure_ascii=False)
-    file.write_text(f"\ufeff{content}", encoding="utf-8")
-    assert outcome(data.check, file, toy) == ("fine", 0)
-    assert load_records(file)[:] == [TEXT, record("q", "é"), TEXT]
 
 
 def test_a_transparent_grey_of_sixteen_bits_is_white(tmp_path):
@@ -1434,13 +1082,8 @@ def test_files_of_weights_with_odd_names(tmp_path, llama_folder):
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"image_std": [0, 1, 1]},
-        {"image_std": [1, 1, "a"]},
-        {"image_mean": [float("nan")] * 3},
-        {"image_mean": [1]},
-        {"resample": 99},
-    ],
+    [{"image_std": [0, 1, 1]}, {"image_std": [1, 1, "a"]}, {"image_mean": [float("nan")] * 3},
+     {"image_mean": [1]}, {"resample": 99}],
 )
 def test_odd_numbers_for_pictures_are_refused(tmp_path, clip_folder, change):
     folder = shutil.copytree(clip_folder, tmp_path / "vit")
@@ -1448,18 +1091,10 @@ def test_odd_numbers_for_pictures_are_refused(tmp_path, clip_folder, change):
     refused(load_vit_config, folder, name=folder)
 
 
-def test_check_refuses_lengths_below_one(tmp_path, toy):
-    file = write_records(tmp_path / "d.json", TEXT)
-    for lengths in ((0, 200), (-5, 200), (16, 0), (16, -1)):
-        refused(data.check, file, toy, None, None, None, *lengths, name="must be at least 1")
-
-
 @pytest.mark.parametrize(
     "flags, name",
-    [
-        (["--seed", str(10**30)], "--seed"),
-        (["--contrastive", "prompt", "--prompt", "\ud800 | q"], "--prompt"),
-    ],
+    [(["--seed", str(10**30)], "--seed"),
+     (["--contrastive", "prompt", "--prompt", "\ud800 | q"], "--prompt")],
 )
 def test_a_flag_is_named(world, tmp_path, flags, name):
     refused(trained, world, "--stage", "align", "--out", tmp_path / "out", *flags, name=name)
