@@ -31,8 +31,8 @@ def command(out, world: int, *args) -> list:
 
 
 def run(out, world: int, *args) -> str:
-    ended = subprocess.run(command(out, world, *args), capture_output=True, text=True, check=True, timeout=300)
-    return ended.stdout
+    parts = command(out, world, *args)
+    return subprocess.run(parts, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 def ranks_of(process) -> list:
