@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bench_step
 import bench_transformers
-import data
 import train
 from plumbing.ranks import barrier, leave_ranks, rank, say, start_ranks, world_size
 from running import order

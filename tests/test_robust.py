@@ -842,7 +842,7 @@ def test_llavas_own_checkpoint_opens(original, tmp_path, kind):
      ({"mm_patch_merge_type": "spatial_unpad"}, "only those like version 1.5's"),
      ({"model_type": "llava_mpt"}, "model_type is 'mpt'"),
      ({"mm_projector_type": "abstractor"}, "projector 'abstractor'"),
-     ({"mm_projector_type": "mlp3x_gelu"}, "projector.4.weight"),
+     ({"mm_projector_type": "mlp3x_gelu"}, "4.weight"),
      ({"mm_vision_select_layer": "x"}, "llava-v1.5: ")],
 )
 def test_what_llava_1_5_does_not_have_is_refused_by_name(original, tmp_path, change, message):
@@ -1071,7 +1071,8 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, llama_
 
 def test_files_of_weights_with_odd_names(tmp_path, llama_folder):
     folder = shutil.copytree(llama_folder, tmp_path / "llm")
-    for shard in (5, "../llm/model.safetensors", "/etc/passwd", "", None):
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")  # a single file would come first
+    for shard in (5, "../model.safetensors", "/etc/passwd", "", None):
         index = folder / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": {"a": shard}}))
         how, text = outcome(LLM.from_pretrained, folder)
