@@ -1,6 +1,7 @@
 """What the READMEs say is true, and the seven files keep their size."""
 
 import ast
+import math
 import re
 import shlex
 
@@ -11,7 +12,7 @@ from conftest import ROOT
 
 import eval as evaluation
 import train
-from running import options, plan
+from running import options, order, plan, watch
 from running.options import Config
 
 FILES = ("vit.py", "llm.py", "projector.py", "losses.py", "data.py", "train.py", "eval.py")
@@ -32,7 +33,7 @@ def test_the_seven_files_are_an_hour_of_reading():
 
 
 def test_the_readme_has_180_lines_and_all_are_120_columns_wide():
-    assert len(README.splitlines()) <= 180
+    assert len(README.splitlines()) <= 180 and len(READMES["running"].splitlines()) <= 110
     for text in READMES.values():
         assert [line for line in text.splitlines() if len(line) > 120] == []
 
@@ -64,6 +65,13 @@ def test_every_test_that_a_readme_names_exists():
             assert f"def {name}(" in written, name
 
 
+def test_ten_stops_name_a_test_each():
+    named = re.findall(r"`(tests/test_\w+\.py)::(test_\w+)`", README)
+    assert len(named) == len(re.findall(r"^\d+\. \*\*", README, re.M)) == 10
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / file).read_text(), name
+
+
 @pytest.mark.parametrize("folder", READMES)
 def test_every_file_that_a_readme_links_exists(folder):
     for target in re.findall(r"\]\(([^)#:]+)\)", READMES[folder]):
@@ -91,8 +99,9 @@ OF_TORCHRUN = ("--nproc_per_node", "--nnodes", "--rdzv", "--max-restarts")
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_every_command_that_a_readme_names_can_be_called(words):
+def test_every_command_that_a_readme_names_can_be_called(words, tmp_path, monkeypatch):
     """The program is there and knows the options; train.py and eval.py take the whole line."""
+    monkeypatch.chdir(tmp_path)  # the runs that lie here are not those of the commands
     words = [word for word in words[1:] if not word.startswith(OF_TORCHRUN)]
     if not words or "--help" in words or "NAME" in words:
         return
@@ -119,6 +128,15 @@ def test_every_command_that_a_readme_names_can_be_called(words):
         assert all(f'"{flag}"' in source for flag in flags - passed_on)
 
 
+def test_the_commands_that_are_run_as_they_stand_are_four():
+    """.ci/run takes every line that begins like this."""
+    assert re.findall(r"^(?:pip install|torchrun|python).*", README, re.M) == [
+        "pip install -r requirements.txt && python train.py",
+        "pip install -r requirements.txt && python -m pytest -q",
+        "torchrun --nproc_per_node=8 train.py --stage align",
+        "python eval.py --bench scienceqa"]
+
+
 # ---- what is quoted is so ---------------------------------------------------------------------------------
 
 
@@ -129,12 +147,45 @@ def test_the_plan_in_the_readme_is_what_a_run_prints(capsys, monkeypatch):
     plan.print_plan(config, train.outline(config), torch.device("cpu"), torch.float32, 750, (64, 45))
     printed = [line for line in capsys.readouterr().out.split("\n") if line]
     assert f"    {printed[0]}\n" in README
+    vocabulary = train.outline(config).llm.config.vocab_size
+    assert f"a uniform guess {math.log(vocabulary):.2f}\n" in README
 
 
 @pytest.mark.parametrize("preset", bench_step.SHAPES)
 def test_the_hours_are_those_of_the_arithmetic(preset):
     hours = bench_step.cost(preset).split("|")[-2].strip()
     assert f"`{preset}` {hours}" in README.replace("\n", " ")
+
+
+@pytest.mark.parametrize("preset, world", [("small", 1), ("speedrun", 1), ("7b", 8), ("13b", 8)])
+def test_the_memory_of_a_preset_is_that_of_its_plan(monkeypatch, preset, world):
+    for module in (plan, order):
+        monkeypatch.setattr(module, "world_size", lambda: world)
+    sums = []
+    for stage in ("align", "instruct"):
+        config = options.configure(stage, {"preset": preset})
+        vlm = bench_step.random_model(config, bench_step.shapes_of(config), bench_step.META, torch.bfloat16)
+        rows, _ = order.split_batch(config, world)
+        memory = plan.memory_sum(config, vlm, torch.bfloat16, rows, plan.row_length(config, vlm))
+        sums.append(sum(memory.values()))
+    assert f"`{preset}` {sums[0]:.1f} and {sums[1]:.1f}" in READMES["running"].replace("\n", " ")
+
+
+def test_the_results_are_those_of_the_laboratory():
+    rows = re.findall(r"^\| [^|]+((?:\| \d\d\.\d ± \d\.\d ){3}\| \d\.\d\d ± \d\.\d\d)", README, re.M)
+    assert len(rows) == 5
+    for figures in rows:
+        assert figures in READMES["lab"], figures
+
+
+def test_the_table_of_the_log_has_every_key():
+    sums = dict.fromkeys(["generative", "patch", "patch_retrieval", "generative_square", "patch_square",
+                          "patch_product"], 1.0)
+    line = watch.figures(sums, {"patch": 1.0}, 1.0, 64)
+    by_train_step = ["patch_scale", "lr", "grad_norm", "tokens", "ms", "wait_ms", "memory_mib"]
+    table = READMES["running"].split("## The log")[1].split("## ")[0]
+    keys = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\|.*\|", table, re.M))))
+    assert keys == {*line, *by_train_step, "prompt"}
 
 
 def test_every_message_of_the_table_is_in_the_code():
