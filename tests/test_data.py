@@ -286,6 +286,7 @@ def loaded_by(rank, ranks, file, local_ranks):
     opened, read = [], records_module.read_text
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", str(local_ranks[rank]))
+        patch.setattr(records_module.tempfile, "tempdir", str(file.parent))
         patch.setattr(records_module, "read_text", lambda path: opened.append(path) or read(path))
         try:
             found = [*load_records(file)]
@@ -299,6 +300,7 @@ def test_one_rank_of_a_machine_parses_the_records_and_all_have_them(ranks, tmp_p
     file = tmp_path / "d.json"
     file.write_text(json.dumps([TEXT, CAPTION]))
     assert ranks(2, loaded_by, file, local_ranks) == [([TEXT, CAPTION], count) for count in opened]
+    assert [*tmp_path.iterdir()] == [file]
     file.write_text(json.dumps([TEXT, {}]))
     for found, _ in ranks(2, loaded_by, file, local_ranks):
         assert "d.json: record 1 (id None) has no conversation turns" in found
