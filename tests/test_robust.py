@@ -86,26 +86,11 @@ def outcome(function, *args):
 
 
 ENCODINGS = [  # (ending, options, mode)
-    ("png", {}, "RGB"),
-    ("png", {}, "RGBA"),
-    ("png", {}, "I;16"),
-    ("png", {}, "P"),
-    ("jpg", {}, "RGB"),
-    ("jpg", {"progressive": True}, "L"),
-    ("gif", {}, "P"),
-    ("bmp", {}, "RGB"),
-    ("webp", {"lossless": True}, "RGBA"),
-    ("webp", {}, "RGB"),
-    ("avif", {}, "RGB"),
-    ("tif", {}, "CMYK"),
-    ("tif", {"compression": "tiff_lzw"}, "RGB"),
-    ("jp2", {}, "RGB"),
-    ("ico", {}, "RGBA"),
-    ("tga", {}, "RGB"),
-    ("ppm", {}, "RGB"),
-    ("pcx", {}, "RGB"),
-    ("dds", {}, "RGBA"),
-    ("qoi", {}, "RGB"),
+    ("png", {}, "RGB"), ("png", {}, "RGBA"), ("png", {}, "I;16"), ("png", {}, "P"), ("jpg", {}, "RGB"),
+    ("jpg", {"progressive": True}, "L"), ("gif", {}, "P"), ("bmp", {}, "RGB"),
+    ("webp", {"lossless": True}, "RGBA"), ("webp", {}, "RGB"), ("avif", {}, "RGB"), ("tif", {}, "CMYK"),
+    ("tif", {"compression": "tiff_lzw"}, "RGB"), ("jp2", {}, "RGB"), ("ico", {}, "RGBA"), ("tga", {}, "RGB"),
+    ("ppm", {}, "RGB"), ("pcx", {}, "RGB"), ("dds", {}, "RGBA"), ("qoi", {}, "RGB"),
 ]
 
 
@@ -949,7 +934,8 @@ def test_templates_that_fit_no_answer_are_refused_before_loading(world, tmp_path
 
 
 def test_no_module_or_call_that_windows_lacks_is_needed(world, tmp_path):
-    code = ("import os, sys; sys.modules['resource'] = None; del os.sysconf, os.sysconf_names, os.O_DIRECTORY\n"
+    code = ("import os, sys; sys.modules['resource'] = None\n"
+            "del os.sysconf, os.sysconf_names, os.O_DIRECTORY\n"
             "import vit, llm, projector, losses, data, eval, train; train.main(sys.argv[1:])")
     options = ["--stage", "align", "--steps", "3", "--out"]
     argv = [*world[1], *options, tmp_path / "a", "--save_every", "1"]
