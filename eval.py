@@ -11,9 +11,9 @@ the same checkpoint differ by ten points. So the prompt is built from the raw fi
 the official rule reads it. An answer that the rule cannot read is wrong. It stays in the denominator, and the
 number of such answers is printed. benchmarks/ has a file with the rule of each benchmark.
 
-Answers are appended to BENCH.partial.RANK.jsonl in the run directory as they come. After a kill, the same
-command goes on from there. At the end all answers are in BENCH.json, beside the scores. These are also
-printed: one JSON object a line, one line for each run and benchmark.
+Answers are appended to BENCH.partial.RANK.jsonl in the run directory, or --out, as they come. After a kill,
+the same command goes on from there. At the end all answers are in BENCH.json, beside the scores. These are
+also printed: one JSON object a line, one line for each run and benchmark.
 """
 
 import argparse
@@ -28,40 +28,42 @@ from tqdm import tqdm
 import data
 from benchmarks import BENCHES, Bench, load_questions
 from benchmarks.likelihood import split_options
-from benchmarks.predictions import append_answers, read_answers, write_predictions
+from benchmarks.predictions import append_answers, name_result, read_answers, write_predictions
 from benchmarks.questions import without_picture
 from benchmarks.score import in_words, measures, score_floors, scores_and_errors
 from plumbing.files import named, read_json, read_text, resolve_model
 from plumbing.ranks import choose_dtype, command, on_every_rank, rank, say, start_ranks, world_size
-from projector import VLM
 from plumbing.tokenizer import check_vocabulary, load_tokenizer
+from projector import VLM
+from running.checkpoint import fingerprint
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Asking
 
-def load_run(folder, device) -> tuple:
+def load_run(folder, device, template=None) -> tuple:
     """(model, tokenizer, config) of a run directory, or of a folder in a LLaVA format.
 
-    config["template"] is the form of the questions: the one that the run was tuned with. A run that was only
-    aligned takes the LLM's own chat template if its tokenizer has one, else Vicuna's.
+    config["template"] is the form of the questions: `template`, or the one that the run was tuned with. A run
+    that was only aligned takes the LLM's own chat template if its tokenizer has one, else Vicuna's.
     """
     folder = resolve_model(folder)
     file = folder / "config.json"
     config = read_json(file)
     with named(file):
         dtype = choose_dtype(device, config.get("dtype") or "")
-        template = config.get("template", "plain")
-        if template not in ("plain", "v1", "chat"):
-            raise ValueError(f"template is {template!r}")
     vlm = VLM.from_pretrained(folder, dtype, device)
     tokenizer = load_tokenizer(vlm.sources["llm"])
     check_vocabulary(tokenizer, vlm.llm.config.vocab_size)  # another LLM's would make nonsense, quietly
-    if template == "plain":
+    own = vlm.template
+    if own in (None, "plain"):
         # The template of a LLaVA folder takes pictures in another form than our marker.
         is_llava = str(config.get("model_type")).startswith("llava")
         has_own = tokenizer.chat_template and not is_llava
-        config["template"] = "chat" if has_own else "v1"
+        own = "chat" if has_own else "v1"
+    if template:
+        say(f"{folder}: asked with template {template}; its own is {own}")
+    config["template"] = template or own
     return vlm, tokenizer, config
 
 
@@ -247,14 +249,13 @@ def ask_about_picture(ckpt, args, device):
     data.load_image(image)  # tells about a bad one before a large model is loaded
     if args.chat and world_size() > 1:
         raise ValueError("--chat has one stdin: run it without torchrun")
-    vlm, tokenizer, config = load_run(ckpt, device)
+    vlm, tokenizer, config = load_run(ckpt, device, args.template)
     how = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
     if args.chat:
         chat(vlm, tokenizer, config["template"], image, **how)
     else:
-        text = args.ask[1]
-        answer, = ask(vlm, tokenizer, [about(image, text)], config["template"], **how)
-        say(json.dumps({"ckpt": str(ckpt), "image": image, "question": text, "answer": answer}))
+        answer, = ask(vlm, tokenizer, [about(*args.ask)], config["template"], **how)
+        say(json.dumps({"ckpt": str(ckpt), "image": image, "question": args.ask[1], "answer": answer}))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -273,6 +274,10 @@ def answer_bench(vlm, tokenizer, template, name, folder, split=None, limit=None,
     """(scores, questions, answers, choices) of one benchmark."""
     bench = BENCHES[name]
     questions = load_questions(name, folder, split, limit)
+    form = form_of(template, tokenizer)
+    parts = fingerprint(vlm), tokenizer.backend_tokenizer.to_str(), form[:5]
+    model = data.key_of(parts)  # answers are kept for this one alone
+    questions = [question | {"model": model} for question in questions]
     answers, choices = ask_bench(vlm, tokenizer, template, bench, questions, file)
     return scores_and_errors(bench.score, questions, choices), questions, answers, choices
 
@@ -290,17 +295,17 @@ def run_bench(name: str, ckpt, run: tuple, folder, args) -> dict:
     vlm, tokenizer, config = run
     template = config["template"]
     bench = BENCHES[name]
-    kept = Path(ckpt) / f"{name}.partial"
+    file = name_result(args.out or ckpt, name, args)
+    kept = f"{file}.partial"
     scores, questions, answers, choices = answer_bench(
         vlm, tokenizer, template, name, folder, args.split, args.limit, kept)
     split = bench.split if args.split is None else args.split
-    result = {"ckpt": str(ckpt), "bench": name, "split": split} | scores
+    result = {"ckpt": str(ckpt), "bench": name, "split": split, "template": template} | scores
 
     def write():
-        if rank() == 0:
-            write_predictions(Path(ckpt) / f"{name}.json", result, questions, answers, choices)
+        write_predictions(file, result, questions, answers, choices)
 
-    write()  # before anything that may fail
+    on_every_rank(write)  # before anything that may fail
     is_scored = "accuracy" in result  # otherwise a server or a judge does it
     has_options = any(question.get("options") for question in questions)
     if args.score == "likelihood" and is_scored and has_options:
@@ -310,13 +315,13 @@ def run_bench(name: str, ckpt, run: tuple, folder, args) -> dict:
         blind_questions = [without_picture(question) for question in questions]
         _, blind = ask_bench(vlm, tokenizer, template, bench, blind_questions, f"{kept}-blind")
         result["floors"] = score_floors(bench.score, questions, blind)
-    write()
+    on_every_rank(write)
     say(in_words(result))
     if bench.submit and rank() == 0:
         ending = "tsv" if name.startswith("mmbench") else "json"
-        file = args.submit or Path(ckpt) / f"{name}-submit.{ending}"
-        bench.submit(questions, answers, file)
-        say(f"wrote {file}")
+        table = args.submit or f"{file}-submit.{ending}"
+        bench.submit(questions, answers, table)
+        say(f"wrote {table}")
     return result
 
 
@@ -336,13 +341,14 @@ def find_folders(ckpt, config: dict, args) -> dict:
         else:
             say(f"{name} is not run: no folder {folder}")
     if not folders:
-        raise ValueError(f"{root}: no benchmark is there")
+        names = [bench.folder for bench in BENCHES.values()]
+        raise ValueError(f"{root}: no benchmark is there, neither {' nor '.join(names)}")
     return folders
 
 
 def run_benches(ckpt, args, device):
     """Print the scores of --bench. If one of `all` fails, the others still run; the last line tells."""
-    run = load_run(ckpt, device)
+    run = load_run(ckpt, device, args.template)
     folders = find_folders(ckpt, run[2], args)
     failed = []
     for name, folder in folders.items():
@@ -354,8 +360,9 @@ def run_benches(ckpt, args, device):
             failed.append(name)
             say(f"{name} failed: {error}")
     for name in folders.keys() - set(failed):  # not sooner: a killed `all` asks nothing again
-        for file in Path(ckpt).glob(f"{name}.partial*.jsonl"):
-            file.unlink(missing_ok=True)  # another rank may have been faster
+        file = name_result(args.out or ckpt, name, args)
+        for part in file.parent.glob(f"{file.name}.partial*.jsonl"):
+            part.unlink(missing_ok=True)  # another rank may have been faster
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}")
 
@@ -378,6 +385,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="+", help="run directories, or Hub ids [the last run]")
+    parser.add_argument("--template", choices=["v1", "chat"], help="of the questions [the run's own]")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--bench", choices=[*BENCHES, "all"])
     what.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")
@@ -389,7 +397,8 @@ def parse_args(argv=None):
     add("--limit", type=int, help="only the first so many questions [all]")
     add("--score", choices=["likelihood"], help="also by the likeliest option")
     add("--floors", action="store_true", help="also chance, the commonest answer, the model without picture")
-    add("--submit", type=Path, help="file for a server or judge [BENCH-submit in the run directory]")
+    add("--out", type=Path, help="folder for what is written [the run directory]")
+    add("--submit", type=Path, help="file for a server or judge [BENCH-submit in --out]")
     add = parser.add_argument_group("one picture").add_argument
     add("--max_new_tokens", type=int, default=64, help="the most tokens of the answer [%(default)s]")
     add("--temperature", type=float, default=0.0, help="of the answer; 0: greedy [%(default)s]")
@@ -402,14 +411,16 @@ def parse_args(argv=None):
         parser.error("--temperature must be 0, or from 0.001 up")
     if not 0.001 <= args.top_p <= 1:
         parser.error("--top_p must be in [0.001, 1]")
-    if not args.bench and (args.limit or args.score or args.floors):
-        parser.error("--limit, --score and --floors are for benchmarks")
+    if not args.bench and (args.limit or args.score or args.floors or args.out):
+        parser.error("--limit, --score, --floors and --out are for benchmarks")
     if args.split and args.bench not in BENCHES:
         parser.error("--split is for one benchmark")
+    if (args.out or args.submit) and len(args.ckpt or ["the last"]) > 1:
+        parser.error("--out and --submit are for one run")
     if args.submit:
         writers = [name for name, bench in BENCHES.items() if bench.submit]
-        if args.bench not in writers or len(args.ckpt or ["the last"]) > 1:
-            parser.error(f"--submit is for one run of {', '.join(writers)}")
+        if args.bench not in writers:
+            parser.error(f"--submit is for {', '.join(writers)}")
         if not args.submit.parent.is_dir():
             parser.error(f"--submit: no folder {args.submit.parent}")
     return args

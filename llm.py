@@ -334,8 +334,9 @@ class LLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_id, dtype=torch.float32, device="cpu"):
-        """The frozen LLM of a folder of one of FAMILIES. ValueError if a tensor is missing or left over."""
-        folder = resolve_model(folder_or_id)
+        """The frozen LLM of a folder of one of FAMILIES, or of a folder in a LLaVA format, or of a run that
+        tuned it. ValueError if a tensor is missing or left over."""
+        folder = llama.home(resolve_model(folder_or_id))
         with torch.device("meta"):  # only shapes: the weights come from the files
             llm = cls(load_llm_config(folder))
         our_name = partial(llama.our_name, is_tied=llm.config.tie_word_embeddings)
@@ -368,5 +369,5 @@ def choose(logits, temperature: float, top_p: float):
 
 def load_llm_config(folder_or_id) -> LLMConfig:
     """The sizes of the LLM in a folder or on the Hub, without its weights."""
-    folder = resolve(folder_or_id, ["*.json"])
+    folder = llama.home(resolve(folder_or_id, ["*.json"]))
     return config_from_dict(LLMConfig, llama.read_sizes(folder, FAMILIES), folder)

@@ -111,6 +111,9 @@ def vectors(name, vlm, micro_batches, leaves, states) -> tuple:
 
     leaves: projected patches (I, N, C) of each micro-batch; states: what `caption_pass` returned of each.
     """
+    for m in micro_batches:
+        if len(m["image_at"]) < len(m["ids"]) * vlm.num_image_tokens:
+            raise ValueError("the contrastive loss pairs each caption with one image; a record here has none")
     image = []
     text = []
     if name == "patch":  # no LLM, only its embedding table
@@ -237,6 +240,16 @@ class ContrastiveTerm(nn.Module):
         if self.share and own:
             return self.share * math.sqrt(generative / own)
         return self.fixed_weight
+
+
+def clamp_scales(terms) -> dict:
+    """Clamp all terms. Returns their scales, {"patch_scale": number, ..}."""
+    for term in terms.values():
+        term.clamp_()
+    if not len(terms):
+        return {}
+    scales = torch.stack([term() for term in terms.values()]).tolist()  # a GPU is waited for once
+    return {f"{name}_scale": scale for name, scale in zip(terms, scales)}
 
 
 @torch.no_grad()

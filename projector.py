@@ -15,7 +15,6 @@ Read next: losses.py (what pulls the projected patches towards the words), then 
 
 import math
 import re
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,12 +22,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import SYSTEM, v1
-from llm import FAMILIES, LLM, LLMConfig
+from llm import FAMILIES, LLM
 from plumbing import clip, llama, llava
-from plumbing.files import TOKENIZER_FILES, copy_files, named, resolve, resolve_model
+from plumbing.files import TOKENIZER_FILES, copy_files, named, resolve
 from plumbing.llava import find_projector
-from plumbing.weights import config_from_dict, load_strictly, read_shard, read_weights, write_weights
-from vit import ViT, ViTConfig
+from plumbing.weights import load_strictly, write_weights
+from vit import ViT
 
 # The placeholder's id is LLaVA's number. It is no row of the embedding table, so no vocabulary has to grow.
 IMAGE_TOKEN_ID = -200
@@ -199,37 +198,21 @@ class VLM(nn.Module):
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
         """The frozen model of a run directory, or of a folder in transformers' LLaVA format (such as
         llava-hf/llava-1.5-7b-hf) or in LLaVA's own (liuhaotian/llava-v1.5-7b)."""
-        folder = resolve_model(folder)
         with named(folder, "cannot be opened"):
-            found = llava.read(folder)
-            vit, llm, layer = found["vit"], found["llm"], found["feature_layer"]
-            here = nn.ModuleDict()  # the parts whose weights are in this folder; other towers have a name
-            if isinstance(vit, str):
-                vit = ViT.from_pretrained(vit, layer, dtype, device)
-            else:
-                with torch.device("meta"):  # only shapes: the weights come from the files
-                    vit = here["vit"] = ViT(config_from_dict(ViTConfig, vit, folder), layer)
-            if isinstance(llm, str):
-                llm = LLM.from_pretrained(llm, dtype, device)
-            else:
-                with torch.device("meta"):
-                    llm = here["llm"] = LLM(config_from_dict(LLMConfig, llm, folder))
-            llava.check_class_token(found, vit.config.family.class_token, folder)
-            vlm = cls(vit, llm, found["projector"], found["sources"])
-            if here:
-                here["projector"] = vlm.projector
-                our_name = partial(found["our_name"], is_tied=llm.config.tie_word_embeddings)
-                load_strictly(here, read_weights(folder), folder, dtype, device, our_name)
-            else:
-                vlm.load_projector(folder, dtype, device)
+            found = llava.describe(folder)
+            vlm = cls.from_towers(
+                found["vit"], found["llm"], found["projector"], found["feature_layer"], dtype, device)
+            llava.check_class_token(found, vlm.vit.config.family.class_token, folder)
+            vlm.load_projector(folder, dtype, device)
         vlm.image_token_id = found.get("image_token_id", IMAGE_TOKEN_ID)
-        vlm.template = found.get("template")
+        vlm.template = found["template"]
         return vlm.requires_grad_(False).eval()
 
     def load_projector(self, folder, dtype=torch.float32, device="cpu") -> list:
-        """Load a run directory's projector or LLaVA's mm_projector.bin. Return the names of its tensors."""
-        file = find_projector(folder)
-        load_strictly(self.projector, read_shard(file), file, dtype, device, llava.our_projector_name)
+        """Load the projector of any folder that `from_pretrained` opens, or of LLaVA's mm_projector.bin.
+        Return the names of its tensors."""
+        place = find_projector(folder)
+        load_strictly(self.projector, llava.read_projector(place), place, dtype, device)
         return [f"projector.{name}" for name, _ in self.projector.named_parameters()]
 
     def save(self, folder, config: dict, with_llm: bool):

@@ -39,10 +39,10 @@ from tqdm import tqdm
 import data
 import losses
 from llm import LLM, load_llm_config
-from plumbing.files import ROOT, named, read_json
+from plumbing.files import ROOT, named
 from plumbing.ranks import (all_gather, barrier, caught_signals, choose_dtype, command, peak_memory, rank,
                             reduce_scatter, say, start_ranks, sum_over_ranks, world_size)
-from projector import VLM, find_projector
+from projector import VLM
 from running import checkpoint, features, options, order, plan
 from running.options import Config
 from running.watch import Watch, figures, naming
@@ -421,29 +421,18 @@ def outline(config) -> VLM:
 
 
 def load_model(config, device, dtype) -> VLM:
-    """The model on `device`: pretrained towers, and a projector, fresh or from the run `config.init`."""
+    """The model on `device`: pretrained towers, and a projector, fresh or from `config.init`."""
     gc.collect()  # a checkpointed block refers to itself: free the model of an earlier stage first
     torch.manual_seed(config.seed)
     vlm = VLM.from_towers(config.vit, config.llm, config.projector, config.feature_layer, dtype, device)
     if config.init:
-        load_projector(config, vlm, device, dtype)
+        loaded = vlm.load_projector(config.init, dtype, device)
+        say(f"from {config.init}: loaded {', '.join(loaded)}")
     choose_learning(config, vlm)
     if config.compile:
         compile_blocks(vlm.llm.model.layers)
     checkpoint_blocks(vlm.llm.model.layers, config.checkpointing)
     return vlm
-
-
-def load_projector(config, vlm, device, dtype):
-    """The projector of `config.init`, an align run of the same towers or LLaVA's mm_projector.bin."""
-    is_theirs = find_projector(config.init).suffix == ".bin"  # names no towers: the shapes must do
-    before = asdict(config) if is_theirs else read_json(Path(config.init) / "config.json")
-    for name in ("preset", "vit", "llm", "projector", "feature_layer"):
-        now = getattr(config, name)
-        if before.get(name) != now:
-            raise ValueError(f"{config.init}: made with {name} {before.get(name)!r}, this run has {now!r}")
-    loaded = vlm.load_projector(config.init, dtype, device)
-    say(f"from {config.init}: loaded {', '.join(loaded)}")
 
 
 def build_optimizer(config, vlm, device) -> tuple:
@@ -549,9 +538,7 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
     # 6. Sum over ranks, clip, update.
     norm = optimizer.step(lr)
-    for name, term in terms.items():
-        term.clamp_()
-        line[f"{name}_scale"] = term().item()
+    line |= losses.clamp_scales(terms)
     return line | {"lr": lr, "grad_norm": norm, "tokens": int(sums["tokens"])}
 
 

@@ -227,7 +227,8 @@ class ViT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_id, feature_layer: int = -2, dtype=torch.float32, device="cpu"):
-        """The frozen tower of a folder of CLIP, SigLIP or DINOv2. ValueError if tensors do not fit."""
+        """The frozen tower of a folder of CLIP, SigLIP or DINOv2, or of LLaVA in transformers' format.
+        ValueError if tensors do not fit."""
         folder = resolve_model(folder_or_id)
         with torch.device("meta"):  # only shapes: the weights come from the files
             vit = cls(load_vit_config(folder), feature_layer)

@@ -31,9 +31,8 @@ BENCHES = {
     "mme": Bench("MME_Benchmark_release_version", "", mme.load, mme.parse, mme.score),
     "seed": Bench("SEED-Bench", "image", seed.load, seed.parse, score_accuracy),
     "mmbench": Bench("MMBench", "dev", mmbench.load, mmbench.parse, mmbench.score, mmbench.submit),
-    "mmbench-cn": Bench(
-        "MMBench-CN", "dev", mmbench.load_chinese, mmbench.parse, mmbench.score, mmbench.submit
-    ),
+    "mmbench-cn": Bench("MMBench-CN", "dev", mmbench.load_chinese, mmbench.parse, mmbench.score,
+                        mmbench.submit),
     "gqa": Bench("GQA", "testdev_balanced", gqa.load, gqa.parse, score_accuracy),
     "textvqa": Bench("TextVQA", "val", textvqa.load, textvqa.parse, textvqa.score),
     "vqav2": Bench("VQAv2", "test-dev2015", vqav2.load, vqav2.parse, None, vqav2.submit),

@@ -42,6 +42,11 @@ def unread_files(folder: Path, pattern: str, files: list) -> list:
     return sorted(file for file in unread if file.parent not in done)
 
 
+def first_folder(*folders) -> Path:
+    """The first that is there, or the last."""
+    return next(filter(Path.is_dir, folders), folders[-1])
+
+
 def find_entries(folder, pattern: str, **kinds):
     """Yield (file, entry) for every entry of every file that fits. `kinds`: see `read_entries`."""
     for file in find_files(folder, pattern):

@@ -6,11 +6,13 @@ cannot read. A question is right if it is right in all its rotations ("circular"
 
     mmbench_dev_*.tsv     index, question, hint, A to D, answer, category, image
 
-The row index + k x 10^6 asks question `index` again, with its options rotated. An image is base64, or the
-index of the row that has it. A test split has no answers: a server scores its file.
+The row index + k x 10^6 asks question `index` again, with its options rotated. Of the choices only some at
+the end may be missing. An image is base64, or the index of the row that has it. A test split has no answers:
+a server scores its file.
 """
 
 import csv
+from functools import partial
 
 from benchmarks.entries import find_files
 from benchmarks.questions import LETTER_ANSWER, grade, lettered, to_question
@@ -18,7 +20,9 @@ from benchmarks.score import grouped, percent, summary
 from plumbing.files import read_entries
 
 COLUMNS = ("index", "question", "A", "B", "C", "D", "image")
-NOT_GIVEN = ("", "nan", "none", "null", "na", "n/a")  # as pandas writes what is not there
+# What pandas reads as missing, as LLaVA's and the authors' readers do.
+MISSING = ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
+           "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")
 CHINESE_ANSWER = "\n请直接回答选项字母。"
 ROTATION = 10**6
 
@@ -28,24 +32,28 @@ def load(folder, split: str, chinese: bool = False):
     file = find_table(folder, split, chinese)
     rows = read_entries(file, **dict.fromkeys(COLUMNS, str))
     images = {row["index"]: row["image"] for row in rows}
+    counts = {}
     for row in rows:
         if not row["index"].isdecimal():
             raise ValueError(f"{file}: the index {row['index']!r} is not a number")
-        choices = list_choices(row)
+        group = row["group"] = int(row["index"]) % ROTATION
+        counts[group] = max(counts.get(group, 0), count_choices(row))
+    for row in rows:
+        # A choice may be "None". In some rotation it is not the last.
+        options = list("ABCD"[: counts[row["group"]]])
+        choices = [row[letter] for letter in options]
         text = lettered(row["question"], choices)
         hint = given(row, "hint")
         if hint:
             text = f"{hint}\n{text}"
         image = images.get(row["image"], row["image"])
-        answer = given(row, "answer") or None
+        answer = given(row, "answer")
         ending = CHINESE_ANSWER if chinese else LETTER_ANSWER
-        yield to_question(file, row["index"], text, image.encode(), answer, row.get("category"), ending,
-                          options=list("ABCD"[: len(choices)]), choices=choices,
-                          group=int(row["index"]) % ROTATION, row=row_of_server(row))
+        yield to_question(file, row["index"], text, image.encode(), answer, given(row, "category"), ending,
+                          options=options, choices=choices, group=row["group"], row=row_of_server(row))
 
 
-def load_chinese(folder, split: str):
-    return load(folder, split, chinese=True)
+load_chinese = partial(load, chinese=True)
 
 
 def find_table(folder, split: str, chinese: bool):
@@ -61,21 +69,19 @@ def find_table(folder, split: str, chinese: bool):
     return files[0]
 
 
-def given(row: dict, column: str) -> str:
-    """The text in a column, or ""."""
-    text = row.get(column) or ""
-    return "" if text.lower() in NOT_GIVEN else text
+def given(row: dict, column: str):
+    """The text in a column, or None."""
+    text = row.get(column)
+    return None if text in MISSING else text
 
 
-def list_choices(row: dict) -> list:
-    """The choices up to the first that is not given."""
-    choices = []
-    for letter in "ABCD":
-        text = given(row, letter)
-        if not text:
-            break
-        choices.append(text)
-    return choices
+def count_choices(row: dict) -> int:
+    """How many there are up to the last that is not missing."""
+    count = 0
+    for number, letter in enumerate("ABCD", start=1):
+        if given(row, letter):
+            count = number
+    return count
 
 
 def row_of_server(row: dict) -> dict:

@@ -12,10 +12,11 @@ no."; LLaVA asks for a short answer instead, and so do we.
 
 import re
 
-from benchmarks.entries import find_files
+from benchmarks.entries import find_files, first_folder
 from benchmarks.questions import grade, to_question
 from benchmarks.score import grouped, percent, summary
 from plumbing.files import read_text
+from plumbing.pictures import SUFFIXES, find_image
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
 YES_OR_NO = ["yes", "no"]
@@ -31,19 +32,12 @@ def load(folder, split: str):
 
 
 def load_category(category):
-    texts = category / "questions_answers_YN"
-    if not texts.is_dir():
-        texts = category
-    images = category / "images"
-    if not images.is_dir():
-        images = category
-    pictures = {}
-    for file in images.glob("*.*"):
-        if file.suffix in (".jpg", ".jpeg", ".png"):
-            pictures[file.stem] = file
-    with_text = {file.stem for file in texts.glob("*.txt")}
-    for name in sorted(with_text | pictures.keys()):  # so a picture without a text is noticed, too
-        image = pictures.get(name, images / f"{name}.png")
+    texts = first_folder(category / "questions_answers_YN", category)
+    images = first_folder(category / "images", category)
+    names = {file.stem for file in texts.glob("*.txt")}
+    names |= {file.stem for file in images.iterdir() if file.suffix.lower() in SUFFIXES}
+    for name in sorted(names):  # so a picture without a text is noticed, too
+        image = find_image(images, f"{name}.png")
         yield from load_pair(texts / f"{name}.txt", image, category.name)
 
 

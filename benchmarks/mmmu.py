@@ -81,7 +81,8 @@ def read_letter(text: str, letters: list, choices: list):
         text = text.strip(sign)
     in_brackets = [f"({letter})" for letter in letters]
     as_words = [f" {letter} " for letter in letters]
-    attempts = [(f" {text} ", in_brackets), (f" {text} ", as_words)]
+    text = f" {text} "
+    attempts = [(text, in_brackets), (text, as_words)]
     if len(text.split()) > 5:
         attempts.append((text.lower(), [choice.lower() for choice in choices]))
     for said, wanted in attempts:
@@ -120,9 +121,15 @@ def read_candidates(text: str) -> list:
 
 
 def read_result(line: str, announcers) -> list:
-    """The shortest text behind the last of an announcing word, in a list; an empty one if there is none."""
-    ends = [line.split(word)[-1].strip() for word in announcers if word in line]
-    shortest = min(filter(None, ends), key=len, default="")
+    """The shortest text behind the last of an announcing word, in a list; an empty one if there is none.
+
+    The official loop forgets what it has when a line ends with one of these words, and goes on with the next.
+    """
+    shortest = ""
+    for word in announcers:
+        end = line.split(word)[-1].strip()
+        if word in line and (not shortest or len(end) < len(shortest)):
+            shortest = end
     is_mark = shortest in list(":,.!?;'")
     return [shortest] if shortest and not is_mark else []
 
@@ -138,13 +145,11 @@ def normalised(text: str) -> list:
 
 def is_right(question: dict, candidates) -> bool:
     """Of an open question: an expected number is among the candidates, or an expected text is within one."""
-    for answer in question["answer"]:
-        for wanted in normalised(answer):
-            if wanted in candidates:
-                return True
-            texts = [candidate for candidate in candidates if isinstance(candidate, str)]
-            if isinstance(wanted, str) and any(wanted in text for text in texts):
-                return True
+    texts = [candidate for candidate in candidates if isinstance(candidate, str)]
+    wanted = [item for answer in question["answer"] for item in normalised(answer)]
+    for item in wanted:
+        if item in candidates or isinstance(item, str) and any(item in text for text in texts):
+            return True
     return False
 
 

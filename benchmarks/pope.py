@@ -10,7 +10,7 @@ each; random has 2,910 at the revision that LLaVA pins.
 The files may also lie in coco/, as LLaVA has them.
 """
 
-from benchmarks.entries import ID, find_entries
+from benchmarks.entries import ID, find_entries, first_folder
 from benchmarks.questions import to_question
 from benchmarks.score import grouped, percent
 from data import find_image
@@ -26,7 +26,11 @@ def load(folder, split: str):
     revision of either breaks.)
     """
     pattern = f"*pope_*{split}.json"
-    images = find_images(folder)
+    places = []
+    for place in (folder, folder.parent):
+        places.append(place / "images")
+        places.append(place / "val2014")
+    images = first_folder(*places, folder)
     if not any(folder.glob(pattern)) and (folder / "coco").is_dir():
         folder = folder / "coco"
     for file, row in find_entries(folder, pattern, **KINDS):
@@ -34,15 +38,6 @@ def load(folder, split: str):
         name = f"{category}-{row['question_id']}"
         image = find_image(images, row["image"])
         yield to_question(file, name, row["text"], image, row["label"], category, options=YES_OR_NO)
-
-
-def find_images(folder):
-    """The folder of the pictures: the first that is there of those where people keep them."""
-    for place in (folder, folder.parent):
-        for name in ("images", "val2014"):
-            if (place / name).is_dir():
-                return place / name
-    return folder
 
 
 def parse(text: str, question=None) -> str:
@@ -56,11 +51,12 @@ def parse(text: str, question=None) -> str:
 def score(questions, choices) -> dict:
     """F1 of "yes" (the headline), accuracy and the share of yes, in percent: for each category, and their
     means, in which every category counts alike."""
-    rows = []
+    names, rows = [], []
     for question, choice in zip(questions, choices):
+        names.append(question["category"])
         rows.append((question["answer"] == "yes", choice == "yes"))
     categories = {}
-    for name, group in grouped([question["category"] for question in questions], rows).items():
+    for name, group in grouped(names, rows).items():
         categories[name] = score_category(group)
     means = {}
     for key in ("f1", "accuracy", "yes"):

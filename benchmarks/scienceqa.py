@@ -65,7 +65,9 @@ def read_split(file, split: str) -> list:
 
 def check_choices(file, pid: str, problem: dict):
     choices = problem["choices"]
-    if not 0 <= problem["answer"] < len(choices) <= len(LETTERS):
+    if len(choices) > len(LETTERS):
+        raise ValueError(f"{file}: problem {pid!r} has {len(choices)} choices, at most {len(LETTERS)}")
+    if not 0 <= problem["answer"] < len(choices):
         raise ValueError(f"{file}: problem {pid!r} has no choice {problem['answer']}")
     for choice in choices:
         if not isinstance(choice, (str, int, float)):

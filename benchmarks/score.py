@@ -20,10 +20,11 @@ def percent(rows) -> float:
 
 
 def grouped(keys, values) -> dict:
-    """{key as text: [its values]}, sorted by key."""
+    """{key as text: [its values]}, sorted by key, without the values whose key is None."""
     groups = {}
     for key, value in zip(keys, values):
-        groups.setdefault(str(key), []).append(value)
+        if key is not None:
+            groups.setdefault(str(key), []).append(value)
     return dict(sorted(groups.items()))
 
 

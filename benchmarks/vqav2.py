@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.entries import ID, find_entries
 from benchmarks.questions import to_question
 from benchmarks.vqa import normalise
+from data import find_image
 from plumbing.files import read_entries
 
 KINDS = {"question_id": ID, "image_id": int, "question": str}
@@ -22,7 +23,7 @@ parse = normalise
 def load(folder, split: str):
     images = split.replace("-dev", "")
     for file, row in find_entries(folder, f"v2_OpenEnded_mscoco_{split}_questions.json", **KINDS):
-        image = folder / images / f"COCO_{images}_{row['image_id']:012d}.jpg"
+        image = find_image(folder / images, f"COCO_{images}_{row['image_id']:012d}.jpg")
         yield to_question(file, row["question_id"], row["question"], image)
 
 

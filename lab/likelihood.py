@@ -18,7 +18,6 @@ import torch
 import data
 import eval as evaluation
 from benchmarks import scienceqa
-from benchmarks.likelihood import mean_log_likelihoods
 from benchmarks.questions import LETTERS, SHORT_ANSWER
 from benchmarks.score import percent
 from lab import errors_in_one_line, parser_of
@@ -39,6 +38,39 @@ def load_problems(folder, split: str) -> list:
         question["category"] = problem.get("category", "")
         questions.append(question)
     return questions
+
+
+@torch.no_grad()
+def mean_log_likelihoods(vlm, tokenizer, template: str, question: dict, texts) -> list:
+    """For each text as the answer, the mean log-probability of its tokens, in nats, without the end token."""
+    form = data.form_of(template, tokenizer)
+    has_image = question["image"] is not None
+    pixels = None
+    if has_image:
+        picture = data.load_image(question["image"])
+        pixels = data.preprocess(picture, vlm.vit.config, "pad")
+    samples = []
+    for text in texts:
+        turns = [("human", question["prompt"]), ("gpt", text)]
+        ids, roles = data.encode(turns, form, tokenizer, has_image)
+        end = roles.index(data.END)
+        sample = {"ids": ids[:end], "roles": roles[:end]}
+        samples.append(sample | {"pixels": pixels, "name": text})
+
+    batch = data.collate(
+        samples, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id,
+        vlm.vit.config.image_size, vlm.llm.config.max_position_embeddings,
+    )
+    batch = data.to_device(batch, vlm.llm.head_weight.device)
+    logits = vlm(batch["ids"], batch["pixels"])  # (B, S, V), a row for each text
+    means = []
+    for row, labels in zip(logits, batch["labels"]):
+        next_ids = labels[1:]  # (S - 1,): each position predicts the next token
+        is_answer = next_ids != data.IGNORE
+        log_p = row[:-1][is_answer].float().log_softmax(-1)  # (tokens, V)
+        of_answer = log_p.gather(1, next_ids[is_answer][:, None])  # (tokens, 1)
+        means.append(of_answer.mean().item())
+    return means
 
 
 def choose(vlm, tokenizer, questions, template: str) -> list:

@@ -9,9 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from plumbing.files import named, read_json, write_json
-from plumbing.weights import read_config, read_weights
+from plumbing.weights import read_config, read_weights, refuse_others
 
-KINDS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2")  # model_type in config.json
+# model_type in config.json; the folders of three of these hold more than the tower
+KINDS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "dinov2", "llava")
+# Fields that change what is computed: the values that vit.py and data.preprocess compute.
+KNOWN = {"use_swiglu_ffn": (False,), "qkv_bias": (True,), "num_channels": (3,)}
+KNOWN_OF_PICTURES = {"do_rescale": (True,), "rescale_factor": (1 / 255,), "do_normalize": (True,)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -21,18 +25,17 @@ def read_sizes(folder: Path) -> dict:
     """Sizes of the vision tower in a folder."""
     with named(folder):
         config = read_config(folder, KINDS)
-        return sizes_of(config.get("vision_config", config), folder)  # a whole CLIP holds two towers
+        return sizes_of(config.get("vision_config", config), folder)
 
 
 def sizes_of(config: dict, folder: Path) -> dict:
     """Sizes from a vision tower's config.json, completed by the preprocessor_config.json in `folder`."""
-    if config.get("use_swiglu_ffn"):
-        raise ValueError(f"{folder}: DINOv2 giant's gated MLP is not supported")
+    refuse_others(config, KNOWN, folder)
     sizes = dict(config)
     if config["model_type"] == "dinov2":
         sizes["intermediate_size"] = config["hidden_size"] * config["mlp_ratio"]
-    file = folder / "preprocessor_config.json"
-    preprocessor = read_json(file) if file.exists() else {}
+    file, preprocessor = read_preprocessor(folder)
+    refuse_others(preprocessor, KNOWN_OF_PICTURES, file)
     for key in ("image_mean", "image_std", "resample"):
         sizes[key] = preprocessor.get(key)
     mean, std, resample = sizes["image_mean"], sizes["image_std"], sizes["resample"]
@@ -41,6 +44,15 @@ def sizes_of(config: dict, folder: Path) -> dict:
     if resample is not None and resample not in range(6):
         raise ValueError(f"{file}: resample is {resample!r}; Pillow's filters are 0 to 5")
     return sizes
+
+
+def read_preprocessor(folder: Path) -> tuple:
+    """(file, how it says pictures are prepared). Newer folders have that in processor_config.json, which
+    transformers asks first."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        content = read_json(folder / name) if (folder / name).exists() else {}
+        if name.startswith("pre") or "image_processor" in content:
+            return folder / name, content.get("image_processor", content)
 
 
 def is_color(values) -> bool:
@@ -75,9 +87,10 @@ def write_preprocessor_config(config, folder, fit: str = "crop"):
 # ------------------------------------------------------------------------------------------------------------
 # Tensors
 
-# A folder may hold more than the tower: a text tower, SigLIP's pooling head, DINOv2's training mask.
+# A folder may hold more than the tower: a text tower, SigLIP's pooling head, DINOv2's training mask, LLaVA.
 NOT_OURS = re.compile(
     r"text_model\.|text_projection\.|visual_projection\.|logit_(scale|bias)"
+    r"|(model\.)?(language_model|multi_modal_projector)\.|lm_head\."
     r"|(vision_model\.)?head\.|embeddings\.mask_token|.*position_ids$")
 DINOV2_NAMES = (  # part of their name, part of ours; no name of CLIP or SigLIP contains one of these parts
     ("cls_token", "class_embedding"), ("position_embeddings", "position_embedding.weight"),
@@ -90,6 +103,7 @@ DINOV2_BATCHES_OF_ONE = ("embeddings.cls_token", "embeddings.position_embeddings
 
 def our_name(name: str) -> str:
     """Our name of a tensor of any family, or "" if the tensor is not part of the tower."""
+    name = name.removeprefix("model.vision_tower.").removeprefix("vision_tower.")
     if NOT_OURS.match(name):
         return ""
     name = name.removeprefix("vision_model.")

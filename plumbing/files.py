@@ -157,4 +157,4 @@ def resolve_model(folder_or_id) -> Path:
     folder = resolve(folder_or_id, MODEL_FILES)
     if any(folder.glob("*.safetensors")):
         return folder
-    return resolve(folder_or_id, ("*.json", "pytorch_model*.bin"))
+    return resolve(folder_or_id, ("*.json", "pytorch_model*.bin", "mm_projector.bin"))

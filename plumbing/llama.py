@@ -3,33 +3,42 @@
 Reading gives a dict of sizes. llm.py makes its LLMConfig of that. Writing takes the LLMConfig.
 """
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 from plumbing.files import named, read_json
-from plumbing.weights import read_config
+from plumbing.weights import read_config, refuse_others
+
+KNOWN = {  # fields that change what is computed: the values that llm.py computes
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)}
+KNOWN_ROPE = {"rope_type": ("default", "llama3"), "partial_rotary_factor": (1.0,)}
+
+
+def home(folder: Path) -> Path:
+    """Where the LLM of a folder is: a run directory keeps its tuned one in llm/."""
+    return folder / "llm" if (folder / "llm").is_dir() else folder
 
 
 def read_sizes(folder: Path, families) -> dict:
-    """Sizes of the LLM in a folder. ValueError if its model_type is not one of `families`."""
+    """Sizes of the LLM in a folder, alone or as a part of LLaVA. ValueError if it is not of `families`."""
     with named(folder):
-        return sizes_of(read_config(folder, families), folder)
+        config = read_config(folder, (*families, "llava"))
+        text = config.get("text_config", config)
+        for name in ("tie_word_embeddings", "eos_token_id"):  # what a whole LLaVA says comes first
+            if config.get(name) is not None:
+                text[name] = config[name]
+        return sizes_of(text, folder)
 
 
 def sizes_of(config: dict, folder: Path) -> dict:
     """Sizes from an LLM's config.json. ValueError if it asks for something that llm.py does not compute."""
-    has_bias = config.get("attention_bias") and config["model_type"] != "qwen2"  # Qwen2 always has it
-    if has_bias or config.get("mlp_bias"):
-        raise ValueError(f"{folder}: attention_bias or mlp_bias is set; such biases are not supported")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{folder}: the LLM's activation is {config['hidden_act']!r}; SwiGLU has silu")
     rope = config.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in ("default", "llama3"):
-        raise ValueError(f"{folder}: RoPE of type {rope_type!r} is not supported")
+    refuse_others(config, KNOWN, folder)
+    refuse_others(rope, KNOWN_ROPE, f"{folder}: RoPE")
     sizes = dict(config)
     sizes["rope_theta"] = rope.get("rope_theta", 10000.0)
-    sizes["rope_parameters"] = rope if rope_type == "llama3" else None
+    sizes["rope_parameters"] = rope if rope.get("rope_type") == "llama3" else None
     if not config.get("head_dim"):
         sizes["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     window = config.get("sliding_window")
@@ -62,11 +71,18 @@ def config_json(config, architecture: str) -> dict:
     return asdict(config) | changes
 
 
-def our_name(name: str, is_tied: bool) -> str:
-    """The name itself, or "" for a tensor that we do not load.
+# Old files store RoPE's frequencies, which we compute. LLaVA's folders hold more than the LLM. A vision tower
+# that was tuned, in LLaVA's own form, has another name: it is not left out, and refused.
+NOT_OURS = re.compile(
+    r".*inv_freq$|(model\.)?(vision_tower\.(?!vision_tower)|multi_modal_projector\.|mm_projector\.)")
 
-    Old files store RoPE's frequencies, which we compute. A tied head is the embedding table, loaded already.
-    """
-    if name.endswith("inv_freq") or (is_tied and name.endswith("lm_head.weight")):
+
+def our_name(name: str, is_tied: bool = False) -> str:
+    """Our name of a tensor, or "" if it is not part of the LLM. A tied head is the embedding table itself."""
+    if NOT_OURS.match(name):
         return ""
+    name = name.removeprefix("language_model.")  # in LLaVA's older folders
+    name = name.replace("model.language_model.", "model.")  # and in newer ones
+    if is_tied and name == "lm_head.weight":
+        return "model.embed_tokens.weight"
     return name

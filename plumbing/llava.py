@@ -5,87 +5,83 @@
     transformers' format   wraps those of both towers            all                       here
     LLaVA's own            the LLM's, with `mm_` fields          LLM and projector         elsewhere
 
-`read` reads all three, VLM.save writes the first, `export` the second. Reading gives a dict: "vit" and "llm"
-(sizes of a tower that is here, or the name of a folder), "projector" (its kind), "feature_layer", "sources",
-"our_name" (a function), and what only one of the forms knows: "template", "image_token_id", "drops".
+`describe` reads all three, VLM.save writes the first, `export` the second. It gives a dict: "vit" and "llm"
+(names that ViT.from_pretrained and LLM.from_pretrained open: maybe the folder's own), "projector" (its kind),
+"feature_layer", "template" (or None), and what only transformers' format knows: "image_token_id", "drops".
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch.nn.functional as F
 
-from plumbing import clip, llama
-from plumbing.files import TOKENIZER_FILES, named, read_json, resolve, write_json
-from plumbing.weights import read_config, write_weights
+from plumbing.files import TOKENIZER_FILES, named, resolve, resolve_model, write_json
+from plumbing.weights import (files_of, is_llavas_own, open_config, read_config, read_shard, read_weights,
+                              refuse_others, write_weights)
 
 IMAGE = "<image>"  # in transformers' format the placeholder is a token of the tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Names of tensors
+# Names of tensors. clip.py and llama.py know those of the towers, alone and within a LLaVA.
 
-PREFIXES = (  # theirs, ours. The first that fits is replaced, so the form that we write comes first.
-    ("vision_tower.vision_model.", "vit."), ("vision_tower.", "vit."),
-    ("language_model.model.", "llm.model."), ("language_model.lm_head.", "llm.lm_head."),
-    ("language_model.", "llm.model."), ("lm_head.", "llm.lm_head."),
-    ("multi_modal_projector.linear_1.", "projector.0."), ("multi_modal_projector.linear_2.", "projector.2."),
-)
-
-
-def our_name(name: str, is_tied: bool = False) -> str:
-    """Our name of a tensor in transformers' format, older or newer; "" if we do not load it."""
-    name = name.removeprefix("model.")  # the newer form has this prefix
-    name = llama.our_name(name, is_tied)
-    if name.endswith("position_ids") or ".head." in name:
-        return ""
-    for theirs, ours in PREFIXES:
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
+OURS_AND_THEIRS = (  # in the older form, which every version of transformers reads
+    ("vit.", "vision_tower.vision_model."), ("llm.", "language_model."),
+    ("projector.0.", "multi_modal_projector.linear_1."), ("projector.2.", "multi_modal_projector.linear_2."))
+PROJECTOR = re.compile(r".*(mm_projector|multi_modal_projector)\.")
 
 
 def their_name(name: str) -> str:
-    """The other way round, in the older form, which every version of transformers reads."""
-    for theirs, ours in PREFIXES:
+    """The name of one of our tensors in transformers' format."""
+    for ours, theirs in OURS_AND_THEIRS:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     return name
 
 
-def our_name_in_original(name: str, is_tied: bool) -> str:
-    """Our name of a tensor in LLaVA's own checkpoint; "" if we do not load it."""
-    if name.startswith("model.mm_projector."):
-        return name.removeprefix("model.mm_")
-    return llama.our_name(f"llm.{name}", is_tied)
-
-
-def our_projector_name(name: str) -> str:
-    """Our name of a tensor in mm_projector.bin or projector.safetensors, within the projector."""
-    return name.rpartition("mm_projector.")[2]
-
-
 def find_projector(path) -> Path:
-    """The projector's file: `path` itself, LLaVA's mm_projector.bin in it, or our projector.safetensors."""
-    path = Path(path)
-    if path.is_file():
+    """Where a projector is: `path`, a file or a folder with a whole model, or a file in that folder, LLaVA's
+    mm_projector.bin or our projector.safetensors."""
+    path = Path(path) if Path(path).is_file() else resolve_model(path)
+    if path.is_file() or files_of(path):
         return path
     if (path / "mm_projector.bin").exists():
         return path / "mm_projector.bin"
     return path / "projector.safetensors"
 
 
+def read_projector(place: Path):
+    """Yield (our name within the projector, tensor) of what `find_projector` has found."""
+    for name, tensor in read_shard(place) if place.is_file() else read_weights(place):
+        if place.is_file() or PROJECTOR.match(name):
+            name = PROJECTOR.sub("", name)
+            yield name.replace("linear_1.", "0.").replace("linear_2.", "2."), tensor
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Reading
 
-def read(folder: Path) -> dict:
-    """What lies in a folder: see above."""
-    config = read_json(folder / "config.json")
-    if not str(config.get("model_type")).startswith("llava"):
+KNOWN = {  # fields of transformers' format that change what is computed: the values that we compute
+    "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,)}
+KNOWN_OF_LLAVAS_OWN = {  # of LLaVA's own form. Another `mm_` field that is set is refused, too.
+    "mm_vision_select_feature": ("patch",), "mm_patch_merge_type": ("flat",), "image_aspect_ratio": ("pad",),
+    "mm_use_im_start_end": (False,), "mm_use_im_patch_token": (False,), "unfreeze_mm_vision_tower": (False,),
+    "tune_mm_vision_resampler": (False,), "use_mm_proj": (True,), "s2": (False,)}
+ANY_VALUE = {"mm_vision_tower", "mm_vision_select_layer", "mm_projector_type", "mm_hidden_size",
+             "mm_projector_lr"}  # read by us, told by the tensors, or of no effect
+
+
+def describe(name) -> dict:
+    """What lies in a folder, or under a Hub id: see above."""
+    folder = resolve_model(name)
+    config = open_config(folder)
+    family = config.get("model_type")
+    if family is None:
         return read_run(folder, config)
-    if "text_config" in config:
-        return read_llava(folder)
-    return read_original(folder, config)
+    if is_llavas_own(family, config):
+        return read_original(folder, config, str(name))
+    return read_llava(folder, str(name))
 
 
 def read_run(folder: Path, config: dict) -> dict:
@@ -100,20 +96,19 @@ def read_run(folder: Path, config: dict) -> dict:
         found["llm"] = str(folder / "llm")
     elif config.get("stage") == "instruct":
         raise FileNotFoundError(f"{folder}/llm: no such folder; this run tuned the LLM and has lost it")
-    return found | {"sources": {"vit": found["vit"], "llm": found["llm"]}}
+    return found
 
 
-def read_llava(folder: Path) -> dict:
+def read_llava(folder: Path, name: str) -> dict:
     """transformers' format. ValueError if it asks for what we do not compute."""
     config = read_config(folder, ("llava",))
-    if config["projector_hidden_act"] != "gelu" or not isinstance(config["vision_feature_layer"], int):
-        raise ValueError(f"{folder}: only a GELU projector over a single feature layer is supported")
-    return {"vit": clip.sizes_of(config["vision_config"], folder),
-            "llm": llama.sizes_of(config["text_config"], folder),
-            "projector": "mlp2x_gelu", "feature_layer": config["vision_feature_layer"],
+    refuse_others(config, KNOWN, folder)
+    if not isinstance(config["vision_feature_layer"], int):
+        raise ValueError(f"{folder}: vision_feature_layer is no single layer")
+    return {"vit": name, "llm": name, "projector": "mlp2x_gelu",
+            "feature_layer": config["vision_feature_layer"], "template": config.get("template"),
             "image_token_id": config.get("image_token_index") or config["image_token_id"],
-            "drops": config["vision_feature_select_strategy"],
-            "sources": {"vit": str(folder), "llm": str(folder)}, "our_name": our_name}
+            "drops": config["vision_feature_select_strategy"]}
 
 
 def check_class_token(found: dict, has_class_token: bool, folder: Path):
@@ -122,21 +117,20 @@ def check_class_token(found: dict, has_class_token: bool, folder: Path):
         raise ValueError(f"{folder}: {found['drops']!r} does not drop just the class token")
 
 
-def read_original(folder: Path, config: dict) -> dict:
+def read_original(folder: Path, config: dict, name: str) -> dict:
     """LLaVA's own form. ValueError for what version 1.5 does not have: tiles, marks around an image, a tuned
     vision tower."""
-    from transformers import AutoConfig  # imported late: it takes seconds
-    has_tiles = config.get("mm_patch_merge_type", "flat") != "flat"
-    tower = config.get("mm_vision_tower")
-    if has_tiles or config.get("mm_use_im_start_end") or not tower:
-        raise ValueError(f"{folder}: of LLaVA's own checkpoints only those like version 1.5's are supported")
-    family = config["model_type"].partition("_")[2] or "llama"  # llava_mistral
-    fields = {name: value for name, value in config.items() if name != "model_type"}
-    complete = AutoConfig.for_model(family, **fields).to_dict()  # with transformers' defaults
-    return {"vit": tower, "llm": llama.sizes_of(complete, folder),
+    known = dict(KNOWN_OF_LLAVAS_OWN)
+    for field in config:
+        if field.startswith("mm_") and field not in ANY_VALUE:
+            known.setdefault(field, (None,))
+    with named(folder, "of LLaVA's own checkpoints only those like version 1.5's are supported"):
+        refuse_others(config, known, "config.json")
+        if not isinstance(config.get("mm_vision_tower"), str):
+            raise ValueError("config.json: mm_vision_tower names no vision tower")
+    return {"vit": config["mm_vision_tower"], "llm": name,
             "projector": config.get("mm_projector_type", "linear"),
-            "feature_layer": config["mm_vision_select_layer"],
-            "sources": {"vit": tower, "llm": str(folder)}, "our_name": our_name_in_original}
+            "feature_layer": config["mm_vision_select_layer"], "template": "v1"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -172,14 +166,16 @@ def as_jinja(system: str, form) -> str:
     return "".join(given) + FORM
 
 
-def prepare_tokenizer(source: Path, template: str, system: str, v1):
-    """Return the LLM's tokenizer with the placeholder and an export's chat template, and a list: the special
-    token that this template puts after an answer, if there is one."""
+def prepare_tokenizer(source: Path, template: str, system: str, v1) -> tuple:
+    """(the LLM's tokenizer with the placeholder and an export's chat template, that template's name, a list:
+    the special token that it puts after an answer, if there is one)."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    # In a batch of prompts, padding comes before them: an answer behind padding would be nonsense.
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, padding_side="left")
     tokenizer.add_tokens(IMAGE, special_tokens=True)
     own = tokenizer.chat_template
-    if template == "v1" or not own:
+    template = "v1" if template == "v1" or not own else "chat"
+    if template == "v1":
         own = as_jinja(system, v1(tokenizer))
     # SentencePiece puts a space of its own before the text after an image. Some of its tokenizers do not
     # after a special token, so there the template writes it.
@@ -193,7 +189,7 @@ def prepare_tokenizer(source: Path, template: str, system: str, v1):
     with named(source, "its chat template"):
         ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False)).input_ids
     special = [i for i in ids if i in tokenizer.added_tokens_decoder]
-    return tokenizer, special[-1:]
+    return tokenizer, template, special[-1:]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -212,7 +208,7 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
         raise ValueError("a DINOv2 tower is read, not written")
     folder = Path(folder)
     source = resolve(settings["tokenizer"], TOKENIZER_FILES)
-    tokenizer, ends = prepare_tokenizer(source, settings["template"], system, v1)
+    tokenizer, template, ends = prepare_tokenizer(source, settings["template"], system, v1)
     ends += text["eos_token_id"] if isinstance(text["eos_token_id"], list) else [text["eos_token_id"]]
     # The placeholder needs a row in the embedding table, which is never read. If none is spare, add one.
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
@@ -230,10 +226,11 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
         "image_token_index": image_token_id, "image_seq_length": settings["image_tokens"],
         "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
         "vision_feature_layer": settings["feature_layer"], "vision_feature_select_strategy": strategy,
-        "tie_word_embeddings": text["tie_word_embeddings"]})
+        "tie_word_embeddings": text["tie_word_embeddings"], "template": template})
     write_json(folder / "generation_config.json", {
         "bos_token_id": text["bos_token_id"], "eos_token_id": sorted(set(ends)),
-        "pad_token_id": tokenizer.pad_token_id})
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_new_tokens": min(512, text["max_position_embeddings"] // 2)})  # transformers would stop at 20
     write_json(folder / "processor_config.json", {
         "processor_class": "LlavaProcessor", "image_token": IMAGE, "patch_size": vision["patch_size"],
         "num_additional_image_tokens": int(settings["has_class_token"]),

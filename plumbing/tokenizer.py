@@ -4,13 +4,14 @@ import math
 import re
 from functools import lru_cache
 
+from plumbing import llama
 from plumbing.files import TOKENIZER_FILES, named, resolve
 
 
 def load_tokenizer(folder_or_id):
     """The LLM's tokenizer. Padding gets the id of the unknown token, as in LLaVA, or that of the end."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
-    folder = resolve(folder_or_id, ("*.json", *TOKENIZER_FILES))
+    folder = llama.home(resolve(folder_or_id, ("*.json", *TOKENIZER_FILES)))
     problem = ("no tokenizer could be made. Without a tokenizer.json, as in Vicuna's folders, put one there "
                "(for Vicuna 1.5 that of llava-hf/llava-1.5-7b-hf) or `pip install sentencepiece protobuf`")
     with named(folder, problem):  # transformers raises many kinds, most of them about packages

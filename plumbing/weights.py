@@ -12,6 +12,14 @@ from torch import nn
 from plumbing.files import named, read_json, whole, write_json
 
 
+def open_config(folder: Path) -> dict:
+    """config.json as it is. ValueError if the folder holds an adapter, which would change the weights."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder}: a LoRA adapter; merge it first (PEFT's merge_and_unload)")
+    config = read_json(folder / "config.json")
+    return config if isinstance(config, dict) else {}
+
+
 def read_config(folder: Path, families) -> dict:
     """config.json with transformers' defaults for what the file leaves out.
 
@@ -19,14 +27,30 @@ def read_config(folder: Path, families) -> dict:
     give garbage.
     """
     from transformers import AutoConfig  # imported late: it takes seconds, and only loading needs it
-    config = read_json(folder / "config.json")
-    family = config.get("model_type") if isinstance(config, dict) else None
+    config = open_config(folder)
+    family = config.pop("model_type", None)
+    if is_llavas_own(family, config):
+        family = family.partition("_")[2] or "llama"  # llava_mistral
     if family not in families:
         raise ValueError(f"{folder}: model_type is {family!r}; known here: {', '.join(families)}")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+        return AutoConfig.for_model(family, **config).to_dict()
     except Exception as error:  # transformers raises several kinds for a field of the wrong type
         raise ValueError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
+
+
+def is_llavas_own(family, config: dict) -> bool:
+    """Whether this is the config.json of LLaVA's own form: an LLM's, with more fields."""
+    return str(family).startswith("llava") and "text_config" not in config
+
+
+def refuse_others(config: dict, known: dict, source):
+    """ValueError that names the first field whose value is not one that we compute. A field may be absent."""
+    for name, values in known.items():
+        value = config.get(name)
+        if value is not None and value not in values:
+            wanted = " or ".join(map(repr, values))
+            raise ValueError(f"{source}: {name} is {value!r:.60}; only {wanted} is supported")
 
 
 def config_from_dict(config_class, values: dict, folder):
@@ -58,21 +82,23 @@ def fits(name: str, value, kind) -> bool:
 
 
 def read_weights(folder: Path):
-    """Yield (name, tensor) of every weight in a folder, with one shard in memory at a time.
+    """Yield (name, tensor) of every weight in a folder, with one shard in memory at a time."""
+    files = files_of(folder)
+    if not files:
+        raise FileNotFoundError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin")
+    for file in files:
+        yield from read_shard(file)
 
-    The folder has model.safetensors or pytorch_model.bin, whole or in shards that an index lists.
-    """
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.exists():
-            for shard in shards_of(index):
-                yield from read_shard(shard)
-            return
-        single = folder / f"{stem}.{suffix}"
-        if single.exists():
-            yield from read_shard(single)
-            return
-    raise FileNotFoundError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin")
+
+def files_of(folder: Path) -> list:
+    """model.safetensors or pytorch_model.bin, whole or in shards that an index lists. If a folder has several
+    of these, transformers and we take the first."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [folder / name]
+        if (folder / f"{name}.index.json").exists():
+            return shards_of(folder / f"{name}.index.json")
+    return []
 
 
 def shards_of(index: Path) -> list:
@@ -111,24 +137,31 @@ def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32, devic
     """Set every parameter of `module` (built on the meta device) from (their name, tensor) pairs; return it.
 
     `our_name` gives our name of a tensor, or "" to leave it out. ValueError for a tensor without a parameter,
-    a parameter without a tensor, and a shape that differs: a head that stayed random because its name was new
-    would cost a training run.
+    a parameter without a tensor, a shape that differs, and two different tensors of one name: a head that
+    stayed random because its name was new would cost a training run.
     """
     kind = type(module).__name__
+    loaded = {}
     missing = {name: parameter.shape for name, parameter in module.named_parameters()}
     for theirs, tensor in tensors:
         name = our_name(theirs)
         if not name:
             continue
+        if name in loaded and torch.equal(loaded[name], tensor.to(loaded[name])):
+            continue
         if name not in missing:
-            raise ValueError(f"{source}: {theirs!r} has no place in {kind}, or came twice")
+            if name in loaded:
+                raise ValueError(f"{source}: two different tensors for {name!r}; where one is a head of "
+                                 "its own, tie_word_embeddings in config.json must be false")
+            raise ValueError(f"{source}: {theirs!r} has no place in {kind}")
         if tensor.shape != missing[name]:
             raise ValueError(f"{source}: {theirs} has shape {tuple(tensor.shape)}, "
                              f"{kind} needs {tuple(missing[name])}")
         if not tensor.is_floating_point():  # quantised: without its scales it is another weight
             raise ValueError(f"{source}: {theirs} holds {tensor.dtype}, not floating-point numbers")
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
+        loaded[name] = nn.Parameter(tensor.to(device, dtype))
+        setattr(module.get_submodule(owner), leaf, loaded[name])
         del missing[name]
     if missing:
         raise ValueError(f"{source}: {len(missing)} tensors missing, the first is {next(iter(missing))!r}")

@@ -16,7 +16,8 @@ import torch
 
 from data import PROMPTS, TEMPLATES
 from losses import CONTRASTIVE
-from plumbing.files import ROOT
+from plumbing.files import ROOT, named
+from plumbing.llava import describe, find_projector
 from plumbing.ranks import barrier, rank, say
 
 def option(default, help, choices=None, heading=None):
@@ -29,7 +30,8 @@ class Config:
     preset: str = option("", "defaults (empty: 7b with CUDA, else tiny)",
                          ("", "tiny", "small", "speedrun", "7b", "13b"))
     out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
-    init: str = option("", "align run or mm_projector.bin to start from; instruct needs one")
+    init: str = option("", "what to start from: a run, an export or a LLaVA folder, whose towers and "
+                           "projector are taken; or LLaVA's mm_projector.bin. instruct needs one")
     seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
     dry_run: bool = option(False, "3 steps at full shape: random weights and data, nothing read or written")
     save_every: int = option(0, "steps between checkpoints that --resume continues from; 0: none")
@@ -167,12 +169,35 @@ def configure(stage: str, given: dict) -> Config:
     if not config.out:
         config.out = f"runs/{preset}/{stage}"
     if not config.init and stage == "instruct":
-        config.init = f"runs/{preset}/align"
+        config.init = align_run(config)
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # torchrun --max-restarts
     if restarts > 0 and (Path(config.out) / "log.jsonl").exists():
         config.resume = True
     refuse(config)
+    if config.init and (config.init != align_run(config) or Path(config.init).exists()):
+        follow_init(config, given)
     return config
+
+
+def align_run(config: Config) -> str:
+    """Where instruct looks for a run to start from."""
+    return f"runs/{config.preset}/align"
+
+
+def follow_init(config: Config, given: dict):
+    """Take all that `config.init` has: its towers, tuned or not, and the kind of its projector.
+
+    ValueError for one that is typed and differs. A preset's names do not count.
+    """
+    with named(config.init, "cannot be started from"):
+        if find_projector(config.init).name == "mm_projector.bin":
+            return  # a projector alone: it fits these towers or is refused
+        found = describe(config.init)
+    for name in ("vit", "llm", "projector", "feature_layer"):
+        value = found[name]
+        if given.get(name, value) != value:
+            raise ValueError(f"--{name} {given[name]}: {config.init} has {value!r}, which is taken")
+        setattr(config, name, value)
 
 
 def refuse(config: Config):
@@ -212,7 +237,7 @@ def hub_id(config: Config) -> str:
 def ensure_data(config):
     """Write the toy world if it is wanted and missing. FileNotFoundError for other data, with where to get
     it."""
-    if config.init and not Path(config.init).exists():
+    if config.init == align_run(config) and not Path(config.init).exists():
         raise FileNotFoundError(f"{config.init}: no align run to start from; "
                                 f"`python train.py --stage align --preset {config.preset}` makes one")
     if rank() == 0 and config.annotations.startswith("data/toy/") and not Path("data/toy").exists():

@@ -24,6 +24,7 @@ import losses
 import train
 from llm import LLMConfig
 from plumbing.ranks import start_ranks
+from running.options import configure
 
 MEDIUM = LLMConfig(vocab_size=2000, hidden_size=256, intermediate_size=704, num_hidden_layers=12,
                    num_attention_heads=8, num_key_value_heads=4, head_dim=32)  # activations outweigh weights
@@ -37,7 +38,7 @@ def model_of(stage: str, checkpointing: str, contrastive: str, size: str, batch:
     torch.set_num_threads(1)
     is_medium, device = size == "medium", torch.device("cpu")
     batch, text = batch or (16 if is_medium else 64), text or (200 if is_medium else 8)
-    config = train.configure(stage, {"preset": "tiny", "checkpointing": checkpointing, "batch": batch,
+    config = configure(stage, {"preset": "tiny", "checkpointing": checkpointing, "batch": batch,
                                      "contrastive": contrastive} | options)
     vit_config, llm_config = bench_step.shapes_of(config)
     shapes = vit_config, MEDIUM if is_medium else llm_config
@@ -63,16 +64,14 @@ def one(*setting, steps: int = 30) -> dict:
 def cost_of_measuring(size: str, pairs: int) -> list:
     """Step times with the gradients measured and balanced over those without, in pairs of two neighbours."""
     with_share = model_of("align", "none", "patch", size, contrastive_balance=0.3)
-    nothing = dict.fromkeys(("projected_norm", "projected", "word_norm", "words"), 0)
-    measures, ratios = (losses.norms, losses.products), []
+    products, ratios = losses.products, []
     for number in range(pairs + 1):
         times = {}
         for way in ("with", "without") if number % 2 else ("without", "with"):
-            without = (lambda *_: dict(nothing)), (lambda *_: {})
-            losses.norms, losses.products = measures if way == "with" else without
+            losses.products = products if way == "with" else lambda _: {}
             times[way] = milliseconds(*with_share)
         ratios.append(times["with"] / times["without"])
-    losses.norms, losses.products = measures
+    losses.products = products
     return ratios[1:]
 
 

@@ -23,16 +23,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bench_step
 import bench_transformers
-import data
 import train
-from train import Config
+from plumbing.ranks import barrier, leave_ranks, rank, say, start_ranks, world_size
+from running import order
+from running.options import Config
 from running.records import load_records
-import plumbing.ranks as plumbing_ranks
 
 WORLD, BATCH, STEPS, IMAGE = 8, 128, 200, 576
 WAYS = {  # options
-    "LLaVA's order, 16": dict(group_by_length=True, micro_batch=16),
-    "LLaVA's order, 4": dict(group_by_length=True, micro_batch=4),
+    "LLaVA's order, 16": dict(micro_batch=16),
+    "LLaVA's order, 4": dict(micro_batch=4),
     "spread, 16": dict(micro_batch=16), "spread, 4": dict(micro_batch=4),
     "spread, 16, equal shares, 4096 tokens": dict(micro_batch=16, micro_tokens=4096, contrastive="patch"),
     **{f"spread, 16, {tokens} tokens": dict(micro_batch=16, micro_tokens=tokens)
@@ -47,18 +47,66 @@ def log_normal(n: int):
     return text, rng.random(n) < 15 / 16
 
 
-def costs(way: dict, text, has_image) -> dict:
+def llavas_order(config, words: list, steps: int, world: int) -> list:
+    """[step][rank][number in the step] as LLaVA deals with --group_by_modality_length: a rank's share of a
+    step is consecutive in `grouped`. words: text lengths of all records, negative for those without an
+    image."""
+    size, parts = order.split_batch(config, world)
+    indices = []
+    for epoch in range(1 + steps * config.batch // len(words)):
+        indices += grouped(words, config.batch, world * parts, np.random.default_rng([config.seed, epoch]))
+    cut = [indices[start : start + size] for start in range(0, steps * config.batch, size)]
+    shares = [cut[start : start + parts] for start in range(0, len(cut), parts)]
+    return [shares[start : start + world] for start in range(0, len(shares), world)]
+
+
+def grouped(words: list, batch: int, chunks: int, rng) -> list:
+    """An order in which each batch is of one modality and of similar lengths.
+
+    Of each modality: shuffle, cut into batches. Then shuffle the batches, and deal each, longest first, into
+    even chunks. What is left over comes last. """
+    batches, rest = [], []
+    for is_text in (False, True):
+        members = [i for i, length in enumerate(words) if (length < 0) == is_text]
+        members = [members[i] for i in rng.permutation(len(members))]
+        whole = len(members) // batch * batch
+        batches += [members[start : start + batch] for start in range(0, whole, batch)]
+        rest += members[whole:]
+    indices = []
+    for number in rng.permutation(len(batches)):
+        longest_first = sorted(batches[number], key=lambda i: -abs(words[i]))
+        indices += even_chunks(longest_first, words, chunks)
+    return indices + sorted(rest)
+
+
+def even_chunks(longest_first: list, words: list, chunks: int) -> list:
+    """Each index goes to the chunk with the smallest total so far that has room; then chunk after chunk."""
+    room = len(longest_first) // chunks
+    dealt = [[] for _ in range(chunks)]
+    totals = [0] * chunks
+    for index in longest_first:
+        open_chunks = [chunk for chunk in range(chunks) if len(dealt[chunk]) < room]
+        smallest = min(open_chunks, key=lambda chunk: totals[chunk])
+        dealt[smallest].append(index)
+        totals[smallest] += abs(words[index])
+    return [index for chunk in dealt for index in chunk]
+
+
+def costs(name: str, text, has_image) -> dict:
     rows = (text + IMAGE * has_image).clip(1, 2048).astype(int).tolist()
     words = np.where(has_image, text, -text).astype(int).tolist()
-    config = Config(batch=BATCH, **way)
-    dealt = data.micro_batches(config, words if config.group_by_length else rows, STEPS, WORLD)
+    config = Config(batch=BATCH, **WAYS[name])
+    if name.startswith("LLaVA"):
+        dealt = llavas_order(config, words, STEPS, WORLD)
+    else:
+        dealt = order.deal(config, rows, STEPS, WORLD)
     real = padded = time = 0
     for ranks in dealt:
         taken = [sum(len(part) * max(rows[i] for i in part) for part in parts) for parts in ranks]
         real += sum(rows[i] for parts in ranks for part in parts for i in part)
         padded, time = padded + sum(taken), time + WORLD * max(taken)
     return {"padding": 1 - real / padded, "padding or waiting": 1 - real / time,
-            "largest": np.prod(data.largest_micro_batch(dealt, rows)),
+            "largest": np.prod(order.largest_micro_batch(dealt, rows)),
             "passes": sum(len(ranks[0]) for ranks in dealt) / STEPS}
 
 
@@ -67,8 +115,8 @@ def show(name: str, text, has_image):
           "| order, most rows | passes | padding | padding or waiting | rows/s | largest |\n"
           "|---|---|---|---|---|---|")
     base = None
-    for way, options in WAYS.items():
-        found = costs(options, text, has_image)
+    for way in WAYS:
+        found = costs(way, text, has_image)
         base = base or 1 - found["padding or waiting"]
         lost = found["padding or waiting"]
         print(f"| {way} | {found['passes']:.1f} | {found['padding']:.1%} | {lost:.1%} | "
@@ -77,31 +125,38 @@ def show(name: str, text, has_image):
 
 def measure(steps: int = 4, batch: int = 16):
     """Steps of one model in LLaVA's order and spread, in turn, each order with batches of its own."""
-    device, world, rank = plumbing_ranks.start_ranks(), plumbing_ranks.world_size(), plumbing_ranks.rank()
-    ways = {"LLaVA's order": Config(stage="instruct", batch=batch, micro_batch=4, group_by_length=True),
+    device = start_ranks()
+    world = world_size()
+    ways = {"LLaVA's order": Config(stage="instruct", batch=batch, micro_batch=4),
             "spread": Config(stage="instruct", batch=batch, micro_batch=8, micro_tokens=2048)}
     vlm = bench_step.random_model(ways["spread"], bench_transformers.SIZES["100m"], device, torch.float32)
     optimizer, terms = train.build_optimizer(ways["spread"], vlm, device)
     text = log_normal(1000)[0].clip(5, 1400).astype(int).tolist()
     rows = [length + 1 + vlm.num_image_tokens for length in text]
-    dealt = {name: data.micro_batches(config, text if config.group_by_length else rows, steps + 1, world)
-             for name, config in ways.items()}
+    dealt = {"LLaVA's order": llavas_order(ways["LLaVA's order"], text, steps + 1, world),
+             "spread": order.deal(ways["spread"], rows, steps + 1, world)}
     rates = {name: [] for name in ways}
     for step in range(steps + 1):
         for name, config in ways.items():
-            parts = [[text[i] for i in part] for part in dealt[name][step][rank]]
+            parts = [[text[i] for i in part] for part in dealt[name][step][rank()]]
             samples = [bench_transformers.samples_of(vlm, part, "instruct") for part in parts]
             batches = [bench_transformers.collate(vlm, part) for part in samples]
-            plumbing_ranks.barrier()
+            barrier()
             start = time.perf_counter()
             tokens = train.train_step(vlm, terms, optimizer, batches, config, 1e-5)["tokens"]
-            plumbing_ranks.barrier()
+            barrier()
             rates[name].append(tokens / (time.perf_counter() - start))
     base, ours = rates["LLaVA's order"][1:], rates["spread"][1:]  # the first warms up
-    plumbing_ranks.say(f"{world} ranks, steps of {batch}; supervised tokens a second, LLaVA's order: "
-               f"{statistics.median(base):.0f}, spread: {statistics.median(ours):.0f}; ratio of the steps' "
-               f"sums {statistics.harmonic_mean(ours) / statistics.harmonic_mean(base):.2f}")
-    plumbing_ranks.leave_ranks()
+    say(f"{world} ranks, steps of {batch}; supervised tokens a second, LLaVA's order: "
+        f"{statistics.median(base):.0f}, spread: {statistics.median(ours):.0f}; ratio of the steps' sums "
+        f"{statistics.harmonic_mean(ours) / statistics.harmonic_mean(base):.2f}")
+    leave_ranks()
+
+
+def text_and_image(record) -> tuple:
+    """(tokens of the text, estimated from its characters; whether there is an image)."""
+    turns = record["conversations"]
+    return sum(len(turn["value"]) for turn in turns) / 4.4 + 10 * len(turns), "image" in record
 
 
 def main():
@@ -109,8 +164,8 @@ def main():
         return measure()
     show("log-normal text + 576", *log_normal(30000))
     for file in sys.argv[1:]:
-        sizes = load_records(file).sizes
-        show(Path(file).name, sizes[:, 0] / 4.4 + 10 * sizes[:, 1], sizes[:, 2] > 0)
+        sizes = np.array([text_and_image(record) for record in load_records(file)])
+        show(Path(file).name, sizes[:, 0], sizes[:, 1] > 0)
 
 
 if __name__ == "__main__":

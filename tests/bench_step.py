@@ -24,10 +24,10 @@ import data
 import losses
 import train
 from llm import LLM, LLMConfig, load_llm_config
-
+from plumbing.ranks import choose_dtype, leave_ranks, peak_memory, rank, say, start_ranks, world_size
 from projector import VLM
+from running import options, order, plan
 from vit import ViT, ViTConfig, load_vit_config
-from plumbing.ranks import choose_dtype, leave_ranks, rank, start_ranks, world_size
 
 SHAPES = {  # the towers of the presets whose folders are not at hand; tiny's are read from their config.json
     "small": (ViTConfig(image_size=224, patch_size=16, hidden_size=768, intermediate_size=3072,
@@ -46,12 +46,13 @@ SHAPES = {  # the towers of the presets whose folders are not at hand; tiny's ar
     "13b": (ViTConfig(), LLMConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
                                    num_attention_heads=40, num_key_value_heads=40)),
 }
+META = torch.device("meta")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16, by name
 
 
 def shapes_of(config) -> tuple:
     """(ViTConfig, LLMConfig): of a preset's own towers from the table, of others from their folders."""
-    own = train.PRESETS[config.preset]["common"]
+    own = options.PRESETS[config.preset]["common"]
     if config.preset in SHAPES and (config.vit, config.llm) == (own["vit"], own["llm"]):
         return SHAPES[config.preset]
     return load_vit_config(config.vit), load_llm_config(config.llm)
@@ -67,18 +68,19 @@ def random_model(config, shapes, device, dtype) -> VLM:
             vlm = VLM(ViT(shapes[0], config.feature_layer), LLM(shapes[1]), config.projector)
     finally:
         torch.set_default_dtype(default)
+    train.choose_learning(config, vlm)
     if config.compile:
         train.compile_blocks(vlm.llm.model.layers)
     train.checkpoint_blocks(vlm.llm.model.layers, config.checkpointing)
-    return train.choose_learning(config, vlm)
+    return vlm
 
 
 def random_batch(config, vlm, number: int = 0, text: int = 0) -> dict:
     """A micro-batch of this rank, through data.collate: pictures of noise with `text` random tokens each (0:
     as many as a typical sample of the stage has)."""
-    c, samples, text = vlm.llm.config, [], text or train.TEXT_TOKENS[config.stage]
+    c, samples, text = vlm.llm.config, [], text or plan.TEXT_TOKENS[config.stage]
     size, rng = vlm.vit.config.image_size, torch.Generator().manual_seed(1000 * number + rank())
-    for i in range(data.split_batch(config, world_size())[0]):
+    for i in range(order.split_batch(config, world_size())[0]):
         ids = torch.randint(3, c.vocab_size, (text,), generator=rng).tolist()
         roles = [data.CONTEXT] * 2 + [data.ANSWER] * text
         samples.append({"ids": [1, data.IMAGE_MARKER, *ids], "roles": roles, "text_ids": [1, *ids],
@@ -92,22 +94,19 @@ def flops_per_step(config, vlm) -> dict:
     counted.
 
     A weight costs 2 operations per token forward, 2 for the gradient of its input, 2 more for its own if it
-    learns; the head sees the supervised tokens alone and, in align, so do all of the last block but its keys
-    and values. For attention see `attention_flops`. "patch" is pooling
+    learns; the head sees only the supervised tokens. For attention see `attention_flops`. "patch" is pooling
     and the products of all images with all captions; "prompt" the same products, and a pass of the LLM over
     the captions alone.
     """
-    c, S, B, T = vlm.llm.config, train.row_length(config, vlm), config.batch, train.TEXT_TOKENS[config.stage]
-    weights, vit = train.count_weights(vlm.llm.model.layers), vlm.vit
-    spared = weights / c.num_hidden_layers - 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
-    spared *= vlm.num_image_tokens if config.stage == "align" else 0  # times positions
+    c, S, B, T = vlm.llm.config, plan.row_length(config, vlm), config.batch, plan.TEXT_TOKENS[config.stage]
+    weights, vit = plan.count_weights(vlm.llm.model.layers), vlm.vit
     weight, tokens = (6 if config.stage == "instruct" else 4), vit.num_patches + vit.config.family.class_token
     run = vit.encoder["layers"][: vit.blocks_run]
-    patches = vit.num_patches * train.count_weights(vit.embeddings.patch_embedding)
+    patches = vit.num_patches * plan.count_weights(vit.embeddings.patch_embedding)
     products = 12 * B * B * c.hidden_size
-    flops = {"vision": 2 * B * (tokens * train.count_weights(run) + patches),
+    flops = {"vision": 2 * B * (tokens * plan.count_weights(run) + patches),
              "projector": projector_flops(vlm, B),
-             "language": B * weight * (S * weights - spared + T * c.vocab_size * c.hidden_size),
+             "language": B * weight * (S * weights + T * c.vocab_size * c.hidden_size),
              "attention": attention_flops(config, vlm)}
     contrastive = {"patch": products + 3 * B * (vlm.num_image_tokens + T) * c.hidden_size,
                    "prompt": products + 2 * B * T * weights}
@@ -125,7 +124,7 @@ def projector_flops(vlm, B: int) -> int:
 
 def attention_flops(config, vlm) -> int:
     """Causal attention costs 2 S^2 C a layer forward and twice that backward, the ViT's 4 L^2 D."""
-    c, v, S = vlm.llm.config, vlm.vit.config, train.row_length(config, vlm)
+    c, v, S = vlm.llm.config, vlm.vit.config, plan.row_length(config, vlm)
     L, width = vlm.vit.num_patches + v.family.class_token, c.num_attention_heads * c.head_dim
     return config.batch * (3 * 2 * S * S * width * c.num_hidden_layers
                            + 4 * L * L * v.hidden_size * vlm.vit.blocks_run)
@@ -135,21 +134,21 @@ def dry_run(config, device):
     """Print the plan, take three steps, print what they took: the fastest of those after the first. Before
     them three of contrast first, where the run has such."""
     dtype, shapes = choose_dtype(device, config.dtype), shapes_of(config)
-    plan = train.outline(config, *shapes)
-    flops = flops_per_step(config, plan)
-    total, tokens = sum(flops.values()), config.batch * train.row_length(config, plan)
-    train.say(f"a step: {tokens:,} tokens, {total / 1e15:.3g} PFLOP, parts: "
+    outlined = random_model(config, shapes, META, dtype)
+    flops = flops_per_step(config, outlined)
+    total, tokens = sum(flops.values()), config.batch * plan.row_length(config, outlined)
+    say(f"a step: {tokens:,} tokens, {total / 1e15:.3g} PFLOP, parts: "
               + ", ".join(f"{name} {part / total:.2g}" for name, part in flops.items()))
     planned = config.contrastive_first, config.steps or -(-RECORDS[config.stage] // config.batch)
     config.contrastive_first = min(3, config.contrastive_first)
-    largest = data.split_batch(config, world_size())[0], train.row_length(config, plan)
-    train.print_plan(config, plan, device, dtype, 3 + config.contrastive_first, largest)
+    largest = order.split_batch(config, world_size())[0], plan.row_length(config, outlined)
+    plan.print_plan(config, outlined, device, dtype, 3 + config.contrastive_first, largest)
     vlm = random_model(config, shapes, device, dtype)
     optimizer, terms = train.build_optimizer(config, vlm, device)
     seconds = []
     steps = range(3 + config.contrastive_first)
     for step in tqdm(steps, desc=f"dry run, {config.stage}", disable=rank() > 0):
-        parts = data.split_batch(config, world_size())[1]
+        parts = order.split_batch(config, world_size())[1]
         micro_batches = [random_batch(config, vlm, part) for part in range(parts)]
         began = time.time()
         train.train_step(vlm, terms, optimizer, micro_batches, config, config.lr, step)
@@ -158,15 +157,15 @@ def dry_run(config, device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     hours = (planned[0] * min(first, default=0) + planned[1] * fastest) / 3600
     count = f"{planned[0]:,} + {planned[1]:,}" if planned[0] else f"{planned[1]:,}"
-    train.say(f"at this speed the {count} steps of LLaVA's list take {hours:.3g} h")
+    say(f"at this speed the {count} steps of LLaVA's list take {hours:.3g} h")
     peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
     mfu = round(total / fastest / world_size() / peak, 3) if peak else None
-    train.say(json.dumps({
+    say(json.dumps({
         "dry_run": f"{config.preset} {config.stage}", "device": name, "ranks": world_size(),
         "ms_per_step_fastest_of_2": round(1000 * fastest, 1), "tokens_per_s": round(tokens / fastest),
         "mfu": mfu, "ms_of_contrast_first": round(1000 * min(first), 1) if first else None,
-        "peak_memory_gib": round(train.peak_memory(device) / 1024, 2),
-        "predicted_gib": round(sum(train.memory_sum(config, plan, dtype, *largest).values()), 2)}))
+        "peak_memory_gib": round(peak_memory(device) / 1024, 2),
+        "predicted_gib": round(sum(plan.memory_sum(config, outlined, dtype, *largest).values()), 2)}))
 
 
 RECORDS = {"align": 558128, "instruct": 665298}  # of LLaVA's two lists
@@ -176,8 +175,8 @@ def cost(preset: str) -> str:
     """A line of the README's table: GPU-hours at 40 % of the peak, what checkpointing runs again counted."""
     steps, hours = [], []
     for stage in ("align", "instruct"):
-        config = train.configure(stage, {"preset": preset})
-        vlm = train.outline(config, *shapes_of(config))
+        config = options.configure(stage, {"preset": preset})
+        vlm = random_model(config, shapes_of(config), META, torch.float32)
         flops, count = flops_per_step(config, vlm), config.steps or -(-RECORDS[stage] // config.batch)
         again = 0.5 if stage == "align" else 1 / 3  # a forward more, of 2 or 3
         flops["language"] *= 1 + again * (config.checkpointing == "every")
@@ -190,13 +189,13 @@ def cost(preset: str) -> str:
 def main():
     if sys.argv[1:] == ["--costs"]:
         return print("\n".join(map(cost, SHAPES)))
-    given = train.parse_args()
+    given = options.parse_args()
     given.pop("dry_run", None)
     stages = ["align", "instruct"] if given.get("stage", "all") == "all" else [given["stage"]]
     try:
         device = start_ranks()
         for stage in stages:
-            dry_run(train.configure(stage, given | {"resume": False}), device)
+            dry_run(options.configure(stage, given | {"resume": False}), device)
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
     finally:

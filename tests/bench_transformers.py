@@ -27,9 +27,11 @@ import bench_step
 import data
 import train
 from llm import LLMConfig
-from projector import VLM
-from vit import ViTConfig
 from plumbing.ranks import start_ranks
+from projector import VLM
+from running import order
+from running.options import Config, configure
+from vit import ViTConfig
 
 SIZES = bench_step.SHAPES | {
     "100m": (ViTConfig(224, 16, 384, 1536, 6, 6), LLMConfig(32000, 640, 1728, 12, 10, 10, 64)),
@@ -40,7 +42,7 @@ TOKENIZER = str(Path(__file__).parent.parent / "lab/towers/tiny-llm")  # its wor
 def both(size: str, dtype, device) -> tuple:
     """(a folder in transformers' format, our model, theirs), of random weights."""
     from transformers import LlavaForConditionalGeneration
-    config = train.configure("align", {"preset": "tiny", "seed": 0})
+    config = configure("align", {"preset": "tiny", "seed": 0})
     ours = bench_step.random_model(config, SIZES[size], torch.device("cpu"), dtype)
     ours.sources = {"vit": TOKENIZER, "llm": TOKENIZER}
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
@@ -67,11 +69,11 @@ def collate(vlm, samples) -> dict:
 
 def our_step(vlm, samples, lengths, stage: str, micro: int, budget: int, device):
     """A function that takes a step and returns its loss."""
-    config = train.Config(stage=stage, batch=len(samples), micro_batch=micro, micro_tokens=budget)
+    config = Config(stage=stage, batch=len(samples), micro_batch=micro, micro_tokens=budget)
     train.choose_learning(config, vlm)
     optimizer, terms = train.build_optimizer(config, vlm, device)
     rows = [length + 1 + vlm.num_image_tokens for length in lengths]
-    parts, = data.spread(list(range(len(samples))), rows, micro, budget, 1, has_equal_shares=False)
+    parts, = order.spread(list(range(len(samples))), rows, micro, budget, 1)
     batches = [collate(vlm, [samples[i] for i in part]) for part in parts]
     return lambda: train.train_step(vlm, terms, optimizer, batches, config, 1e-4)["generative"]
 

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import transformers
 
-import data
 from lab import toy_world
 from plumbing.ranks import leave_ranks
 from plumbing.tokenizer import load_tokenizer

@@ -32,7 +32,7 @@ EXERCISES = {
     "splice": Exercise(
         "projector.py", "VLM.splice",
         "An image enters the sentence: its projected patches replace its N placeholders.",
-        "`image_places` says where in the flattened ids they stand, `index_copy_` fills these places; the "
+        "`image_at` says where in the flattened ids they stand, `index_copy_` fills these places; the "
         "placeholder has no embedding, so look any row up where it stands.",
         "tests/test_projector.py -k 'splice or text_only'"),
     "contrastive_loss": Exercise(
@@ -62,18 +62,24 @@ EXERCISES = {
         roles = [role_of[min(start, len(text) - 1)] for start, _ in tokens.offsets]
         return roles[1:] + roles[-1:]  # a position predicts the token behind it
         """, "the labels are off, by one perhaps"),
-    "checkpointed": Exercise(
-        "llm.py", "checkpointed",
-        "Time for memory: a block keeps its arguments alone, and runs again when backward asks for the rest. "
-        "Now it keeps everything.",
-        "`torch.autograd.graph.saved_tensors_hooks`: pack each tensor as a number, unpack it from a second "
-        "run (`saved_tensors`) that starts from the first one's random state.",
-        "tests/test_train.py -k test_checkpointing",
-        "return function", "checkpointed blocks keep 100% of the bytes of plain ones"),
+    "recomputed": Exercise(
+        "train.py", "Recomputed.backward",
+        "Time for memory: a block's input is all that is kept, so backward runs the block once more. Now it "
+        "forgets that the block has weights.",
+        "Detach x and ask for its gradient, enable gradients, run the function, and `autograd.backward` from "
+        "there: it reaches x, and the weights on the way. One gradient for each argument of forward.",
+        "tests/test_train.py -k test_checkpoint",
+        """
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.function(x, *ctx.rest)
+        of_x, = torch.autograd.grad(y, x, gradient)
+        return None, of_x, *(None for _ in ctx.rest)
+        """, "the weights of a checkpointed block get no gradient"),
     "send": Exercise(
         "train.py", "DataParallelAdamW.send",
         "Gradients are summed over the ranks while backward goes on. Now each rank keeps its own.",
-        "`all_reduce`, or with `shard` `ranks.reduce_scatter` into a slice, both with async_op=True: "
+        "`all_reduce`, or with `shard` `reduce_scatter` into a slice, both with async_op=True: "
         "`receive` waits. What is on its way must stay alive.",
         "tests/test_train.py -k 'torch_adamw and (2-False or 2-True) or buckets_leave'",
         "self.messages.append((bucket, bucket.close(), None, None))",

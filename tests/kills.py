@@ -21,45 +21,18 @@ ROOT = Path(__file__).parent.parent
 
 
 def command(out, world: int, *args) -> list:
-    launch = (
-        [
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={world}",
-            "--rdzv_backend=c10d",
-            "--rdzv_endpoint=localhost:0",
-        ]
-        if world > 1
-        else []
-    )
-    return [
-        sys.executable,
-        *launch,
-        ROOT / "train.py",
-        "--preset",
-        "tiny",
-        "--stage",
-        "align",
-        "--steps",
-        "24",
-        "--batch",
-        "8",
-        "--micro_batch",
-        "4",
-        "--save_every",
-        "1",
-        "--shard",
-        str(world > 1),
-        "--out",
-        out,
-        *args,
-    ]
+    launch = []
+    if world > 1:
+        launch = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", "--rdzv_backend=c10d",
+                  "--rdzv_endpoint=localhost:0"]
+    options = ["--preset", "tiny", "--stage", "align", "--steps", "24", "--batch", "8", "--micro_batch", "4",
+               "--save_every", "1", "--shard", str(world > 1), "--out", out]
+    return [sys.executable, *launch, ROOT / "train.py", *options, *args]
 
 
 def run(out, world: int, *args) -> str:
-    return subprocess.run(
-        command(out, world, *args), capture_output=True, text=True, check=True, timeout=300
-    ).stdout
+    parts = command(out, world, *args)
+    return subprocess.run(parts, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 def ranks_of(process) -> list:
@@ -89,7 +62,8 @@ def kill_within(out, world: int, seconds: float) -> bool:
 def kept(out) -> tuple:
     """The log, without what differs from one time to the next, and the bytes of the weights."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    log = [{key: value for key, value in line.items() if key not in ("ms", "memory_mib")} for line in lines]
+    log = [{key: value for key, value in line.items() if key not in ("ms", "wait_ms", "memory_mib")}
+           for line in lines]
     return log, {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
 
 

@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +131,103 @@ def test_mmmu_open_answers(text, answers, is_right):
     assert score["accuracy"] == 100 * is_right and score["unparsed"] == 0
 
 
+def digits(text, at) -> int:
+    """How many stand there."""
+    return len(text) - at - len(text[at:].lstrip("0123456789"))
+
+
+def is_word(letter) -> bool:
+    return letter.isalnum() or letter == "_"
+
+
+def with_commas(text, start):
+    """The end of a number such as -1,234 that starts there, or None."""
+    at = start + (text[start] == "-")
+    count = digits(text, at)
+    if not 1 <= count <= 3 or at == start and is_word(text[start - 1 : start]):
+        return None
+    end, at = None, at + count
+    while text[at : at + 1] == "," and digits(text, at + 1) >= 3:
+        at += 4
+        if not is_word(text[at : at + 1]):
+            end = at
+    return end
+
+
+def scientific(text, start):
+    """The same for 1.5e-3."""
+    at = start + (text[start] == "-")
+    if not digits(text, at):
+        return None
+    at += digits(text, at)
+    if text[at : at + 1] == "." and digits(text, at + 1):
+        at += 1 + digits(text, at + 1)
+    return exponent(text, at)
+
+
+def exponent(text, at):
+    if text[at : at + 1] not in ("e", "E"):
+        return None
+    at += 1 + (text[at + 1 : at + 2] in ("+", "-"))
+    return at + digits(text, at) if digits(text, at) else None
+
+
+def simple(text, start):
+    """The same for 1.5, .5 and 15, of which no part is one of the others."""
+    at = start + (text[start] == "-")
+    point = at + digits(text, at)
+    ends = []
+    if text[point : point + 1] == "." and digits(text, point + 1):
+        ends.append(point + 1 + digits(text, point + 1))
+    if point > at and not is_word(text[point : point + 1]):
+        ends.append(point)
+    for end in ends:
+        if exponent(text, end) is None and text[end : end + 1] not in (",", *"0123456789"):
+            return end
+
+
+def slow_candidates(text) -> set:
+    """MMMU's rule for open answers, letter by letter."""
+    text = text.strip().strip(".").lower()
+    results = []
+    lines = text.split("\n")
+    for line in lines:
+        words = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
+        words += ["="] * (line is lines[-1])
+        ends = [line[line.rindex(word) + len(word) :].strip() for word in words if word in line]
+        while len(ends) > 1:  # two by two: the second wins if it is shorter, or if the first is empty
+            first, second, *others = ends
+            ends = [second if not first or len(second) < len(first) else first, *others]
+        results += [end for end in ends if end and end not in [*":,.!?;'"]]
+    texts = results or [text]
+    for result in [*texts]:
+        for kind in (with_commas, scientific, simple):
+            at = 0
+            while at < len(result):
+                end = kind(result, at)
+                texts += [result[at:end]] if end else []
+                at = end or at + 1
+    return {candidate for found in texts for candidate in mmmu.normalised(found)}
+
+
+def test_mmmu_reads_open_answers_as_a_slow_reading_of_its_rule():
+    """Of random pieces. A line that ends with an announcing word, or "=", makes the rule forget an earlier
+    one."""
+    rng = random.Random(0)
+    words = [*mmmu.ANNOUNCERS, *map(str.strip, mmmu.ANNOUNCERS), "=", "= ", "Red", "a"]
+    signs = [*"\n\n\n..,:!?;' -"]
+    numbers = "5 1,234 12,34 1.5 .5 -3 1e3 2.5E-4 1.25e3 x5 1,234,567 1234,567 3. 7_".split()
+    pieces = words + signs + numbers
+    answers = ["".join(rng.choices(pieces, k=rng.randint(1, 8))) for _ in range(30000)]
+    wrong = [answer for answer in answers if set(mmmu.read_candidates(answer)) != slow_candidates(answer)]
+    assert wrong == []
+
+
+def test_mmmu_looks_for_a_choice_with_its_spaces():
+    question = {"options": ["A", "B"], "choices": ["red ", "blue"]}
+    assert mmmu.parse("of the two I take blue, not red", question) == "A"
+
+
 def test_mmmu_guesses_what_it_cannot_read_and_says_how_often():
     question = {"image": "x", "options": list("ABCD"), "answer": "A", "category": "Art", "pictures": 2}
     questions = [question | {"id": number} for number in range(400)]
@@ -146,6 +245,12 @@ def test_an_unreadable_answer_is_wrong_and_stays_in_the_denominator():
     assert scores["accuracy"] == 40.0 and scores["accuracy_img"] == 33.33 and scores["accuracy_txt"] == 50.0
     assert (scores["questions"], scores["questions_img"], scores["questions_txt"]) == (5, 3, 2)
     assert scores["unparsed"] == 2
+
+
+def test_a_question_without_a_category_is_in_none():
+    questions = [{"id": i, "image": None, "answer": "A", "category": ["x", None][i]} for i in (0, 1)]
+    scores = score_accuracy(questions, ["A", "A"])
+    assert scores["categories"] == {"x": {"accuracy": 100, "questions": 1}} and scores["questions"] == 2
 
 
 def test_the_official_split_of_scienceqa():
@@ -345,6 +450,35 @@ def test_mmbench_rotates_options_and_answers_with_one_picture(root):
         assert len(questions[8]["options"]) == 2 and "\nC. " not in questions[8]["prompt"]
 
 
+def mmbench_choices(folder, *rows) -> list:
+    """The choices of each row, as MMBench's rotations of one question."""
+    lines = ["index\tquestion\tA\tB\tC\tD\timage\thint\tcategory"]
+    for number, row in enumerate(rows):
+        lines.append("\t".join([f"{number}000000", "?", *row, "eA==", "None", "NA"]))
+    (folder / "mmbench_dev.tsv").write_text("\n".join(lines))
+    questions = load_questions("mmbench", folder)
+    assert {question["category"] for question in questions} == {None}
+    assert all(question["prompt"].startswith("<image>\n?\nA. ") for question in questions)  # no hint
+    assert [len(question["options"]) for question in questions] == [len(q["choices"]) for q in questions]
+    return [question["choices"] for question in questions]
+
+
+@pytest.mark.parametrize("row, choices", [
+    ("None red Na blue", "None red Na blue"), ("red NA na NONE", "red NA na NONE"), ("red nan nan blue",) * 2,
+    ("red blue nan NaN", "red blue"), ("red Nan NULL <NA>", "red Nan"), ("red blue Na None", "red blue Na"),
+    ("red blue  ", "red blue"), ("red  blue ", "red  blue"), ("red   ", "red")])
+def test_mmbench_only_lacks_the_choices_at_the_end_that_pandas_lacks(tmp_path, row, choices):
+    assert mmbench_choices(tmp_path, row.split(" ")) == [choices.split(" ")]
+
+
+@pytest.mark.parametrize("text", mmbench.MISSING[1:])
+def test_mmbench_has_a_choice_that_is_missing_nowhere_but_at_the_end(tmp_path, text):
+    """Two choices: one reads "None". What is at the end of one rotation comes first in the other."""
+    rows = [["red", text, "", ""], [text, "red", "", ""]]
+    for rotations in (rows, rows[::-1]):
+        assert mmbench_choices(tmp_path, *rotations) == [row[:2] for row in rotations]
+
+
 def test_mmbench_needs_one_table(root, copy):
     folder = copy("mmbench")
     shutil.copy(root / "MMBench-CN/mmbench_dev_cn_20231003.tsv", folder)  # both languages may lie together
@@ -396,6 +530,20 @@ def test_mme_has_another_layout_two_spaces_and_pictures_with_other_endings(tmp_p
         "Is it a hall?  Please answer yes or no.\tYes\nIs it a bar? Please answer yes or no.\tNo\n")
     first, _ = load_questions("mme", tmp_path)
     assert first["prompt"] == f"<image>\nIs it a hall?{SHORT_ANSWER}" and first["image"].name == "7.jpg"
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".Png", ".webp"])
+@pytest.mark.parametrize("name", [name for name in BENCHES if "mmbench" not in name])
+def test_a_picture_is_found_whatever_its_suffix(root, copy, name, suffix):
+    """Cameras and Windows write upper case. MMBench has its pictures in its table."""
+    expected = [(row["id"], row["image"]) for row in load_questions(name, root / BENCHES[name].folder)]
+    folder = copy(name)
+    for file in [*folder.rglob("*.png"), *folder.rglob("*.jpg")]:
+        file.rename(file.with_suffix(suffix))
+    for (identity, image), question in zip(expected, load_questions(name, folder), strict=True):
+        assert question["id"] == identity
+        if isinstance(image, Path):
+            assert question["image"].name == image.with_suffix(suffix).name
 
 
 def test_scienceqas_prompt():
@@ -506,6 +654,10 @@ ART = "Art_Theory/validation-00000-of-00001.json"
      "problems.json: question '7' is there twice"),
     (broken("scienceqa", "problems.json", lambda x: x["8"].update(answer="B")),
      "problems.json: entry .* has 'B' as its 'answer'"),
+    (broken("scienceqa", "problems.json", lambda x: x["8"].update(choices=list("abcdefg"), answer=3)),
+     "problems.json: problem '8' has 7 choices, at most 5"),
+    (broken("scienceqa", "problems.json", lambda x: x["8"].update(choices=list("abc"), answer=3)),
+     "problems.json: problem '8' has no choice 3$"),
     (broken("scienceqa", "problems.json", lambda x: x["8"].update(image="none.png")),
      "problems.json: question '8' asks about a picture that is not there"),
     (broken("scienceqa", "pid_splits.json", lambda x: x.update(test=["7", "99"])),
@@ -570,9 +722,11 @@ def test_parquet_beside_what_is_read_is_not_left_out(copy):
         load_questions("mmmu", folder)
 
 
-def test_mmes_pictures_each_have_a_text(copy):
+@pytest.mark.parametrize("suffix", [".png", ".JPG"])
+def test_mmes_pictures_each_have_a_text(copy, suffix):
     folder = copy("mme")
     (folder / "color/00000.txt").unlink()
+    (folder / "color/00000.png").rename(folder / f"color/00000{suffix}")
     with pytest.raises(FileNotFoundError, match="color/00000.txt"):
         load_questions("mme", folder)
 

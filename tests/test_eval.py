@@ -4,6 +4,7 @@ about one picture; the command."""
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,18 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_benchmarks import copy, root  # noqa: F401 (fixtures)
 
 import data
 import eval as evaluation
 from benchmarks import BENCHES, load_questions, vqa
+from plumbing import llava
 from projector import VLM
 
 CPU = torch.device("cpu")
+TURN = "{{ '<s>' if loop.first else '' }}{{ m.role }}: {{ m.content }}{{ '</s>' if m.role == 'assistant' }}\n"
+OWN_TEMPLATE = f"{{% for m in messages %}}{TURN}{{% endfor %}}{{{{ 'assistant:' if add_generation_prompt }}}}"
 
 
 @pytest.fixture(scope="session")
@@ -196,16 +201,94 @@ def test_a_broken_line_of_kept_answers_is_named(own_run, root):
         scored(own_run, "gqa", "--data", root / "GQA")
 
 
-def test_answers_to_other_questions_are_refused(own_run, root):
-    """Of another split; and to a question that reads otherwise now."""
-    line = {"id": "1", "prompt": "Which?", "answer": "A"}
-    (own_run / "scienceqa.partial.0.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(SystemExit, match="partial.0.jsonl: question '1' is not asked now, or reads"):
-        scored(own_run, "scienceqa", "--data", root / "ScienceQA")
-    line["id"] = load_questions("scienceqa", root / "ScienceQA")[0]["id"]
-    (own_run / "scienceqa.partial.0.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(SystemExit, match="reads otherwise"):
-        scored(own_run, "scienceqa", "--data", root / "ScienceQA")
+@pytest.fixture
+def killed(own_run, copy, monkeypatch):
+    """(run, options, list of the ids that are asked): an evaluation of GQA that was killed before its end."""
+    argv, asked = ["gqa", "--data", str(copy("gqa"))], []
+    append, in_batches = evaluation.append_answers, evaluation.in_batches
+    monkeypatch.setattr(evaluation, "in_batches", lambda questions, answer, batch, file: in_batches(
+        questions, answer, 2, file))
+
+    def append_and_die(file, questions, answers):
+        append(file, questions, answers)
+        asked.extend(question["id"] for question in questions)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "append_answers", append_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        scored(own_run, *argv)
+    return own_run, argv, asked
+
+
+def change_weights(run, argv):
+    weights = load_file(run / "projector.safetensors")
+    save_file({name: tensor * 0 for name, tensor in weights.items()}, run / "projector.safetensors")
+
+
+def change_template(run, argv):
+    config = json.loads((run / "config.json").read_text())
+    shutil.copytree(config["llm"], run / "tower")
+    (run / "tower/chat_template.jinja").write_text(OWN_TEMPLATE)
+    (run / "config.json").write_text(json.dumps(config | {"template": "chat", "llm": str(run / "tower")}))
+
+
+def change_pictures(run, argv):
+    """Others under the same names."""
+    for number, file in enumerate(sorted(Path(argv[2]).glob("images/*"))):
+        Image.new("RGB", (48, 48), (9 * number, 0, 0)).save(file)
+
+
+def touch_pictures(run, argv):
+    """Of the same size, as a picture with another colour may be."""
+    for file in Path(argv[2]).glob("images/*"):
+        os.utime(file, ns=(1, 1))
+
+
+def change_questions(run, argv):
+    file = Path(argv[2]) / "testdev_balanced_questions.json"
+    file.write_text(file.read_text().replace("What color", "Which color"))
+
+
+def change_data(run, argv):
+    """The same questions about the pictures of another folder."""
+    argv[2] = str(shutil.copytree(argv[2], run / "data"))
+
+
+@pytest.mark.parametrize("change", [change_weights, change_template, change_pictures, touch_pictures,
+                                    change_questions, change_data])
+def test_answers_that_were_made_of_something_else_are_made_anew(killed, capsys, change):
+    run, argv, asked = killed
+    change(run, argv)
+    found = scored(run, *argv)
+    assert len(asked) == 4 + 6 and set(asked[4:]) == set(asked)
+    assert "gqa.partial.0.jsonl: 4 answers are of another model, template, " in capsys.readouterr().out
+    assert found == scored(run, *argv)  # as of one that was not killed
+    assert not list(run.glob("*.jsonl"))
+
+
+def test_only_the_answers_about_a_changed_picture_are_made_anew(killed, capsys):
+    run, argv, asked = killed
+    changed = asked[0]
+    question, = (row for row in load_questions("gqa", argv[2]) if row["id"] == changed)
+    os.utime(question["image"], ns=(1, 1))
+    scored(run, *argv)
+    assert asked.count(changed) == 2 and len(asked) == 4 + 4  # its batch, and the two that were not asked
+    assert "1 answers are of another model" in capsys.readouterr().out
+
+
+def test_a_model_with_other_weights_is_scored_by_its_own_answers(own_run, root):
+    """A projector set to zero: no answer of the one before is taken over, and the older result is kept."""
+    argv = "pope", "--data", root / "POPE"
+    before = scored(own_run, *argv)
+    assert scored(own_run, *argv) == before and not list(own_run.glob("*.old*"))  # the same again: no copy
+    change_weights(own_run, argv)
+    after = scored(own_run, *argv)
+    assert after["predictions"] != before["predictions"]
+    assert json.loads((own_run / "pope.json.old").read_text()) == before
+    change_template(own_run, argv)
+    scored(own_run, *argv)
+    assert json.loads((own_run / "pope.json.old2").read_text()) == after
 
 
 def failing(rank, world, run, root):
@@ -257,11 +340,47 @@ def test_a_llava_folder_is_asked_in_vicunas_form(llava_folder, monkeypatch, said
     assert answer == tokenizer.decode([token] * tokens, skip_special_tokens=True).strip()
 
 
+@pytest.mark.parametrize("tuned_with", ["v1", "chat"])
+def test_an_export_is_asked_as_the_run_that_it_came_from(run, tmp_path, monkeypatch, tuned_with):
+    """In its own template: every id of a question is the same."""
+    own = shutil.copytree(run, tmp_path / "own")
+    change_template(own, None)
+    (own / "config.json").write_text(json.dumps(json.loads((own / "config.json").read_text()) | {
+        "template": tuned_with}))
+    vlm, tokenizer, config = evaluation.load_run(own, CPU)
+    vlm.export(tmp_path / "export")
+    read = llava.read
+    monkeypatch.setattr(llava, "read", lambda folder: read(folder) | {"template": tuned_with})
+    exported, its_tokenizer, its_config = evaluation.load_run(tmp_path / "export", CPU)
+    assert its_config["template"] == config["template"] == tuned_with
+    questions = [evaluation.about(None, "What color is it?"), {"id": 1, "prompt": "Red?", "image": None}]
+    for question in questions:
+        turns = [("human", question["prompt"]), ("gpt", "Red"), ("human", "And now?")]
+        has_image = question["prompt"].startswith("<image>")
+        first, second = (data.encode(turns, evaluation.form_of(tuned_with, each), each, has_image)
+                         for each in (tokenizer, its_tokenizer))
+        assert first == second
+
+
+def test_another_template_than_the_runs_own_is_printed(own_run, root, picture, capsys):
+    change_template(own_run, None)
+    argv = ["--bench", "gqa", "--data", str(root / "GQA"), "--ckpt", str(own_run)]
+    scores = []
+    for more in ([], ["--template", "v1"]):
+        evaluation.main([*argv, *more])
+        *lines, last = capsys.readouterr().out.splitlines()
+        said = [line for line in lines if "asked with template" in line]
+        assert said == [f"{own_run}: asked with template v1; its own is chat"] * bool(more)
+        scores.append(json.loads(last))
+    assert [score["template"] for score in scores] == ["chat", "v1"]
+    names = "gqa.json", "gqa.template=v1.json"
+    kept = [json.loads((own_run / name).read_text()) for name in names]
+    assert [one["scores"] for one in kept] == scores and kept[0]["predictions"] != kept[1]["predictions"]
+    evaluation.main(["--ask", picture, "Red?", "--ckpt", str(own_run), "--template", "v1"])
+    assert "its own is chat" in capsys.readouterr().out
+
+
 # ---- several turns about one picture -----------------------------------------------------------------------
-
-TURN = "{{ '<s>' if loop.first else '' }}{{ m.role }}: {{ m.content }}{{ '</s>' if m.role == 'assistant' }}\n"
-OWN_TEMPLATE = f"{{% for m in messages %}}{TURN}{{% endfor %}}{{{{ 'assistant:' if add_generation_prompt }}}}"
-
 
 @pytest.fixture
 def picture(tmp_path):
@@ -362,12 +481,12 @@ def test_all_answers_scores_and_writes_every_benchmark(own_run, root, capsys):
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [result["bench"] for result in results] == list(BENCHES)
     for result in results:
-        saved = json.loads((own_run / f"{result['bench']}.json").read_text())
+        saved = json.loads((own_run / f"{result['bench']}.limit=2.json").read_text())
         assert saved["scores"] == result and saved["predictions"][0]["prompt"].startswith("<image>")
         assert result["questions"] == {"mme": 4}.get(result["bench"], 2)
         is_scored = result["bench"] not in ("vqav2", "mmvet")
         assert ("accuracy" in result) == ("accuracy_se" in result) == is_scored
-    written = {file.stem.removesuffix("-submit") for file in own_run.glob("*-submit*")}
+    written = {file.stem.removesuffix(".limit=2-submit") for file in own_run.glob("*-submit*")}
     assert written == {"mmbench", "mmbench-cn", "vqav2", "mmvet"}
 
 
@@ -381,7 +500,7 @@ def test_all_says_what_is_not_there_and_goes_on_after_a_failure(own_run, root, t
     printed = capsys.readouterr().out
     assert "scienceqa is not run: no folder " in printed and '"bench": "textvqa"' in printed
     assert "gqa failed: " in printed and "n0.jpg" in printed
-    with pytest.raises(SystemExit, match="no benchmark is there"):
+    with pytest.raises(SystemExit, match="no benchmark is there, neither ScienceQA nor .* nor mm-vet$"):
         evaluation.main([*argv, str(tmp_path)])
 
 
@@ -401,6 +520,51 @@ def test_what_servers_and_judges_want(own_run, root, tmp_path):
     assert {number: vqa.normalise(text) for number, text in found["vqav2"][1].items()} == {
         number: rows[number] for number in (0, 1000, 2000)}
     assert json.loads(found["mmvet"][0]) == found["mmvet"][1]
+
+
+def test_a_smaller_question_is_written_beside_the_larger_one(own_run, root):
+    """Each of a split, a limit and a template has its own files; the split that is meant anyway has not."""
+    data = "--data", str(root / "MMBench")
+    scored(own_run, "mmbench", *data, "--floors")
+    whole = {file.name: file.read_bytes() for file in own_run.glob("mmbench*")}
+    assert set(whole) == {"mmbench.json", "mmbench-submit.tsv"}
+    change_template(own_run, None)
+    for options, stem in [
+        (["--limit", "2"], "mmbench.limit=2"), (["--split", "dev_2"], "mmbench.split=dev_2"),
+        (["--split", "dev_2", "--limit", "1"], "mmbench.split=dev_2.limit=1"),
+        (["--template", "v1", "--limit", "1"], "mmbench.limit=1.template=v1")]:
+        evaluation.main(["--bench", "mmbench", *data, "--ckpt", str(own_run), *options])
+        written = [file.name for file in own_run.glob("mmbench*") if file.name not in whole]
+        assert sorted(written) == [f"{stem}-submit.tsv", f"{stem}.json"]
+        for name in written:
+            (own_run / name).unlink()
+        assert all((own_run / name).read_bytes() == content for name, content in whole.items())
+    shutil.copytree(root / "MME_Benchmark_release_version/color", own_run / "mme/a[b]")
+    evaluation.main(["--bench", "mme", "--data", str(own_run / "mme"), "--split", "a[[]b]", "--ckpt",
+                     str(own_run)])
+    assert [file.name for file in own_run.glob("mme.*")] == ["mme.split=a%5B%5B%5Db%5D.json"]
+
+
+def test_the_split_that_is_meant_anyway_changes_no_name_and_floors_stay(own_run, root):
+    argv = "seed", "--data", root / "SEED-Bench"
+    first = scored(own_run, *argv, "--floors")
+    again = scored(own_run, *argv, "--split", "image")
+    assert again == first and "floors" in again["scores"]
+    assert [file.name for file in own_run.glob("seed*")] == ["seed.json"]
+
+
+def test_results_may_lie_elsewhere(own_run, root, tmp_path, monkeypatch):
+    """Of a run that cannot be written to; also what is kept of a killed evaluation."""
+    argv = ["--bench", "all", "--data", str(root), "--ckpt", str(own_run), "--limit", "1"]
+    before = sorted(own_run.rglob("*"))
+    evaluation.main([*argv, "--out", str(tmp_path / "new/out")])
+    assert sorted(own_run.rglob("*")) == before
+    names = {file.name for file in (tmp_path / "new/out").iterdir()}
+    assert {f"{name}.limit=1.json" for name in BENCHES} < names and len(names) == len(BENCHES) + 4
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="gqa.partial.0.jsonl: not written; --out names another folder: "):
+        evaluation.main(["--bench", "gqa", "--data", str(root / "GQA"), "--ckpt", str(own_run), "--out",
+                         str(tmp_path / "file")])
 
 
 def test_likelihood_and_floors_stand_beside_the_score(own_run, root, capsys, monkeypatch):
@@ -468,7 +632,8 @@ def test_a_pointer_to_no_run_names_itself(tmp_path, monkeypatch, content):
     *(["--ask", "a.png", "What?", "--top_p", value] for value in ("1e-300", "0", "nan")),
     ["--bench", "pope", "--limit", "1.5"], ["--bench", "all", "--split", "test"],
     ["--bench", "pope", "--submit", "x"], ["--bench", "vqav2", "--submit", "no/such/folder/x"],
-    ["--bench", "vqav2", "--submit", "x", "--ckpt", "a", "b"],
+    ["--bench", "vqav2", "--submit", "x", "--ckpt", "a", "b"], ["--ask", "a.png", "What?", "--out", "x"],
+    ["--bench", "vqav2", "--out", "x", "--ckpt", "a", "b"], ["--bench", "pope", "--template", "plain"],
     ["--bench", "pope", "--limit", "0"], ["--ask", "a.png", "What?", "--floors"]])
 def test_bad_options_end_the_program(argv, capsys):
     with pytest.raises(SystemExit) as end:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import data
-from benchmarks.likelihood import mean_log_likelihoods, split_options
+from benchmarks.likelihood import split_options
 from benchmarks.questions import SHORT_ANSWER
 from lab import likelihood
 from projector import VLM
@@ -43,7 +43,7 @@ def test_the_mean_of_each_text_is_that_of_it_alone(vlm, tokenizer, toy):
     questions = likelihood.load_problems(toy / "ScienceQA", "test")[:12]
     assert {bool(question["image"]) for question in questions} == {True, False}
     for question, choice in zip(questions, likelihood.choose(vlm, tokenizer, questions, "v1")):
-        row = mean_log_likelihoods(vlm, tokenizer, "v1", question, question["options"])
+        row = likelihood.mean_log_likelihoods(vlm, tokenizer, "v1", question, question["options"])
         expected = [plainly(vlm, tokenizer, question, option) for option in question["options"]]
         assert row == pytest.approx(expected, abs=1e-4)
         assert choice == "ABCDE"[row.index(max(row))]

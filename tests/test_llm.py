@@ -298,9 +298,9 @@ def test_generation_config_lists_the_ends(llama_folder, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"attention_bias": True}, "attention_bias or mlp_bias"),
-    ({"mlp_bias": True}, "attention_bias or mlp_bias"),
-    ({"hidden_act": "gelu"}, "activation is 'gelu'"),
+    ({"attention_bias": True}, "attention_bias is True; only False is supported"),
+    ({"mlp_bias": True}, "mlp_bias is True"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"num_key_value_heads": 3}, "folder: 4 query heads cannot")])
 def test_what_we_do_not_compute_is_refused(llama_folder, tmp_path, changes, message):
     (tmp_path / "folder").mkdir()

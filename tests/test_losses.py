@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import losses
+
+
+def places(labels):
+    """The places in the flattened labels (B, S) whose next token carries loss, by a plain loop."""
+    B, S = labels.shape
+    return torch.tensor([b * S + s for b in range(B) for s in range(S - 1) if labels[b, s + 1] != -100],
+                        dtype=torch.long)
 
 
 def test_generative_loss_is_shifted_cross_entropy():
@@ -17,20 +25,22 @@ def test_generative_loss_is_shifted_cross_entropy():
         for s in range(1, 5):
             if labels[b, s] != -100:
                 expected -= logits[b, s - 1].log_softmax(-1)[labels[b, s]]
-    assert torch.allclose(losses.generative_loss(hidden, labels, weight), expected)
-    assert losses.count_supervised(labels) == 4  # the label at position 0 has nothing to predict it from
+    loss_at = places(labels)
+    assert len(loss_at) == 4  # the label at position 0 has nothing to predict it from
+    assert torch.allclose(losses.generative_loss(hidden, labels, weight, loss_at), expected)
 
 
 def test_generative_loss_without_labels_is_zero_with_zero_gradient():
-    hidden = torch.randn(1, 4, 8, requires_grad=True)
-    loss = losses.generative_loss(hidden, torch.full((1, 4), -100), torch.randn(11, 8))
+    hidden, labels = torch.randn(1, 4, 8, requires_grad=True), torch.full((1, 4), -100)
+    loss = losses.generative_loss(hidden, labels, torch.randn(11, 8), places(labels))
     loss.backward()
     assert loss == 0 and (hidden.grad == 0).all()
 
 
 def test_generative_loss_is_computed_in_fp32():
     hidden, weight = torch.randn(1, 9, 8).bfloat16(), torch.randn(11, 8).bfloat16()
-    assert losses.generative_loss(hidden, torch.randint(0, 11, (1, 9)), weight).dtype == torch.float32
+    labels = torch.randint(0, 11, (1, 9))
+    assert losses.generative_loss(hidden, labels, weight, places(labels)).dtype == torch.float32
 
 
 def test_contrastive_loss_equals_the_triple_loop():
@@ -55,12 +65,17 @@ def test_contrastive_loss_equals_the_triple_loop():
     assert torch.allclose(image @ text.T, s, atol=1e-6)  # the identity that spares the triple loop
 
 
-def test_an_image_vector_is_read_where_the_caption_begins():
-    labels = torch.tensor([[-100, -100, -100, 7, 8, -100], [-100, 5, 6, 7, -100, -100]])
-    positions = losses.last_before_labels(labels)
-    assert positions.tolist() == [2, 0]
-    hidden = torch.randn(2, 6, 4)
-    assert torch.equal(losses.hidden_at(hidden, positions), torch.stack([hidden[0, 2], hidden[1, 0]]))
+def test_the_losses_read_where_the_batch_says():
+    """The place before each label, that before each row's first, and the last word of each text."""
+    given, said, end = data.CONTEXT, data.ANSWER, data.END
+    samples = []
+    for roles, length in (([given] * 3 + [said] * 2, 4), ([given, said, said, end], 2), ([given] * 2, 3)):
+        samples.append({"ids": [7] * len(roles), "roles": roles, "pixels": None, "text_ids": [7] * length,
+                        "name": "x"})
+    batch = data.collate(samples, 4, -1, 0, 8)
+    assert torch.equal(batch["loss_at"], places(batch["labels"]))
+    assert batch["state_at"][:2].tolist() == [2, 5 + 0]
+    assert batch["text_at"].tolist() == [3, 4 + 1, 8 + 2]
 
 
 def test_equal_captions_are_not_negatives():

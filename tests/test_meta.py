@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import losses
 import train
+from running import options, order, plan
 
 META, aten = torch.device("meta"), torch.ops.aten
 
@@ -95,17 +95,17 @@ def kernels(monkeypatch):
     use_gpu_kernels(monkeypatch)
 
 
-def second_step(stage, preset, world=1, text=0, dtype=torch.bfloat16, is_first=False, **options):
+def second_step(stage, preset, world=1, text=0, dtype=torch.bfloat16, is_first=False, **given):
     """(config, model, what was seen of the second step, GiB by the plan) at full shape, on rank 0 of so
     many; of captioning steps, or of those of contrast first."""
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        config = train.configure(stage, {"preset": preset} | options)
+        config = options.configure(stage, {"preset": preset} | given)
         with Watch() as watch:
             vlm = bench_step.random_model(config, bench_step.shapes_of(config), META, dtype)
             optimizer, terms = train.build_optimizer(config, vlm, META)
-            parts = data.split_batch(config, world)[1]
+            parts = order.split_batch(config, world)[1]
             micro_batches = [bench_step.random_batch(config, vlm, part, text) for part in range(parts)]
             for _ in range(2):  # in the second the optimizer has its moments
                 watch.waits.clear()
@@ -113,7 +113,7 @@ def second_step(stage, preset, world=1, text=0, dtype=torch.bfloat16, is_first=F
                 step = 0 if is_first else config.contrastive_first
                 train.train_step(vlm, terms, optimizer, micro_batches, config, 1e-3, step)
         rows, length = micro_batches[0]["ids"].shape
-        return config, vlm, watch, sum(train.memory_sum(config, vlm, dtype, rows, length).values())
+        return config, vlm, watch, sum(plan.memory_sum(config, vlm, dtype, rows, length).values())
     finally:
         if world > 1:
             dist.destroy_process_group()
@@ -124,7 +124,7 @@ SHORT = [  # stage, preset, ranks, tokens of text in each row (0: typical), opti
     ("align", "7b", 8, 0, {"checkpointing": "every-other", "micro_batch": 32}),
     ("instruct", "7b", 8, 0, {}), ("instruct", "7b", 8, 1471, {"checkpointing": "none"}),
     ("instruct", "7b", 8, 0, {"shard": False}), ("instruct", "small", 8, 0, {}),
-    ("align", "speedrun", 1, 0, {})]
+    ("align", "speedrun", 1, 0, {"batch": 64})]
 
 
 @pytest.mark.parametrize("stage, preset, world, text, options", SHORT)

@@ -13,7 +13,8 @@ from torch import nn
 
 import data
 from lab import toy_world
-from plumbing.llava import our_name, their_name
+from plumbing import clip, llama
+from plumbing.llava import PROJECTOR, their_name
 from projector import IMAGE_TOKEN_ID, VLM, build_projector
 from plumbing.tokenizer import load_tokenizer
 
@@ -180,8 +181,11 @@ def test_run_directory_round_trip(vlm, tmp_path, with_llm):
 
 
 def test_bad_run_directories(vlm, tmp_path, clip_folder, llama_folder):
-    with pytest.raises(ValueError, match="config.json: vit is None; a run directory has a name there"):
+    with pytest.raises(ValueError, match="model_type is 'llama'; known here: llava"):
         VLM.from_pretrained(llama_folder)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="config.json: vit is None; a run directory has a name there"):
+        VLM.from_pretrained(tmp_path)
     vlm.save(tmp_path, {"stage": "instruct"}, with_llm=False)
     with pytest.raises(FileNotFoundError, match="this run tuned the LLM and has lost it"):
         VLM.from_pretrained(tmp_path)
@@ -211,6 +215,14 @@ def their_llava(folder, vision="clip", **text):
     model = shaken(transformers.LlavaForConditionalGeneration(config))
     model.save_pretrained(folder)
     return model
+
+
+def our_name(name):
+    """Within the VLM, of a tensor in transformers' format, older or newer."""
+    if PROJECTOR.match(name):
+        return "projector." + PROJECTOR.sub("", name).replace("linear_1.", "0.").replace("linear_2.", "2.")
+    part, of_tower = ("vit.", clip.our_name) if "vision_tower." in name else ("llm.", llama.our_name)
+    return part + of_tower(name) if of_tower(name) else ""
 
 
 def our_compared_name(name):
@@ -355,7 +367,7 @@ def test_only_what_transformers_knows_is_exported(clip_folder, llama_folder, tmp
 def test_llava_folders_of_other_kinds_are_refused(tmp_path):
     their_llava(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for change, message in (({"projector_hidden_act": "relu"}, "only a GELU projector"),
+    for change, message in (({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
                             ({"vision_feature_select_strategy": "full"}, "does not drop just the class")):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):

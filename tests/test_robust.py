@@ -577,22 +577,6 @@ def test_other_records_are_refused_on_resume(world, stopped, change):
     assert (out / "config.json").exists()
 
 
-def test_pictures_of_another_size_are_a_warning_on_resume(world, stopped, tmp_path):
-    options, out, file = stopped
-    images = shutil.copytree(world[0] / "data/toy/images", tmp_path / "images")
-    assert "saved with images" in how_it_ends(train.main, world[0], *options, "--resume", "--images", images)
-    picture = images / json.loads(file.read_text())[0]["image"]
-    original = world[0] / "data/toy/images" / picture.name
-    kept = original.read_bytes()
-    try:
-        Image.new("RGB", (77, 77), "red").save(original)
-        said = called(train.main, world[0], *options, "--resume")
-    finally:
-        original.write_bytes(kept)
-    assert "warning: " in said and "some pictures have another size now" in said
-    assert (out / "config.json").exists()
-
-
 @pytest.mark.parametrize("part", ["vit", "llm", "tokenizer"])
 def test_other_towers_are_refused_on_resume(world, stopped, clip_folder, llama_folder, tmp_path, part):
     """One bit of one weight; a chat template."""
@@ -816,7 +800,7 @@ def test_llavas_own_checkpoint_opens(original, tmp_path, kind):
     ({"mm_patch_merge_type": "spatial_unpad"}, "only those like version 1.5's"),
     ({"model_type": "llava_mpt"}, "model_type is 'mpt'"),
     ({"mm_projector_type": "abstractor"}, "projector 'abstractor'"),
-    ({"mm_projector_type": "mlp3x_gelu"}, "projector.4.weight"),
+    ({"mm_projector_type": "mlp3x_gelu"}, "4.weight"),
     ({"mm_vision_select_layer": "x"}, "llava-v1.5: ")])
 def test_what_llava_1_5_does_not_have_is_refused_by_name(original, tmp_path, change, message):
     folder = shutil.copytree(original[1], tmp_path / "llava-v1.5")
@@ -1034,7 +1018,8 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, llama_
 
 def test_files_of_weights_with_odd_names(tmp_path, llama_folder):
     folder = shutil.copytree(llama_folder, tmp_path / "llm")
-    for shard in (5, "../llm/model.safetensors", "/etc/passwd", "", None):
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")  # a single file would come first
+    for shard in (5, "../model.safetensors", "/etc/passwd", "", None):
         index = folder / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": {"a": shard}}))
         how, text = outcome(LLM.from_pretrained, folder)

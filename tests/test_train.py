@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import weakref
 from contextlib import redirect_stdout
@@ -25,6 +26,7 @@ from pathlib import Path
 import bench_step
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file
@@ -35,11 +37,12 @@ import eval as evaluation
 import losses
 import train
 from lab import toy_world
-from llm import LLM, checkpointed, load_llm_config
+from llm import LLM
 from projector import IMAGE_TOKEN_ID, VLM
-from train import Config, DataParallelAdamW
+from running import checkpoint, options, order, plan, watch
+from running.options import Config
+from train import DataParallelAdamW
 from plumbing.tokenizer import load_tokenizer
-from vit import load_vit_config
 
 CPU = torch.device("cpu")
 
@@ -48,56 +51,33 @@ CPU = torch.device("cpu")
 
 def test_options_become_config():
     argv = ["--stage", "align", "--preset", "tiny", "--lr", "0.5", "--resume", "--shard", "False"]
-    given = train.parse_args(argv)
-    config = train.configure("align", given)
+    config = options.configure("align", options.parse_args(argv))
     assert (config.lr, config.resume, config.shard, config.template) == (0.5, True, False, "plain")
-    assert train.configure("instruct", {"preset": "tiny"}).init == "runs/tiny/align"
+    assert options.configure("instruct", {"preset": "tiny"}).init == "runs/tiny/align"
 
 
 @pytest.mark.parametrize("argv", [["--learning_rate", "1"], ["--lr", "fast"], ["--stage", "finetune"],
                                   ["--lr"], ["--resume", "perhaps"], ["--contr", "patch"]])
 def test_bad_options_end_the_program(argv, capsys):
     with pytest.raises(SystemExit) as end:
-        train.parse_args(argv)
+        options.parse_args(argv)
     assert end.value.code == 2
     assert argv[0] in capsys.readouterr().err
 
 
-def shown(capsys, *argv):
-    """{option: the value in force that --help shows}, and the whole text."""
+def test_help_shows_every_option_with_its_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # no line is cut in two
     with pytest.raises(SystemExit) as end:
-        train.main([*argv, "--help"])
+        train.main(["--help"])
     assert not end.value.code
-    text = capsys.readouterr().out
-    return dict(re.findall(r"^  --(\w+) \S+\s+.*\[(.*)\]$", text, re.M)), text
-
-
-def test_help_shows_every_option_with_the_value_in_force(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "500")  # no value is cut in two
-    for preset, stage in (("7b", "instruct"), ("tiny", "align"), ("small", "align")):
-        values, text = shown(capsys, "--preset", preset, "--stage", stage)
-        config = asdict(train.configure(stage, {"preset": preset}))
-        assert values == {name: str(value) or "empty" for name, value in config.items()}
-        assert text.index("--group_by_length") < text.index("examples:") < text.index("train.py --stage")
-    assert shown(capsys)[0]["preset"] == ("7b" if torch.cuda.is_available() else "tiny")
-
-
-def test_help_follows_the_command_line_and_its_rules(capsys, monkeypatch):
-    """A loss that is named sets aside the preset's contrast first; of both stages, both values."""
-    monkeypatch.setenv("COLUMNS", "500")
-    values, _ = shown(capsys, "--preset", "7b", "--stage", "align", "--contrastive", "patch", "--lr", "0.5")
-    assert (values["contrastive_first"], values["contrastive_weight"], values["lr"]) == ("0", "1.0", "0.5")
-    values, _ = shown(capsys, "--preset", "7b", "--contrastive_first", "9", "--out", "50%")
-    assert values["lr"] == "align 0.001, instruct 2e-05" and values["seed"] == "0" and values["out"] == "50%"
-    assert values["contrastive_first"] == "align 9, instruct 0" and values["stage"] == "all"
-    with pytest.raises(SystemExit, match="^[^\n]+: --contrastive belongs to the align stage$"):
-        train.main(["--stage", "instruct", "--contrastive", "patch", "--help"])
+    shown = dict(re.findall(r"^  --(\w+) \S+\s+.*\[(.*)\]$", capsys.readouterr().out, re.M))
+    assert shown == {name: str(value) or "empty" for name, value in asdict(Config()).items()}
 
 
 def test_presets_name_existing_fields():
-    for name, preset in train.PRESETS.items():
+    for name, preset in options.PRESETS.items():
         for stage in ("align", "instruct"):
-            config = train.configure(stage, {"preset": name})
+            config = options.configure(stage, {"preset": name})
             for field in config.__dataclass_fields__.values():
                 assert isinstance(getattr(config, field.name), field.type), field.name
 
@@ -111,20 +91,20 @@ def test_presets_name_existing_fields():
     ({"contrastive": "both", "contrastive_first": 9}, 9, 1.0, 0.0)])
 def test_full_scale_puts_contrast_first_and_a_named_loss_is_a_plain_sum(given, first, weight, balance):
     for preset in ("small", "7b", "13b"):
-        config = train.configure("align", {"preset": preset} | given)
+        config = options.configure("align", {"preset": preset} | given)
         found = config.contrastive_first, config.contrastive_weight, config.contrastive_balance
         assert found == (first, weight, balance)
 
 
 @pytest.mark.parametrize("given, words", [
     ({"contrastive": "none"}, "none"), ({"contrastive": "both"}, "both"),
-    ({}, "patch, alone in the first 1000 steps, then at weight 0"),
+    ({}, "patch, alone in the first 1000 steps, at weight 0"),
     ({"contrastive_balance": 0.1},
-     "patch, alone in the first 1000 steps, then at 0.1 of the captioning gradient"),
+     "patch, alone in the first 1000 steps, at 0.1 of the captioning gradient"),
     ({"contrastive": "patch", "contrastive_balance": 0.1}, "patch, at 0.1 of the captioning gradient"),
     ({"contrastive": "prompt", "contrastive_weight": 3.0}, "prompt, at weight 3")])
 def test_the_plan_says_how_the_contrastive_loss_is_weighed(given, words):
-    assert train.in_words(train.configure("align", {"preset": "7b"} | given)) == words
+    assert plan.contrastive_words(options.configure("align", {"preset": "7b"} | given)) == words
 
 
 @pytest.mark.parametrize("given, prompt", [
@@ -132,11 +112,8 @@ def test_the_plan_says_how_the_contrastive_loss_is_weighed(given, words):
     ({"contrastive": "both", "prompt": "none"}, "none"), ({"prompt": "one-word"}, "one-word"),
     ({"prompt": "So: | In short:"}, "So: | In short:")])
 def test_the_prompt_comes_with_its_loss_or_when_asked_for(given, prompt):
-    assert train.configure("align", {"preset": "tiny"} | given).prompt == prompt
-
-
-def test_the_instruct_stage_has_no_prompt():
-    assert train.configure("instruct", {"preset": "tiny"}).prompt == "none"
+    assert options.configure("align", {"preset": "tiny"} | given).prompt == prompt
+    assert options.configure("instruct", {"preset": "tiny"}).prompt == "none"
 
 
 # ---- the learning rate -------------------------------------------------------------------------------------
@@ -249,43 +226,100 @@ def test_equals_torch_adamw_on_any_number_of_ranks(ranks, world, shard, micro):
             "updated before all was summed")
 
 
-def odd_resumed(rank, world, shard, dtype, steps=4):
-    """(weights of eight steps in a row, those of four, a file, and four of another model and optimizer)."""
-    models, optimizers = [], []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        models.append(Odd().to(dtype))
-        optimizers.append(DataParallelAdamW(models[-1].learning(), 0.1, 0.5, shard=shard, bucket_size=100))
-    for step in range(steps):
-        odd_step(rank, world, models[0], optimizers[0], step, 2)
-    file = io.BytesIO()
-    torch.save(optimizers[0].state_dict(), file)
-    file.seek(0)
-    optimizers[1].load_state_dict(torch.load(file, weights_only=True))
-    for step in range(steps, 2 * steps):
-        for model, optimizer in zip(models, optimizers):
-            odd_step(rank, world, model, optimizer, step, 2)
-    assert optimizers[0].loss_scale == optimizers[1].loss_scale
-    assert optimizers[0].good_steps == optimizers[1].good_steps
-    return [flat(model.parameters()) for model in models]
+def odd_checkpoint(rank, world, dtype, shard, out, source=""):
+    """Save a checkpoint of four steps or, with `source`, of what was saved there; then take two steps more.
+    Returns the weights before these, and after."""
+    torch.manual_seed(7 if source else 0)
+    model, term = Odd().to(dtype), losses.ContrastiveTerm()  # a bucket of one number: shorter than W
+    learning = [*model.learning(), *term.parameters()]
+    optimizer = DataParallelAdamW(learning, 0.1, 0.5, shard=shard, bucket_size=100)
+    config = partial(Config, shard=shard)
+
+    def step(number):
+        term.log_scale.grad = torch.tensor(1.0)
+        optimizer.collect(term.log_scale)
+        odd_step(rank, world, model, optimizer, number, 8)
+
+    if source:
+        assert checkpoint.load(config(out=source), optimizer, {"patch": term}, {}) == 4
+        assert term.squares == pytest.approx([0.3, 0.2])
+    else:
+        for number in range(4):
+            step(number)
+        term.measure(3.0, 2.0)
+    checkpoint.save(config(out=out), 4, optimizer, {"patch": term}, {})
+    weights = [flat(p.float() for p in learning)]
+    if 8 % world == 0:
+        step(4), step(5)
+        weights.append(flat(p.float() for p in learning))
+    return weights
 
 
-@pytest.mark.parametrize("world, shard, dtype", [(1, False, torch.float16), (1, False, torch.bfloat16),
-                                                 (2, True, torch.bfloat16), (2, True, torch.float64)])
-def test_state_dict_brings_every_bit_back(ranks, world, shard, dtype):
-    """Moments, steps and masters (of more bits than the weights), whole or in shards; through a file."""
-    found = [odd_resumed(0, 1, shard, dtype)] if world == 1 else ranks(world, odd_resumed, shard, dtype)
-    for in_a_row, resumed in found:
-        assert torch.equal(in_a_row, resumed) and torch.equal(in_a_row, found[0][0])
+def saved(out):
+    """What each rank has saved: of its buckets masters, moments and counts of steps; the loss scale's."""
+    files = sorted((out / "checkpoint-0000004").glob("*.pt"))
+    states = [torch.load(file, weights_only=True).get("optimizer") for file in files]
+    states = [state for state in states if state]  # unsharded, of the first rank alone
+    numbers = [torch.tensor([state["loss_scale"], state["good_steps"]]) for state in states]
+    buckets = [bucket for state in states for bucket in state["buckets"]]
+    return numbers + [bucket[name] for bucket in buckets for name in sorted(bucket)]
+
+
+@pytest.mark.parametrize("shard, dtype, ways", [
+    (False, torch.float16, [(1, 1), (1, 2, 1)]), (False, torch.bfloat16, [(2, 2)]),
+    (True, torch.float64, [(2, 2)]), (True, torch.bfloat16, [(2, 2), (2, 1, 2), (2, 3, 2)])])
+def test_a_checkpoint_goes_on_with_any_number_of_ranks_and_back(ranks, tmp_path, shard, dtype, ways):
+    """Weights, masters (of more bits), moments and counters, bit for bit, whole or in shards: (2, 3, 2) was
+    saved on two ranks, loaded and saved on three, and again on two. Parts of other lengths and paddings."""
+    def run(world, *args):
+        args = dtype, shard, *map(str, args)
+        return [odd_checkpoint(0, 1, *args)] if world == 1 else ranks(world, odd_checkpoint, *args)
+
+    first = run(ways[0][0], tmp_path / "first")
+    for way in ways:
+        source = tmp_path / "first"
+        for place, world in enumerate(way[1:]):
+            target = tmp_path / f"{way} {place}"
+            found = run(world, target, source)
+            assert all(torch.equal(weights[0], first[0][0]) for weights in found)
+            source = target
+        assert all(torch.equal(weights[1], first[0][1]) for weights in found), "it goes on otherwise"
+        for ours, theirs in zip(saved(target), saved(tmp_path / "first"), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+class Part:
+    """A part of a flat tensor that counts what is read of it."""
+
+    def __init__(self, numbers):
+        self.numbers, self.read = numbers, 0
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, place):
+        self.read += len(self.numbers[place])
+        return self.numbers[place]
+
+
+@pytest.mark.parametrize("start, stop, read", [
+    (0, 4, [4, 0, 0]), (2, 6, [2, 2, 0]), (3, 12, [1, 4, 4]), (8, 9, [0, 0, 1]), (4, 4, [0, 0, 0]),
+    (9, 8, [0, 0, 0])])
+def test_of_a_checkpoint_only_the_own_slice_is_read(start, stop, read):
+    parts = [Part(torch.arange(4) + 4 * number) for number in range(3)]
+    assert torch.equal(train.cut_out(parts, start, stop), torch.arange(12)[start:stop])
+    assert [part.read for part in parts] == read, "each rank reads the shards of all from disk"
 
 
 class Witness(DataParallelAdamW):
-    """Notes, whenever a bucket is sent, how many parameters backward has yet to reach."""
+    """Notes of each message its micro-batch, its bucket, and how many parameters backward has yet to
+    reach."""
 
-    sent = None
+    micro = 0
 
     def send(self, bucket):
-        self.sent = (self.sent or []) + [sum(len(b.waiting) for b in self.buckets)]
+        awaited = sum(len(other.waiting) for other in self.buckets)
+        self.sent = getattr(self, "sent", []) + [(self.micro, self.buckets.index(bucket), awaited)]
         super().send(bucket)
 
 
@@ -294,10 +328,76 @@ def test_buckets_leave_while_backward_goes_on():
     model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(6)))
     optimizer = Witness(model.parameters(), bucket_size=128)
     model(torch.randn(2, 8)).sum().backward()
-    assert optimizer.sent is None, "a micro-batch that is not the last sends nothing"
+    assert not hasattr(optimizer, "sent"), "a micro-batch that is not the last sends nothing"
     optimizer.last_backward()
     model(torch.randn(2, 8)).sum().backward()
-    assert optimizer.sent == [4, 2, 0], "a bucket is sent as soon as its last gradient is in, not at the end"
+    awaited = [awaited for _, _, awaited in optimizer.sent]
+    assert awaited == [4, 2, 0], "a bucket is sent as soon as its last gradient is in, not at the end"
+
+
+class Uneven(nn.Module):
+    """Four layers, two to a bucket. Below them a matrix that not every rank uses, and one that nobody
+    does."""
+
+    def __init__(self):
+        super().__init__()
+        self.never = nn.Parameter(torch.randn(8, 4))
+        self.sometimes = nn.Parameter(torch.randn(4, 4))
+        self.layers = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)))
+
+    def forward(self, x, is_used):
+        return self.layers(x @ self.sometimes if is_used else x).square().sum()
+
+
+def uneven_step(rank, world, shard):
+    """(messages, norm, weights) of a step of three micro-batches. Of two ranks only the first uses
+    `sometimes`, in the last of its micro-batches. One process does what both would."""
+    torch.manual_seed(0)
+    model = Uneven().double()
+    optimizer = Witness(model.parameters(), shard=shard, bucket_size=32)
+    inputs = torch.randn(3, 2, 5, 4, dtype=torch.float64)  # micro-batch, rank
+    for optimizer.micro in range(3):
+        if optimizer.micro == 2:
+            optimizer.last_backward()
+        mine = [rank] if world == 2 else [0, 1]
+        sum(model(inputs[optimizer.micro, r], optimizer.micro == 2 and r == 0) for r in mine).backward()
+    optimizer.micro = "step"
+    norm = optimizer.step(1e-2)
+    return [(micro, number) for micro, number, _ in optimizer.sent], norm, flat(model.parameters())
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_bucket_is_sent_once_a_step_and_sharded_once_a_backward(ranks, shard):
+    """When it is full, however many parameters it has; in `step`, where a rank has left one unused."""
+    one, (first, second) = uneven_step(0, 1, False), ranks(2, uneven_step, shard)
+    early = [(0, 0), (0, 1), (1, 0), (1, 1)] * shard
+    assert first[0] == early + [(2, 0), (2, 1), (2, 2), ("step", 3)]
+    assert second[0] == early + [(2, 0), (2, 1), ("step", 2), ("step", 3)]
+    for _, norm, weights in (first, second):
+        assert norm == pytest.approx(one[1], rel=1e-12) and torch.allclose(weights, one[2], rtol=1e-10)
+
+
+def naive_and_ours(rank, world):
+    """(weights before, and after one step of the docstring's code and of ours) of this rank."""
+    code = re.search(r"this is what it does:\n\n(.*?)\n\n", DataParallelAdamW.__doc__, re.S)[1]
+    after = []
+    for is_naive in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(3))).double()
+        before, parameters = flat(model.parameters()), list(model.parameters())
+        optimizer = None if is_naive else DataParallelAdamW(parameters, 0.01, 0.5)  # torch's weight decay
+        model(torch.randn(8, 6).double().chunk(world)[rank]).square().sum().backward()
+        if is_naive:
+            exec(textwrap.dedent(code), {"torch": torch, "dist": dist, "parameters": parameters, "clip": 0.5})
+        else:
+            optimizer.step(1e-3)  # torch's learning rate
+        after.append(flat(parameters))
+    return before, *after
+
+
+def test_the_docstring_has_the_whole_optimizer_in_four_lines(ranks):
+    for before, naive, ours in ranks(2, naive_and_ours):
+        assert not torch.allclose(before, ours) and torch.allclose(naive, ours, rtol=1e-12, atol=1e-14)
 
 
 def test_an_optimizer_out_of_scope_is_freed():
@@ -348,8 +448,10 @@ def test_float16_skips_a_step_that_overflows():
     weight = nn.Parameter(torch.ones(4).half())
     optimizer = DataParallelAdamW([weight])
     (weight.float().sum() * math.inf).backward()
-    assert not math.isfinite(optimizer.step(1e-2)), "the norm is returned, also where it is not finite"
-    assert optimizer.loss_scale == 2.0**15 and (weight == 1).all() and not optimizer.adamw.state, (
+    assert optimizer.step(1e-2) is None, "a step that is skipped has no norm"
+    bucket, = optimizer.buckets
+    is_unchanged = (weight == 1).all() and not bucket.m.any() and not bucket.steps
+    assert optimizer.loss_scale == 2.0**15 and is_unchanged, (
         "a float16 step that overflows halves the loss scale, and changes no weight and no moment")
     (optimizer.loss_scale * (weight.float() * 1e-9).sum()).backward()  # 1e-9 alone is zero in float16
     assert optimizer.step(1e-2) == pytest.approx(2e-9, rel=1e-2)
@@ -373,50 +475,65 @@ class Layer(nn.Module):
     def __init__(self, width=16):
         super().__init__()
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.drop = nn.Dropout(0.3)
 
     def forward(self, x, factor):
-        return x + self.down(self.drop(torch.relu(self.up(x)))) * factor
+        return x + self.down(torch.relu(self.up(x))) * factor
 
 
-def chain(checkpointing, shared=False, needs_grad=True):
-    """(output, gradient of the input, of the weights, how often their hooks fired) of four layers with
-    dropout."""
+def chain(checkpointing, learns=True):
+    """(input, output, parameters, list of hooks fired) of four layers, before any backward."""
     torch.manual_seed(0)
-    layers = [Layer() for _ in range(4)] if not shared else [Layer()] * 4
-    x, fired = torch.randn(32, 16, requires_grad=needs_grad), []
-    parameters = list(nn.ModuleList(layers).parameters())
-    for parameter in parameters:
+    layers = nn.ModuleList(Layer() for _ in range(4)).requires_grad_(learns)
+    fired = []
+    for parameter in layers.parameters() if learns else []:
         parameter.register_post_accumulate_grad_hook(lambda _: fired.append(1))
-    run = {id(layer): layer.forward for layer in layers}
-    if checkpointing:
-        run = {key: checkpointed(forward) for key, forward in run.items()}
-    torch.manual_seed(5)
+    train.checkpoint_blocks(layers, checkpointing)
+    x = torch.randn(32, 16, requires_grad=True)
     y = x
     for layer in layers:
-        y = run[id(layer)](y, 0.5)
-    y.square().sum().backward()
-    return y, x.grad, [p.grad for p in parameters], len(fired)
+        y = layer(y, 0.5)
+    return x, y, [*layers.parameters()], fired
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("needs_grad", [False, True])
-def test_checkpointing_changes_no_bit(shared, needs_grad):
-    """With dropout, one module used four times, an input that needs no gradient; hooks fire once."""
-    plain, ours = chain(False, shared, needs_grad), chain(True, shared, needs_grad)
-    assert torch.equal(plain[0], ours[0]), "the output is not the function's own"
-    assert (plain[1] is None and ours[1] is None) or torch.equal(plain[1], ours[1])
-    assert all(torch.equal(a, b) for a, b in zip(plain[2], ours[2], strict=True)), (
-        "other gradients: the second run drew other random numbers, or what it saved is given out in another "
-        "order")
-    assert plain[3] == ours[3] == len(plain[2]), (
-        "a hook fired for every use of a shared layer: the second run must not call backward itself")
+@pytest.mark.parametrize("checkpointing", ["every", "every-other"])
+def test_checkpointing_changes_no_bit(checkpointing):
+    """The output, the gradients of input and weights; hooks fire once."""
+    found = []
+    for which in ("none", checkpointing):
+        x, y, parameters, fired = chain(which)
+        y.square().sum().backward()
+        assert len(fired) == len(parameters), (
+            "the weights of a checkpointed block get no gradient, or get it twice")
+        found.append([y, x.grad, *(p.grad for p in parameters)])
+    assert torch.equal(found[0][0], found[1][0]), "the output is not the function's own"
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), (
+        "other gradients: those of the second run are not handed on, or go to the wrong ones")
 
 
-def test_checkpointing_leaves_the_random_state_alone():
-    """What is drawn after a step does not depend on whether its blocks ran twice."""
-    drawn = [(chain(checkpointing), torch.rand(3))[1] for checkpointing in (False, True)]
-    assert torch.equal(*drawn), "the second run has moved the random state of those who come after it"
+def test_checkpointed_blocks_can_be_swept_more_than_once():
+    """With frozen blocks, as a held share sweeps them: by `autograd.grad`, which keeps the graph, and then
+    with the captioning loss."""
+    found = []
+    for which in ("none", "every"):
+        x, y, parameters, _ = chain(which, learns=False)
+        swept, = torch.autograd.grad(y[:5], x, torch.ones(5, 16), retain_graph=True)
+        y.square().sum().backward()
+        assert all(p.grad is None for p in parameters)
+        found.append((swept, x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and not torch.equal(*found[0])
+
+
+def test_checkpointed_weights_are_never_silently_left_without_a_gradient():
+    """If the input needs none, autograd would not call backward. Frozen blocks, and no_grad, may do so."""
+    for learns in (True, False):
+        block = Layer().requires_grad_(learns)
+        expected = block(torch.ones(2, 16), 0.5)
+        train.checkpoint_blocks([block], "every")
+        if learns:
+            with pytest.raises(ValueError, match="a block's input needs a gradient"):
+                block(torch.ones(2, 16), 0.5)
+        with torch.set_grad_enabled(not learns):
+            assert torch.equal(block(torch.ones(2, 16), 0.5), expected)
 
 
 def saved_bytes(llm, ids):
@@ -450,12 +567,13 @@ def test_checkpointing_saves_memory_in_the_llm(llama_folder):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[
     pytest.mark.compiler, pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")])])
 def test_compiled_blocks_equal_plain_ones(llama_folder, monkeypatch, backend):
-    """Logits and gradients in fp64, of two lengths, checkpointed or not; all blocks are one graph."""
+    """Logits and gradients in fp64, of two lengths, checkpointed or not. All blocks are one graph, and one
+    more for the pass that is not recorded."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     found = {}
-    for is_compiled, which in ((False, "none"), (True, "none"), (True, "every")):
+    for is_compiled, which, graphs in ((False, "none", 0), (True, "none", 1), (True, "every", 2)):
         llm = LLM.from_pretrained(llama_folder, torch.float64).requires_grad_()
         if is_compiled:
             train.compile_blocks(llm.model.layers)
@@ -468,10 +586,10 @@ def test_compiled_blocks_equal_plain_ones(llama_folder, monkeypatch, backend):
             results.append(torch.cat([logits.detach().flatten(), *gradients]))
             llm.zero_grad()
         found[is_compiled, which] = torch.cat(results)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     plain = found.pop((False, "none"))
     for compiled in found.values():
         assert (compiled - plain).abs().max() < 1e-12 * plain.abs().max()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # ---- one step, cut up in other ways ------------------------------------------------------------------------
@@ -486,7 +604,7 @@ def conversation_samples(tokenizer, template, text_only=()):
         answer = answer if template == "v1" else toy_world.CAPTION.format(**scene)
         has_image = number not in text_only
         turns = [("human", f"{data.IMAGE}\n{question}" if has_image else question), ("gpt", answer)]
-        ids, roles = data.tokenise(data.TEMPLATES[template](turns, tokenizer), tokenizer, has_image)
+        ids, roles = data.encode(turns, data.form_of(template, tokenizer), tokenizer, has_image)
         noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(number))
         text_ids = tokenizer(answer + "\n" + toy_world.DESCRIBE[number % 2]).input_ids  # of two lengths
         samples.append({"ids": ids, "roles": roles, "pixels": noise if has_image else None,
@@ -502,7 +620,7 @@ class Recorder(DataParallelAdamW):
     """Keeps the summed, unclipped gradients of every step; of this rank's slices where they are sharded."""
 
     def update(self, lr, norm):
-        self.gradients = getattr(self, "gradients", []) + [[b.master.grad.clone() for b in self.buckets]]
+        self.gradients = getattr(self, "gradients", []) + [[b.total.clone() for b in self.buckets]]
         super().update(lr, norm)
 
 
@@ -525,7 +643,8 @@ def three_steps(rank, world, folders, options, micro, shard=False, text_only=())
         batches = [collated(mine[i : i + micro]) for i in range(0, share, micro)]
     else:  # (most samples, most tokens): spread by length
         lengths = [len(sample["ids"]) for sample in samples]
-        dealt = data.spread(list(range(8)), lengths, *micro, world, has_equal_shares=len(terms) > 0)
+        spread = order.spread_evenly if terms else order.spread
+        dealt = spread(list(range(8)), lengths, *micro, world)
         batches = [collated([samples[i] for i in part]) for part in dealt[rank]]
     lines, weights = [], [flat(learning)]
     for step in range(3):
@@ -609,8 +728,8 @@ def test_the_image_vector_knows_the_prompt_and_not_the_caption(linear_vlm, llama
     long = "the picture has a large " * 3
     for prompt, caption in (("Describe the picture.", "a red ring"), ("Describe the picture.", long),
                             ("What size is it?", "a red ring"), ("", "a red ring"), ("", "blue")):
-        pieces = data.plain([("human", data.IMAGE), ("gpt", caption)], tokenizer, prompt)
-        ids, roles = data.tokenise(pieces, tokenizer, True)
+        turns = [("human", data.IMAGE), ("gpt", caption)]
+        ids, roles = data.encode(turns, data.plain(tokenizer, prompt), tokenizer, True)
         batch = collated([{"ids": ids, "roles": roles, "pixels": pixels, "name": "x"}])
         _, vector = losses.caption_pass(linear_vlm, batch, linear_vlm.encode(batch["pixels"]))
         vectors.setdefault(prompt, []).append(vector)
@@ -620,67 +739,44 @@ def test_the_image_vector_knows_the_prompt_and_not_the_caption(linear_vlm, llama
     assert not torch.allclose(describe, size, atol=0.1) and not torch.allclose(describe, nothing, atol=0.1)
 
 
-@pytest.mark.parametrize("rows", [slice(None), slice(3, 4)], ids=["among others", "alone, with a dummy"])
-def test_the_contrastive_loss_needs_an_image_with_each_caption(linear_vlm, llama_folder, rows):
-    samples = conversation_samples(load_tokenizer(llama_folder), "v1", text_only=(3,))[rows]
-    optimizer = DataParallelAdamW(linear_vlm.projector.parameters())
-    with pytest.raises(ValueError, match="a record here has none"):
-        train.train_step(linear_vlm, {"patch": losses.ContrastiveTerm()}, optimizer, [collated(samples)],
-                         Config(stage="align", contrastive="patch"), 1e-3)
-
-
-def first_steps(vlm, folder, steps=1, **options):
-    """(log lines, gradient of the projector in the last step) of steps on one batch of captions."""
+def first_steps(vlm, folder, steps=1, weights=None, **options):
+    """(log lines, gradient of the projector in the last step) of steps on one batch of captions. `weights`:
+    of each loss."""
     config = Config(stage="align", batch=8, **options)
     batch = collated(conversation_samples(load_tokenizer(folder), "plain"))
     vlm = train.choose_learning(config, copy.deepcopy(vlm))
-    terms = nn.ModuleDict({name: losses.ContrastiveTerm(config.contrastive_weight, config.contrastive_balance)
-                           for name in losses.CONTRASTIVE[config.contrastive]})
+    terms = nn.ModuleDict()
+    for name in losses.CONTRASTIVE[config.contrastive]:
+        weight = weights[name] if weights else config.contrastive_weight
+        terms[name] = losses.ContrastiveTerm(weight, config.contrastive_balance)
     optimizer = Recorder([*vlm.projector.parameters(), *terms.parameters()])
     lines = [train.train_step(vlm, terms, optimizer, [batch], config, 1e-3, step) for step in range(steps)]
     return lines, torch.cat(optimizer.gradients[-1])
 
 
-@pytest.mark.parametrize("contrastive", ["patch", "both"])
-def test_the_log_shows_the_gradients_at_the_cut(linear_vlm, llama_folder, contrastive):
+@pytest.mark.parametrize("contrastive, share", [("patch", 0.0), ("both", 0.3)])
+def test_the_log_shows_the_gradients_at_the_cut(linear_vlm, llama_folder, contrastive, share):
     """Norms, ratio and cosine against gradients taken one loss at a time."""
-    (line,), _ = first_steps(linear_vlm, llama_folder, contrastive=contrastive, contrastive_weight=0.7)
+    (line,), _ = first_steps(linear_vlm, llama_folder, contrastive=contrastive, contrastive_weight=0.7,
+                             contrastive_balance=share)
     m = collated(conversation_samples(load_tokenizer(llama_folder), "plain"))
     cut = linear_vlm.encode(m["pixels"]).detach().requires_grad_()
     loss, state = losses.caption_pass(linear_vlm, m, cut)
-    scale, vectors = losses.ContrastiveTerm()(), {"patch": losses.patch_vectors(linear_vlm, [m], [cut])}
-    vectors["prompt"] = losses.prompt_vectors(linear_vlm, [m], [state])
     generative, = torch.autograd.grad(loss / line["tokens"], cut, retain_graph=True)
     assert line["generative_grad"] == pytest.approx(generative.norm().item(), rel=1e-4)
     for name in losses.CONTRASTIVE[contrastive]:
-        loss, _ = losses.contrastive_loss(*vectors[name], scale, m["keys"])
+        vectors = losses.vectors(name, linear_vlm, [m], [cut], [state])
+        loss, _ = losses.contrastive_loss(*vectors, losses.ContrastiveTerm()(), m["keys"])
         own, = torch.autograd.grad(loss, cut, retain_graph=True)
         assert line[f"{name}_grad"] == pytest.approx(own.norm().item(), rel=1e-4)
-        assert line[f"{name}_ratio"] == pytest.approx((0.7 * own.norm() / generative.norm()).item(), rel=1e-4)
+        weight = line[f"{name}_weight"]
+        assert weight == (pytest.approx(share * (generative.norm() / own.norm()).item(), rel=1e-4)
+                          if share else 0.7)
+        assert line[f"{name}_ratio"] == pytest.approx((weight * own.norm() / generative.norm()).item(),
+                                                      rel=1e-4)
         cosine = F.cosine_similarity(own.flatten(), generative.flatten(), dim=0).item()
         assert line[f"{name}_cosine"] == pytest.approx(cosine, abs=1e-4)
         assert line[f"{name}_relative"] == line[name] / math.log(8)
-    assert line["projected_norm"] == pytest.approx(cut.norm(dim=-1).mean().item(), rel=1e-5)
-    words = linear_vlm.llm.embed(m["caption_ids"])[m["caption_mask"]]
-    assert line["word_norm"] == pytest.approx(words.norm(dim=-1).mean().item(), rel=1e-5)
-
-
-def test_the_last_block_computes_what_the_losses_read(linear_vlm, llama_folder):
-    """The positions before the first answer are spared where they are most of the row. Losses and gradients
-    are those of all positions."""
-    tokenizer, found = load_tokenizer(llama_folder), {}
-    for template, n, is_spared in (("plain", 5, True), ("v1", 999, True), ("plain", 999, False)):
-        m = collated([sample | {"ids": sample["ids"][:n], "roles": sample["roles"][:n]}
-                      for sample in conversation_samples(tokenizer, template)])
-        places, patches = losses.find_places(linear_vlm, m), linear_vlm.encode(m["pixels"]).detach()
-        whole = places | {"first": 0, "supervised_places": losses.supervised_places(m["labels"])}
-        for name, where in (("part", places), ("whole", whole)):
-            cut = patches.clone().requires_grad_()
-            loss, states = losses.caption_pass(linear_vlm, m | where, cut)
-            (loss + states.square().sum()).backward()
-            found[name] = loss, states, cut.grad
-        torch.testing.assert_close(found["part"], found["whole"])
-        assert (places["first"] > 0) == is_spared
 
 
 def test_the_share_is_met(linear_vlm, llama_folder):
@@ -714,24 +810,25 @@ def test_without_a_share_or_a_measurement_the_fixed_weight_is_the_weight_and_a_s
     assert held.weight() == pytest.approx(0.3 * 2)
 
 
-def test_an_average_over_ten_steps_however_often_it_is_measured():
-    """Of the prompted loss, each tenth: what was measured long ago does not speak for now."""
-    each, tenth = losses.ContrastiveTerm(share=0.3), losses.ContrastiveTerm(share=0.3)
+def test_the_weight_follows_the_gradients_within_some_ten_steps():
+    """What was measured long ago does not speak for now."""
+    term = losses.ContrastiveTerm(share=0.3)
     for step in range(40):
-        gradients = (1.0, 1.0) if step < 20 else (16.0, 1.0)
-        each.measure(*gradients)
-        if step % 10 == 9:
-            tenth.measure(*gradients, steps=10)
-    assert tenth.squares == pytest.approx(each.squares) and 1.0 < tenth.weight() < 1.2
+        term.measure(1.0 if step < 20 else 16.0, 1.0)
+        if step == 19:
+            assert term.weight() == pytest.approx(0.3)
+    assert 1.0 < term.weight() < 1.2  # 0.3 times a ratio of 4
 
 
-def test_measuring_the_prompted_loss_does_not_change_the_gradient(linear_vlm, llama_folder, monkeypatch):
-    """A sweep of its own through the LLM, or one together with the captioning loss: the same sum."""
-    gradients = []
-    for every in (1, 2):
-        monkeypatch.setattr(losses, "MEASURE_EVERY", every)
-        gradients.append(first_steps(linear_vlm, llama_folder, 2, contrastive="both")[1])
-    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
+def test_the_prompted_loss_goes_with_captioning_or_in_a_sweep_of_its_own(linear_vlm, llama_folder):
+    """The same gradient, given equal weights. Together they cannot be told apart: nothing is measured."""
+    (held,), own = first_steps(linear_vlm, llama_folder, contrastive="both", contrastive_balance=0.3)
+    weights = {name: held[f"{name}_weight"] for name in ("patch", "prompt")}
+    (line,), together = first_steps(linear_vlm, llama_folder, contrastive="both", weights=weights)
+    assert torch.allclose(own, together, rtol=1e-4, atol=1e-6)
+    unmeasured = {"generative_grad", "prompt_grad", "prompt_ratio", "prompt_cosine", "patch_ratio",
+                  "patch_cosine"}
+    assert unmeasured <= held.keys() and held.keys() - line.keys() == unmeasured
 
 
 def test_contrast_first_never_runs_the_llm(linear_vlm, llama_folder, monkeypatch):
@@ -753,12 +850,20 @@ def test_the_clamp_of_the_scale_holds_in_the_optimizer():
     assert scale().item() == pytest.approx(100)
 
 
-def test_a_step_without_supervised_tokens_is_an_error(linear_vlm, llama_folder):
+@pytest.mark.parametrize("contrastive", ["none", "patch"])
+def test_a_step_without_any_label_goes_on_and_says_so(linear_vlm, llama_folder, contrastive, capsys):
+    """Captioning's loss and gradient are zero; the update runs, with what the contrastive loss says."""
     batch = collated(conversation_samples(load_tokenizer(llama_folder), "plain"))
     batch["labels"].fill_(data.IGNORE)
-    optimizer = DataParallelAdamW(linear_vlm.projector.parameters())
-    with pytest.raises(ValueError, match="no token"):
-        train.train_step(linear_vlm, {}, optimizer, [batch], Config(stage="align"), 1e-3)
+    batch["loss_at"] = batch["loss_at"][:0]
+    config = options.configure("align", {"preset": "tiny", "contrastive": contrastive, "batch": 8})
+    optimizer, terms = train.build_optimizer(config, train.choose_learning(config, linear_vlm), CPU)
+    line = {"step": 3} | train.train_step(linear_vlm, terms, optimizer, [batch], config, 1e-3)
+    assert line["tokens"] == line["generative"] == line["generative_grad"] == 0
+    assert (line["grad_norm"] > 0) == (contrastive == "patch") and optimizer.buckets[0].steps == 1
+    timed = line | {"ms": 1, "wait_ms": 0}
+    watch.Watch(config, terms, 100).look(3, timed, 75)
+    assert "step 3: no token carries loss" in capsys.readouterr().out
 
 
 # ---- the script, called in this process --------------------------------------------------------------------
@@ -802,7 +907,7 @@ def how_it_ends(main, folder, *args):
 def log_of(folder):
     """The lines of the run's log, without what differs from one time to the next."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("ms", "memory_mib")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("ms", "wait_ms", "memory_mib")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -831,7 +936,7 @@ def test_instruct_goes_on_from_aligns_projector_and_keeps_the_llm(both_stages):
 
 def test_the_unaligned_run_is_what_align_started_from(both_stages, world):
     """Bit for bit the projector that load_model makes; and not the one that align ended with."""
-    config = train.configure("align", train.parse_args([*map(str, world[1])]))
+    config = options.configure("align", options.parse_args([*map(str, world[1])]))
     fresh = train.load_model(config, CPU, torch.float32).projector.state_dict()
     started = load_file(both_stages[0] / "align/unaligned/projector.safetensors")
     ended = load_file(both_stages[0] / "align/projector.safetensors")
@@ -867,7 +972,7 @@ def test_eval_asks_one_question(both_stages, world):
 def test_a_finished_run_is_moved_aside(world, tmp_path):
     trained(world, "--stage", "align", "--out", tmp_path / "a", "--steps", "2")
     before = (tmp_path / "a/projector.safetensors").read_bytes()
-    printed = trained(world, "--stage", "align", "--out", tmp_path / "a", "--steps", "1")
+    printed = trained(world, "--stage", "align", "--out", tmp_path / "a", "--steps", "3")
     assert f"is now {tmp_path}/a.old" in printed
     assert (tmp_path / "a.old/projector.safetensors").read_bytes() == before  # nothing was lost
     assert (tmp_path / "a/projector.safetensors").read_bytes() != before
@@ -876,12 +981,11 @@ def test_a_finished_run_is_moved_aside(world, tmp_path):
 def test_own_words_stand_behind_the_image_and_the_caption(world, monkeypatch):
     """--prompt "a | b", with the prompted loss and, its first part, without it."""
     monkeypatch.chdir(world[0])
-    options = ["--prompt", "What size is it? | Where is the shape?", "--contrastive"]
+    words = ["--prompt", "What size is it? | Where is the shape?", "--contrastive"]
     seen = {}
     for contrastive in ("prompt", "none"):
-        config = train.configure("align", train.parse_args([*map(str, world[1]), *options, contrastive]))
-        vlm = train.outline(config, load_vit_config(config.vit), load_llm_config(config.llm))
-        samples = data.load_samples(config, vlm)
+        config = options.configure("align", options.parse_args([*map(str, world[1]), *words, contrastive]))
+        samples = order.load_samples(config, train.outline(config))
         caption = samples.records[0]["conversations"][1]["value"]
         seen[contrastive] = sample = samples[0]
         text = samples.tokenizer.decode([i for i in sample["ids"] if i != data.IMAGE_MARKER])
@@ -900,8 +1004,7 @@ def test_kept_features_change_nothing(world, tmp_path):
         for ours, theirs in zip(log_of(tmp_path / name), log_of(tmp_path / "pictures"), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)
     other = ["--feature_layer", "-1", *options, tmp_path / "other"]
-    last = how_it_ends(train.main, world[0], *world[1], *other)
-    assert "f.pt: features made with feature_layer -2, not -1; name another --features" in last
+    assert "f.pt: made with other feature_layer; it is made anew" in trained(world, *other)
 
 
 def test_nothing_is_left_after_a_stage(world, tmp_path, monkeypatch):
@@ -911,7 +1014,7 @@ def test_nothing_is_left_after_a_stage(world, tmp_path, monkeypatch):
 
     def note(config, vlm, device):
         optimizer, terms = build(config, vlm, device)
-        kept = vlm, *vlm.llm.model.layers, optimizer, *optimizer.buckets, optimizer.adamw, terms
+        kept = vlm, *vlm.llm.model.layers, optimizer, *optimizer.buckets, terms
         parts.extend(map(weakref.ref, kept))
         return optimizer, terms
 
@@ -939,9 +1042,9 @@ def test_the_toy_world_is_written_where_it_is_missing(world, tmp_path, monkeypat
         started.append((command[1:], env["PYTHONPATH"]))
         toy_world.write_world(command[-1], align=8, instruct=8, text=1, test=4)
 
-    monkeypatch.setattr(train.subprocess, "run", run)
+    monkeypatch.setattr(options.subprocess, "run", run)
     for _ in range(2):
-        trained((tmp_path, world[1]), "--stage", "align", "--steps", "1")
+        trained((tmp_path, world[1]), "--stage", "align", "--steps", "2")
     assert started == [(["-m", "lab.toy_world", "data/toy"], str(ROOT))]
 
 
@@ -962,7 +1065,7 @@ def test_a_run_stopped_while_it_was_saved_can_be_saved_again(linear_vlm, tmp_pat
     """Its llm/ is already in place, its config.json is not."""
     (tmp_path / "out/llm").mkdir(parents=True)
     (tmp_path / "out/llm/old").touch()
-    train.save_run(Config(stage="instruct", out=str(tmp_path / "out")), linear_vlm, {})
+    checkpoint.save_run(Config(stage="instruct", out=str(tmp_path / "out")), linear_vlm, {})
     VLM.from_pretrained(tmp_path / "out")
     assert not (tmp_path / "out/llm/old").exists() and not (tmp_path / "out.partial").exists()
 
@@ -975,7 +1078,7 @@ def test_a_run_that_fails_while_it_is_saved_is_no_run(linear_vlm, tmp_path, monk
 
     monkeypatch.setattr(LLM, "save_pretrained", fail)
     with pytest.raises(OSError, match="no space left"):
-        train.save_run(Config(stage="instruct", out=str(tmp_path)), linear_vlm, {})
+        checkpoint.save_run(Config(stage="instruct", out=str(tmp_path)), linear_vlm, {})
     assert not (tmp_path / "config.json").exists()
 
 
@@ -996,6 +1099,7 @@ BAD_INPUT = [
     (["--contrastive", "none", "--prompt", "describe", "--template", "v1"], "need --template plain"),
     (["--prompt", "So:"], "--prompt 'So:': not none, one-word, compress, describe, nor 'text | text'"),
     (["--prompt", "a | b | c"], "nor 'text | text'"),
+    (["--template", "v1", "--annotations", "data/toy/instruct.json"], "is not an image with one caption"),
 ]
 
 
@@ -1015,10 +1119,13 @@ def test_an_unknown_choice_ends_the_program(world, tmp_path, args, capsys):
 def test_instruct_refuses_what_does_not_fit(world, tmp_path):
     instruct = [*world[1], "--stage", "instruct", "--init"]
     missing = how_it_ends(train.main, world[0], *instruct, tmp_path / "none")
+    assert f"{tmp_path}/none: no such folder" in missing
+    missing = how_it_ends(train.main, tmp_path, *world[1], "--stage", "instruct")
     assert "no align run to start from" in missing
-    trained(world, "--stage", "align", "--steps", "1", "--projector", "linear", "--out", tmp_path / "linear")
-    other = how_it_ends(train.main, world[0], *instruct, tmp_path / "linear")
-    assert "made with projector 'linear', this run has 'mlp2x_gelu'" in other
+    trained(world, "--stage", "align", "--steps", "2", "--projector", "linear", "--out", tmp_path / "linear")
+    other = [*instruct, tmp_path / "linear", "--projector", "mlp2x_gelu"]
+    other = how_it_ends(train.main, world[0], *other)
+    assert f"--projector mlp2x_gelu: {tmp_path}/linear has 'linear', which is taken" in other
 
 
 def test_a_run_that_could_be_resumed_is_moved_aside_too(world, tmp_path):
@@ -1026,7 +1133,7 @@ def test_a_run_that_could_be_resumed_is_moved_aside_too(world, tmp_path):
     options = ["--stage", "align", "--out", tmp_path / "a"]
     trained(world, *options, "--steps", "3", "--save_every", "1")
     (tmp_path / "a/config.json").unlink()  # as if it had been stopped
-    printed = trained(world, *options, "--steps", "1")
+    printed = trained(world, *options, "--steps", "2")
     assert f"an unfinished run: it is now {tmp_path}/a.old" in printed
     assert (tmp_path / "a.old/checkpoint-0000002/rank-0.pt").exists() and len(log_of(tmp_path / "a.old")) == 3
     assert "finished, in" in printed and str(tmp_path / "a") in printed.splitlines()[-1]
@@ -1035,26 +1142,26 @@ def test_a_run_that_could_be_resumed_is_moved_aside_too(world, tmp_path):
 def test_both_stages_do_not_share_a_list_and_need_no_questions(world, tmp_path):
     end = how_it_ends(train.main, world[0], *world[1], "--annotations", "x.json")
     assert end == "train.py: --annotations is one stage's list: first --stage align, then --stage instruct"
-    printed = trained(world, "--out", tmp_path / "r", "--steps", "1", "--benchmarks", tmp_path)
+    printed = trained(world, "--out", tmp_path / "r", "--steps", "2", "--benchmarks", tmp_path)
     assert f"{tmp_path}/ScienceQA: not there (see --benchmarks), so the runs are not scored" in printed
 
 
 @pytest.mark.parametrize("records, words", [
     (2000, "2,000 records: 1.02 passes behind 128 of contrast first, many for so few: see"),
     (558128, "558,128 records: 1 passes behind 0.459 of contrast first")])
-def test_the_plan_says_how_often_a_record_comes_by(records, words):
-    config = train.configure("align", {"preset": "small"})
-    assert train.passes_in_words(config, records, data.count_steps(config, records)).startswith(words)
+def test_the_plan_says_how_often_a_record_comes_by(records, words, capsys):
+    config = options.configure("align", {"preset": "small"})
+    plan.print_passes(config, records, order.count_steps(config, records))
+    assert capsys.readouterr().out.startswith(words)
 
 
 def test_align_goes_on_from_a_projector(world, tmp_path):
-    """As of captions after captions; at rate 0 the bits stay. Nobody's is taken where none is named."""
-    for name in ("a", "b"):
-        init = ["--init", tmp_path / "a"] if name == "b" else []
-        options = ["--steps", "3", *init, "--lr", "0"] if init else ["--steps", "3"]
-        trained(world, "--stage", "align", *options, "--out", tmp_path / name)
-    files = [tmp_path / name / "projector.safetensors" for name in ("a", "b", "a/unaligned")]
-    assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
+    """As of captions after captions: what it begins with is what the other ended with."""
+    trained(world, "--stage", "align", "--steps", "3", "--out", tmp_path / "a")
+    trained(world, "--stage", "align", "--steps", "3", "--out", tmp_path / "b", "--init", tmp_path / "a")
+    ended, began, fresh = ((tmp_path / name / "projector.safetensors").read_bytes()
+                           for name in ("a", "b/unaligned", "a/unaligned"))
+    assert ended == began != fresh
 
 
 def test_a_run_is_not_resumed_with_other_options(world, tmp_path):
@@ -1132,8 +1239,8 @@ def free_port():
 def stage_of_rank(rank, world, folder, argv):
     """train.py, in a process that is one of several ranks already."""
     os.chdir(folder)
-    given = train.parse_args([str(arg) for arg in argv])
-    train.train_stage(train.configure(given["stage"], given), CPU)
+    given = options.parse_args([str(arg) for arg in argv])
+    train.train_stage(options.configure(given["stage"], given), CPU)
 
 
 @pytest.mark.parametrize("stage, world_size", [("align", 1), ("align", 2), ("instruct", 1), ("instruct", 2)])
@@ -1150,15 +1257,17 @@ def test_killed_and_resumed_equals_uninterrupted(world, both_stages, ranks, tmp_
     wait_for_checkpoint(tmp_path / "cut")
     kill(killed)
     assert not (tmp_path / "cut/config.json").exists()  # it was stopped before it could finish
-    lines = (tmp_path / "cut/log.jsonl").read_text()
-    resumed = script(world, *options, tmp_path / "cut", "--resume", launch=launch)
-    step = int(re.search(r"resumed from .*: step (\d+)", resumed.stdout)[1])
-    assert 2 <= step <= len(lines.splitlines()) < 24  # all that was done when it was killed, and no more
-    whole = [*world[1], *options, tmp_path / "whole"]
-    if world_size == 1:
-        called(train.main, world[0], *whole)
-    else:
-        ranks(2, stage_of_rank, world[0], whole)
+    lines = (tmp_path / "cut/log.jsonl").read_text().splitlines()
+    step = int(sorted(file.name for file in (tmp_path / "cut").glob("checkpoint-???????"))[-1][-7:])
+    assert 2 <= step <= len(lines) < 24  # all that was done when it was killed, and no more
+    for name, more in (("cut", ["--resume"]), ("whole", [])):
+        args = [*world[1], *options, tmp_path / name, *more]
+        if world_size == 1:
+            called(train.main, world[0], *args)
+        else:
+            ranks(2, stage_of_rank, world[0], args)
+    kept = (tmp_path / "cut/log.jsonl").read_text().splitlines()[:step]
+    assert kept == lines[:step], "it began anew"  # the same times, too
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
     for file in (tmp_path / "whole").rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "cut" / file.relative_to(tmp_path / "whole")).read_bytes()

@@ -1,0 +1,99 @@
+"""Lists of records as people have them: running/records.py, and what data.find_problem says of a record."""
+
+import json
+
+import pytest
+from conftest import ROOT
+
+import data
+from plumbing.tokenizer import load_tokenizer
+from running import records
+from running.records import load_records, read_records
+
+ASK = {"from": "human", "value": "<image>\nWhat is it?"}
+SAY = {"from": "gpt", "value": "A ring."}
+
+
+def pictured(**fields):
+    return {"id": "a", "image": "a.png", "conversations": [ASK, SAY]} | fields
+
+
+@pytest.mark.parametrize("key", ["images", "image_path", "Image", "img", "video"])
+def test_a_picture_under_another_key_is_named(key):
+    record = pictured()
+    record[key] = record.pop("image")
+    assert data.find_problem(record) == f"has <image> in a turn, and no 'image'; is it {key!r}?"
+
+
+@pytest.mark.parametrize("record, says", [
+    ({"messages": [{"role": "user", "content": "x"}]}, "has messages; LLaVA's records have 'conversations'"),
+    (pictured(conversations=[{"role": "user", "content": "x"}]), "each has 'from' ('human' or 'gpt')"),
+    (pictured(conversations=[{"from": "user", "value": "x"}, SAY]), "the roles are 'human' and 'gpt'"),
+    (pictured(conversations=[ASK, {"from": "assistant", "value": "x"}]), "has a turn from 'assistant'"),
+    (pictured(image=["a.png", "b.png"]), "has 2 images; one is supported"),
+    (pictured(image=None), None),  # a text that names the marker
+])
+def test_other_formats_get_a_hint(record, says):
+    problem = data.find_problem(record)
+    assert problem is None if says is None else says in problem
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps([pictured(), pictured(id="b")]),
+    "\n".join(json.dumps(pictured(id=name)) for name in "ab") + "\n",  # JSON lines
+    "\ufeff" + json.dumps([pictured(), pictured(id="b")], indent=1),
+])
+def test_json_and_json_lines_are_read(tmp_path, text):
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    assert [record["id"] for record in read_records(tmp_path / "a.json")] == ["a", "b"]
+    loaded = load_records(tmp_path / "a.json")
+    assert len(loaded) == 2 and loaded[1] == loaded[-1] == pictured(id="b")
+    with pytest.raises(IndexError):
+        loaded[2]
+
+
+def test_one_json_line_is_a_list_of_one(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(pictured()))
+    assert read_records(tmp_path / "a.jsonl") == [pictured()]
+
+
+def test_a_trailing_comma_is_named_by_record(tmp_path):
+    (tmp_path / "a.json").write_text("[" + json.dumps(pictured()) + "," + json.dumps(pictured()) + ",]")
+    with pytest.raises(ValueError, match="a.json: not JSON: behind 2 records: "):
+        read_records(tmp_path / "a.json")
+
+
+def test_records_survive_any_text(tmp_path):
+    record = pictured(conversations=[ASK, {"from": "gpt", "value": "\u989c \U0001f600 \ud800 \x00"}])
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    assert load_records(tmp_path / "a.json")[0] == record
+
+
+def read_on(rank, world, file):
+    """[the records], and whether this rank has parsed the file."""
+    import os
+    parsed = []
+    real = records.read_records
+    os.environ["LOCAL_RANK"] = str(rank)
+    records.read_records = lambda *args: parsed.append(1) or real(*args)
+    try:
+        loaded = records.load_records(file)
+        return [loaded[i] for i in range(len(loaded))], bool(parsed)
+    finally:
+        records.read_records = real
+        del os.environ["LOCAL_RANK"]
+
+
+def test_one_rank_of_a_machine_parses(ranks, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([pictured(id=str(i)) for i in range(5)]))
+    found = ranks(2, read_on, tmp_path / "a.json")
+    assert [parsed for _, parsed in found] == [True, False]
+    assert found[0][0] == found[1][0] == [pictured(id=str(i)) for i in range(5)]
+
+
+def test_a_template_that_tells_the_date_tells_the_same_every_day(monkeypatch):
+    tokenizer = load_tokenizer(ROOT / "lab/towers/tiny-llm")
+    tokenizer.chat_template = (
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+    assert data.chat(tokenizer).opening == "26 Jul 2024user: "
