@@ -11,9 +11,11 @@ def split_options(tokenizer, form, question: dict) -> tuple:
     Letters, or yes and no, differ in one token. So one pass over the common ids shows which is the likeliest.
     """
     answered = []
+    asked = ("human", question["prompt"])
+    has_image = question["image"] is not None
     for option in question["options"]:
-        turns = [("human", question["prompt"]), ("gpt", option.capitalize())]  # Yes, not yes
-        ids, _ = data.encode(turns, form, tokenizer, question["image"] is not None)
+        said = ("gpt", option.capitalize())  # Yes, not yes
+        ids, _ = data.encode([asked, said], form, tokenizer, has_image)
         answered.append(ids)
     shared = len(os.path.commonprefix(answered))
     shared = min(shared, len(answered[0]) - 1)  # a single option has all in common with itself

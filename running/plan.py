@@ -27,31 +27,39 @@ def count_weights(module, only_learning: bool = False) -> int:
 
 
 def block_memory(config, vlm, tokens: int, itemsize: int) -> tuple:
-    """(bytes that a block keeps for its backward, bytes of its gradients in its backward) for so many
-    tokens."""
+    """(bytes that a block keeps for its backward, bytes of its gradients there) for so many tokens."""
     c = vlm.llm.config
-    has_norm = FAMILIES[c.model_type][2]
-    heads = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
-    kept = 2 * c.hidden_size  # two residuals
+    C = c.hidden_size
+    MLP = c.intermediate_size
+    _, _, has_norm = FAMILIES[c.model_type]
+    heads = c.num_attention_heads + c.num_key_value_heads
+    heads *= c.head_dim
+    kept = 2 * C  # two residuals
     kept += 2 * heads  # q and what attention makes of it; k and v
     kept += has_norm * heads  # q and k before their norm
-    kept += 3 * c.intermediate_size  # the factors of the gated MLP
+    kept += 3 * MLP  # the factors of the gated MLP
     if config.stage == "instruct":  # what goes into the matrices, whose gradients need it
-        kept += 2 * c.hidden_size + c.intermediate_size
-    gradients = 3 * c.intermediate_size + 2 * c.hidden_size
-    return tokens * itemsize * kept, tokens * itemsize * gradients
+        kept += 2 * C
+        kept += MLP
+    gradients = 3 * MLP
+    gradients += 2 * C
+    size = tokens * itemsize
+    return size * kept, size * gradients
 
 
 def images_memory(config, vlm, itemsize: int) -> int:
     """Bytes of pixels, features, and what the projector and each loss keep at the cut, of a rank's whole
     batch."""
     v = vlm.vit.config
+    C = vlm.llm.config.hidden_size
     layers = sum(isinstance(module, nn.Linear) for module in vlm.projector.modules())
-    at_cut = 2 * layers + len(CONTRASTIVE[config.contrastive])
-    image = 3 * v.image_size**2 * 4
-    image += vlm.vit.num_patches * v.hidden_size * itemsize
-    image += vlm.num_image_tokens * vlm.llm.config.hidden_size * itemsize * at_cut
-    return config.batch // world_size() * image
+    vectors = 2 * layers  # what goes into a layer and what comes out
+    vectors += len(CONTRASTIVE[config.contrastive])  # a gradient of each loss
+    pixels = 3 * v.image_size**2 * 4
+    features = vlm.vit.num_patches * v.hidden_size * itemsize
+    tokens = vlm.num_image_tokens * C * itemsize
+    images = config.batch // world_size()
+    return images * (pixels + features + vectors * tokens)
 
 
 def memory_sum(config, vlm, dtype, rows: int, length: int) -> dict:
@@ -65,26 +73,37 @@ def memory_sum(config, vlm, dtype, rows: int, length: int) -> dict:
     itemsize = dtype.itemsize
     llm_learns = config.stage == "instruct"
     shards = world_size() if config.shard else 1
-    learning = count_weights(vlm, only_learning=True)
+    learning = count_weights(vlm, only_learning=True) / shards
     block, sweep = block_memory(config, vlm, rows * length, itemsize)
     blocks = c.num_hidden_layers
-    whole_blocks = {"none": blocks, "every-other": blocks // 2, "every": 0}[config.checkpointing]
-    kept = whole_blocks * block + (blocks - whole_blocks) * rows * length * c.hidden_size * itemsize
-    recomputed = 0 if whole_blocks else block
+    whole = {"none": blocks, "every-other": blocks // 2, "every": 0}[config.checkpointing]
+    inputs = rows * length * c.hidden_size * itemsize
+    kept = whole * block + (blocks - whole) * inputs
+    recomputed = 0 if whole else block
     text = max(1, length - 1 - vlm.num_image_tokens)
     logits = rows * text * c.vocab_size * 4  # fp32; the loss makes two gradients of their size
     passes = math.ceil(config.batch // world_size() / rows)
-    waiting = passes if "prompt" in CONTRASTIVE[config.contrastive] else 1  # passes that await backward
-    gradients = learning * 4 / shards
-    head = llm_learns * c.vocab_size * c.hidden_size * (4 + itemsize)  # the head's gradient, on its way
-    begins = waiting * (kept + logits) + max(2 * logits, sweep + recomputed - logits)
+    waiting = 1  # passes that await backward
+    if "prompt" in CONTRASTIVE[config.contrastive]:
+        waiting = passes
+    gradients = 4 * learning
+    head = 0  # the head's gradient, on its way
+    if llm_learns:
+        head = c.vocab_size * c.hidden_size * (4 + itemsize)
+    begins = waiting * (kept + logits)
+    begins += max(2 * logits, sweep + recomputed - logits)
     begins += gradients if passes > 1 else head  # of the earlier passes
-    ends = gradients + llm_learns * max(block + sweep, head * (world_size() > 1))
+    ends = gradients
+    if llm_learns:
+        sent = head if world_size() > 1 else 0
+        ends += max(block + sweep, sent)
     masters = 8 if itemsize == 4 else 12  # fp32 weights are their own masters
+    moment = max(begins, ends)
+    moment += images_memory(config, vlm, itemsize)
     return {
         "weights": count_weights(vlm) * itemsize / GIB,
-        "masters and moments": learning * masters / shards / GIB,
-        "activations and gradients": (max(begins, ends) + images_memory(config, vlm, itemsize)) / GIB,
+        "masters and moments": learning * masters / GIB,
+        "activations and gradients": moment / GIB,
     }
 
 

@@ -29,7 +29,7 @@ for folder in FOLDERS:
 
 def test_the_seven_files_are_an_hour_of_reading():
     lines = {name: len((ROOT / name).read_text().splitlines()) for name in FILES}
-    assert sum(lines.values()) <= 2960 and max(lines.values()) <= 780, lines
+    assert sum(lines.values()) <= 2900 and max(lines.values()) <= 780, lines
 
 
 def test_the_readme_has_180_lines_and_all_are_120_columns_wide():

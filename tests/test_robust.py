@@ -31,19 +31,19 @@ from benchmarks import scienceqa as scienceqa_bench
 from conftest import ROOT, llama_config, shaken
 from eval import BENCHES
 from llm import LLM, load_llm_config
+from plumbing.tokenizer import load_tokenizer
+from plumbing.weights import read_shard, read_weights
 from projector import VLM
 from running import checkpoint
 from running.check import check
 from running.options import configure, parse_args
+from running.records import load_records
 from test_check import pictured, write_records
 from test_data import CHAT_TURNS, TEXT, TOWER, chat_tokenizer, encode, llama2, record
 from test_ids import CHATML, QWEN3, chatml
 from test_train import HERE, called, how_it_ends, log_of, script, start, trained
 from test_train import world  # noqa: F401 (a fixture)
 from vit import ViT, ViTConfig, load_vit_config
-from plumbing.weights import read_shard, read_weights
-from plumbing.tokenizer import load_tokenizer
-from running.records import load_records
 
 CPU = torch.device("cpu")
 
@@ -86,26 +86,11 @@ def outcome(function, *args):
 
 
 ENCODINGS = [  # (ending, options, mode)
-    ("png", {}, "RGB"),
-    ("png", {}, "RGBA"),
-    ("png", {}, "I;16"),
-    ("png", {}, "P"),
-    ("jpg", {}, "RGB"),
-    ("jpg", {"progressive": True}, "L"),
-    ("gif", {}, "P"),
-    ("bmp", {}, "RGB"),
-    ("webp", {"lossless": True}, "RGBA"),
-    ("webp", {}, "RGB"),
-    ("avif", {}, "RGB"),
-    ("tif", {}, "CMYK"),
-    ("tif", {"compression": "tiff_lzw"}, "RGB"),
-    ("jp2", {}, "RGB"),
-    ("ico", {}, "RGBA"),
-    ("tga", {}, "RGB"),
-    ("ppm", {}, "RGB"),
-    ("pcx", {}, "RGB"),
-    ("dds", {}, "RGBA"),
-    ("qoi", {}, "RGB"),
+    ("png", {}, "RGB"), ("png", {}, "RGBA"), ("png", {}, "I;16"), ("png", {}, "P"), ("jpg", {}, "RGB"),
+    ("jpg", {"progressive": True}, "L"), ("gif", {}, "P"), ("bmp", {}, "RGB"),
+    ("webp", {"lossless": True}, "RGBA"), ("webp", {}, "RGB"), ("avif", {}, "RGB"), ("tif", {}, "CMYK"),
+    ("tif", {"compression": "tiff_lzw"}, "RGB"), ("jp2", {}, "RGB"), ("ico", {}, "RGBA"), ("tga", {}, "RGB"),
+    ("ppm", {}, "RGB"), ("pcx", {}, "RGB"), ("dds", {}, "RGBA"), ("qoi", {}, "RGB"),
 ]
 
 
@@ -131,9 +116,8 @@ def bad_images(folder, rng):
         picture = picture.convert("I").convert("I;16") if mode == "I;16" else picture
         picture.save(file, **options)
         file.write_bytes(damaged(file.read_bytes(), rng))
-        how, value = outcome(
-            lambda: data.preprocess(data.load_image(file), TOWER, rng.choice(("crop", "pad")))
-        )
+        fit = rng.choice(("crop", "pad"))
+        how, value = outcome(lambda: data.preprocess(data.load_image(file), TOWER, fit))
         yield how, value, how != "fine" or value.shape == (3, 32, 32)
 
 
@@ -212,9 +196,7 @@ def bad_weights(folder, rng, vlm):
             content[at] ^= 1 << rng.randrange(8)
         target.write_bytes(content)
         how, value = outcome(LLM.from_pretrained, folder / "llm")
-        same = how == "fine" and all(
-            torch.equal(a, b) for a, b in zip(value.parameters(), vlm.llm.parameters())
-        )
+        same = how == "fine" and all(map(torch.equal, value.parameters(), vlm.llm.parameters()))
         yield how, value, how == "line" or same
 
 
@@ -428,14 +410,16 @@ def test_strips_take_no_gigabytes(size, fit, monkeypatch):
 
 @pytest.mark.parametrize("name, message", [
     *[(name, "leads out of") for name in ("/etc/passwd", "../secret.png", "a/../../secret.png")],
-    ("out/../secret.png", "no such image"), ("loop.png", "no such image")])
+    ("other/../secret.png", "no such image"), ("loop.png", "no such image")])
 def test_a_name_leads_to_no_picture_outside_the_folder(tmp_path, name, message):
     """A link in the folder may: whoever has the pictures made it."""
     images = tmp_path / "images"
-    (images / "a").mkdir(parents=True)
-    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
-    shutil.copy(tmp_path / "secret.png", images / "a/inside.png")
-    for link, target in (("out", ".."), ("loop.png", "loop.png"), ("within.png", "a/inside.png")):
+    for folder in (images / "a", tmp_path / "other/inner"):
+        folder.mkdir(parents=True)
+    for file in (tmp_path / "secret.png", tmp_path / "other/secret.png", images / "a/inside.png"):
+        Image.new("RGB", (4, 4)).save(file)
+    for link, target in (("out", ".."), ("other", "../other/inner"), ("loop.png", "loop.png"),
+                         ("within.png", "a/inside.png")):
         (images / link).symlink_to(target)
     names = ["within.png", "a/../within.png", "out/secret.png", name]
     file = write_records(tmp_path / "d.json", *map(pictured, names))
@@ -590,22 +574,6 @@ def test_other_records_are_refused_on_resume(world, stopped, change):
     assert (out / "log.jsonl").read_text() == log
     (out / "checkpoint-0000004/made_of.json").unlink()  # on purpose; also where nothing is left to do
     called(train.main, world[0], *options, "--resume")
-    assert (out / "config.json").exists()
-
-
-def test_pictures_of_another_size_are_a_warning_on_resume(world, stopped, tmp_path):
-    options, out, file = stopped
-    images = shutil.copytree(world[0] / "data/toy/images", tmp_path / "images")
-    assert "saved with images" in how_it_ends(train.main, world[0], *options, "--resume", "--images", images)
-    picture = images / json.loads(file.read_text())[0]["image"]
-    original = world[0] / "data/toy/images" / picture.name
-    kept = original.read_bytes()
-    try:
-        Image.new("RGB", (77, 77), "red").save(original)
-        said = called(train.main, world[0], *options, "--resume")
-    finally:
-        original.write_bytes(kept)
-    assert "warning: " in said and "some pictures have another size now" in said
     assert (out / "config.json").exists()
 
 
@@ -780,11 +748,8 @@ def test_a_disk_that_fills_up_costs_no_finished_work(world, small_disk, monkeypa
     monkeypatch.setattr(checkpoint.tempfile, "mkdtemp", lambda **_: str(tmp_path / "elsewhere"))
     options = [*world[1], "--stage", "align", "--save_every", save_every, "--out", disk / "a"]
     last = how_it_ends(train.main, world[0], *options)
-    assert (
-        "\n" not in last
-        and "disk-240/a/" in last
-        and not [f for f in disk.rglob("*") if f.is_file() and "partial" in str(f)]
-    )
+    assert "\n" not in last and "disk-240/a/" in last
+    assert not [f for f in disk.rglob("*") if f.is_file() and "partial" in str(f)]
     if save_every == "0":
         assert last.endswith(f"the finished run is in {tmp_path}/elsewhere")
         assert VLM.from_pretrained(tmp_path / "elsewhere") and not (disk / "a/config.json").exists()
@@ -802,26 +767,20 @@ def test_a_disk_that_fills_up_costs_no_finished_work(world, small_disk, monkeypa
 def original(tmp_path_factory, clip_folder, llama_folder):
     """(our model, the folder as LLaVA's own code would have saved it): the LLM's config.json with `mm_`
     fields, the projector among its weights, the tower named."""
-    folder, vlm = tmp_path_factory.mktemp("original") / "llava-v1.5", VLM.from_towers(
-        clip_folder, llama_folder
-    )
+    folder = tmp_path_factory.mktemp("original") / "llava-v1.5"
+    vlm = VLM.from_towers(clip_folder, llama_folder)
     shutil.copytree(llama_folder, folder)
     (folder / "model.safetensors").unlink()
     projector = {f"model.mm_projector.{name}": p.detach() for name, p in vlm.projector.named_parameters()}
-    torch.save(
-        {name: p.detach() for name, p in vlm.llm.named_parameters()} | projector, folder / "pytorch_model.bin"
-    )
+    weights = {name: p.detach() for name, p in vlm.llm.named_parameters()}
+    torch.save(weights | projector, folder / "pytorch_model.bin")
     torch.save(projector, folder.parent / "mm_projector.bin")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(
-            config
-            | {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "image_aspect_ratio": "pad",
+    config |= {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "image_aspect_ratio": "pad",
                "mm_hidden_size": 32, "mm_projector_type": "mlp2x_gelu", "mm_use_im_patch_token": False,
                "mm_use_im_start_end": False, "mm_vision_select_feature": "patch",
                "mm_vision_select_layer": -2, "mm_vision_tower": str(clip_folder), "use_mm_proj": True}
-        )
-    )
+    (folder / "config.json").write_text(json.dumps(config))
     return vlm.eval(), folder
 
 
@@ -835,16 +794,14 @@ def test_llavas_own_checkpoint_opens(original, tmp_path, kind):
     assert torch.equal(theirs(ids, pixels), vlm(ids, pixels)) and config["template"] == "v1"
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [({"mm_use_im_start_end": True}, "only those like version 1.5's"),
-     ({"mm_vision_tower": None}, "only those like"),
-     ({"mm_patch_merge_type": "spatial_unpad"}, "only those like version 1.5's"),
-     ({"model_type": "llava_mpt"}, "model_type is 'mpt'"),
-     ({"mm_projector_type": "abstractor"}, "projector 'abstractor'"),
-     ({"mm_projector_type": "mlp3x_gelu"}, "4.weight"),
-     ({"mm_vision_select_layer": "x"}, "llava-v1.5: ")],
-)
+@pytest.mark.parametrize("change, message", [
+    ({"mm_use_im_start_end": True}, "only those like version 1.5's"),
+    ({"mm_vision_tower": None}, "only those like"),
+    ({"mm_patch_merge_type": "spatial_unpad"}, "only those like version 1.5's"),
+    ({"model_type": "llava_mpt"}, "model_type is 'mpt'"),
+    ({"mm_projector_type": "abstractor"}, "projector 'abstractor'"),
+    ({"mm_projector_type": "mlp3x_gelu"}, "4.weight"),
+    ({"mm_vision_select_layer": "x"}, "llava-v1.5: ")])
 def test_what_llava_1_5_does_not_have_is_refused_by_name(original, tmp_path, change, message):
     folder = shutil.copytree(original[1], tmp_path / "llava-v1.5")
     config = json.loads((folder / "config.json").read_text())
@@ -923,8 +880,8 @@ def test_a_turn_may_end_with_another_token_than_the_tokenizers(monkeypatch, clip
     shaken(transformers.LlamaForCausalLM(config)).save_pretrained(tmp_path)
     vlm, ends = VLM.from_towers(clip_folder, tmp_path), []
     generate = vlm.llm.generate
-    monkeypatch.setattr(vlm.llm, "generate", lambda *args,
-                        **how: ends.append(how["end_tokens"]) or generate(*args, **how))
+    monkeypatch.setattr(vlm.llm, "generate",
+                        lambda *args, **how: ends.append(how["end_tokens"]) or generate(*args, **how))
     evaluation.ask(vlm, load_tokenizer(tmp_path), [{"id": 1, "prompt": "?", "image": None}], "chat", 2)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends[0]
 
@@ -937,51 +894,41 @@ def test_answers_may_have_thoughts():
              ("gpt", "yes"), ("human", "And?"), ("gpt", "<think>it is </think>\n\na circle")]
     ids, roles = encode("chat", turns, tokenizer, False)
     said = tokenizer.decode([i for i, role in zip(ids, roles) if role != data.CONTEXT])
-    assert said == (
-        "<think>\nred or blue\n</think>\n\nred<|im_end|>yes<|im_end|>"
-        "<think>\nit is\n</think>\n\na circle<|im_end|>"
-    )
+    assert said == ("<think>\nred or blue\n</think>\n\nred<|im_end|>yes<|im_end|>"
+                    "<think>\nit is\n</think>\n\na circle<|im_end|>")
     whole = tokenizer.decode(ids)
     assert whole.count("<|im_start|>") == 6 and "assistant\n<think>\n\n</think>\n\nyes" in whole
 
 
-def test_templates_that_drop_thoughts_or_fit_no_labels_are_refused_before_loading(
-    world, tmp_path, llama_folder
-):
-    for template, reason in (
-        (CHATML.replace("m.content", "m.content.split('</think>')[-1]"), "drops the thoughts"),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "does not end an answer"),
-    ):
-        folder = shutil.copytree(llama_folder, tmp_path / reason)
-        (folder / "model.safetensors").unlink()
-        content = json.loads((folder / "tokenizer_config.json").read_text())
-        template = template.replace("<|im_end|>", "</s>")
-        (folder / "tokenizer_config.json").write_text(json.dumps(content | {"chat_template": template}))
-        file = write_records(tmp_path / "d.json", *[record("What?", "<think>x</think> red")] * 8)
-        last = with_chat(world, folder, "--annotations", file, "--out", tmp_path / "out")
-        assert reason in last
+@pytest.mark.parametrize("template, reason", [
+    (CHATML.replace("m.content", "m.content.split('</think>')[-1]"), "drops the thoughts"),
+    ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "does not end an answer")])
+def test_templates_that_fit_no_answer_are_refused_before_loading(world, tmp_path, llama_folder, template,
+                                                                 reason):
+    folder = shutil.copytree(llama_folder, tmp_path / "llm")
+    (folder / "model.safetensors").unlink()
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    content["chat_template"] = template.replace("<|im_end|>", "</s>")
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    file = write_records(tmp_path / "d.json", *[record("What?", "<think>x</think> red")] * 8)
+    assert reason in with_chat(world, folder, "--annotations", file, "--out", tmp_path / "out")
 
 
 # ---- 15, 16: systems, ranks, signals -----------------------------------------------------------------------
 
 
 def test_no_module_or_call_that_windows_lacks_is_needed(world, tmp_path):
-    code = (
-        "import os, sys; sys.modules['resource'] = None; del os.sysconf, os.sysconf_names, os.O_DIRECTORY\n"
-        "import vit, llm, projector, losses, data, eval, train; train.main(sys.argv[1:])"
-    )
-    argv = [*world[1], "--stage", "align", "--steps", "3", "--save_every", "1", "--out", tmp_path / "a"]
+    code = ("import os, sys; sys.modules['resource'] = None\n"
+            "del os.sysconf, os.sysconf_names, os.O_DIRECTORY\n"
+            "import vit, llm, projector, losses, data, eval, train; train.main(sys.argv[1:])")
+    options = ["--stage", "align", "--steps", "3", "--out"]
+    argv = [*world[1], *options, tmp_path / "a", "--save_every", "1"]
     subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=world[0], check=True, timeout=120,
                    env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
-    assert log_of(tmp_path / "a")[2] == log_of_kept(world, tmp_path)[2]
-
-
-def log_of_kept(world, tmp_path):
-    trained(world, "--stage", "align", "--steps", "3", "--out", tmp_path / "b")
-    assert all(
-        json.loads(line)["memory_mib"] > 100 for line in (tmp_path / "b/log.jsonl").read_text().splitlines()
-    )
-    return log_of(tmp_path / "b")
+    trained(world, *options, tmp_path / "b")
+    lines = (tmp_path / "b/log.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["memory_mib"] > 100 for line in lines)
+    assert log_of(tmp_path / "a")[2] == log_of(tmp_path / "b")[2]
 
 
 def test_macos_counts_bytes(monkeypatch):
@@ -1081,22 +1028,17 @@ def test_files_of_weights_with_odd_names(tmp_path, llama_folder):
     refused(list, read_shard(tmp_path / "mm_projector.bin"), name="mm_projector.bin")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"image_std": [0, 1, 1]}, {"image_std": [1, 1, "a"]}, {"image_mean": [float("nan")] * 3},
-     {"image_mean": [1]}, {"resample": 99}],
-)
+@pytest.mark.parametrize("change", [
+    {"image_std": [0, 1, 1]}, {"image_std": [1, 1, "a"]}, {"image_mean": [float("nan")] * 3},
+    {"image_mean": [1]}, {"resample": 99}])
 def test_odd_numbers_for_pictures_are_refused(tmp_path, clip_folder, change):
     folder = shutil.copytree(clip_folder, tmp_path / "vit")
     (folder / "preprocessor_config.json").write_text(json.dumps(change))
     refused(load_vit_config, folder, name=folder)
 
 
-@pytest.mark.parametrize(
-    "flags, name",
-    [(["--seed", str(10**30)], "--seed"),
-     (["--contrastive", "prompt", "--prompt", "\ud800 | q"], "--prompt")],
-)
+@pytest.mark.parametrize("flags, name", [
+    (["--seed", str(10**30)], "--seed"), (["--contrastive", "prompt", "--prompt", "\ud800 | q"], "--prompt")])
 def test_a_flag_is_named(world, tmp_path, flags, name):
     refused(trained, world, "--stage", "align", "--out", tmp_path / "out", *flags, name=name)
 
