@@ -10,15 +10,13 @@ The path of one training sample, top to bottom in this file:
 
 Labels are never found by a search among tokens: each piece carries its role from the template to the batch.
 
-Read next: train.py, where the batches go.
+Read next: losses.py, which look at a batch; then train.py, where batches go.
 """
 
-import datetime
 import hashlib
 import math
 import re
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -28,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
+from plumbing.chat_template import ASKED, ASKED_AGAIN, QUESTION, REPLIED, THOUGHTS_END, cut_chat, thoughts_of
 from plumbing.files import named
 from plumbing.pictures import MAX_PIXELS, find_image, load_image
 from plumbing.tokenizer import bos_ids, special_names
@@ -90,7 +89,8 @@ LIKE_IMAGE = re.compile("image|img|picture|photo|video", re.IGNORECASE)  # keys,
 
 
 def find_problem(record, stage=None) -> str | None:
-    """What is wrong with a record, for that stage, too, in a few words, or None. Reads no picture."""
+    """A few words on what is wrong with a record (with `stage`: also for that stage), or None. Reads no
+    picture."""
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
         other = "messages" if isinstance(record, dict) and "messages" in record else "no conversation turns"
@@ -158,8 +158,6 @@ def clean_turns(record) -> list:
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-DATE = datetime.date(2024, 7, 26)  # for templates that tell the date: training and asking must read alike
-THOUGHTS_END = "</think>"  # what stands before it in an answer are thoughts
 
 
 class Form(NamedTuple):
@@ -180,9 +178,9 @@ def plain(tokenizer, prompt: str = "") -> Form:
 
     `prompt` comes between image and caption. The prompted contrastive loss reads the LLM's state at its end.
 
-    Behind a tokenizer without BOS a newline comes first, which is ours. Every head of an LLM attends to the
-    first position when it has nothing to say (Xiao et al. 2023, arXiv 2309.17453). With a fresh projector's
-    patch there, the gradient becomes a matter of rounding.
+    Behind a tokenizer without BOS a newline comes first, which is ours. LLMs park attention that they do not
+    need on the first position (Xiao et al. 2023, arXiv 2309.17453). With an untrained patch there, all heads
+    look at noise, and rounding errors fill the gradient.
     """
     opening = "" if bos_ids(tokenizer) else "\n"
     if prompt:
@@ -196,38 +194,23 @@ def v1(tokenizer) -> Form:
 
 
 def chat(tokenizer) -> Form:
-    """The LLM's own form, read off the chat template of its tokenizer: render tiny chats, cut them at known
-    words.
+    """The LLM's own form, read off the chat template of its tokenizer: render tiny chats, see what is around
+    our words.
 
     A model that can think does not, unless an answer brings its thoughts. ValueError for a template that
-    drops a question, changes what came before, or ends an answer with no special token.
-    """
+    drops a question, changes what came before, or ends an answer with no special token. """
     if tokenizer.chat_template is None:
         raise ValueError("this tokenizer has no chat template")
-    words = ("kwqxquestion", "kwqxanswer", "kwqxagain", "kwqxthought")
-    question, answer, again, thought = words
-
-    def cut(*messages, **how) -> list:
-        """The texts between our words in a rendered chat, from its begin to its end."""
-        chat = [{"role": role, "content": text} for role, text in messages]
-        how = {"enable_thinking": False, "strftime_now": DATE.strftime} | how
-        text = tokenizer.apply_chat_template(chat, tokenize=False, **how)
-        if bos_ids(tokenizer):  # `tokenise` writes BOS
-            text = text.removeprefix(tokenizer.bos_token)
-        return re.split("|".join(words), text)
-
-    def between(parts: list, count: int) -> list:
-        if len(parts) != count:
-            raise ValueError("the tokenizer's chat template drops a question or an answer")
-        return parts
-
-    asked = ("user", question)
-    opening, to_answer = between(cut(asked, add_generation_prompt=True), 2)
-    _, to_thoughts = between(cut(asked, add_generation_prompt=True, enable_thinking=True), 2)
-    begin, before, _ = between(cut(asked, ("assistant", answer)), 3)
-    again_begin, _, behind, _ = between(cut(asked, ("assistant", answer), ("user", again)), 4)
-    is_new = not before.startswith(to_answer) and not to_answer.startswith(before)
-    if is_new or begin != opening or again_begin != opening:
+    prompt = cut_chat(tokenizer, ASKED, add_generation_prompt=True)
+    short = cut_chat(tokenizer, ASKED, REPLIED)
+    long = cut_chat(tokenizer, ASKED, REPLIED, ASKED_AGAIN)
+    if (len(prompt), len(short), len(long)) != (2, 3, 4):
+        raise ValueError("the tokenizer's chat template drops a question or an answer")
+    opening, to_answer = prompt
+    before = short[1]  # the answer
+    behind = long[2]
+    is_same_start = opening == short[0] == long[0]
+    if not is_same_start or not (before.startswith(to_answer) or to_answer.startswith(before)):
         raise ValueError("the tokenizer's chat template rewrites earlier turns: no boundary for labels")
     lead = ""  # `to_answer` may have empty thoughts that an answer does not have
     if before.startswith(to_answer):
@@ -235,39 +218,12 @@ def chat(tokenizer) -> Form:
     end = re.match(rf"\s*({special_names(tokenizer)})", behind)
     if end is None:
         raise ValueError("the tokenizer's chat template does not end an answer with a special token")
+    spaced = cut_chat(tokenizer, ("user", f" {QUESTION} "), add_generation_prompt=True)
+    trim_question = str.strip if spaced == prompt else str
+    _, to_thoughts = cut_chat(tokenizer, ASKED, add_generation_prompt=True, enable_thinking=True)
+    write_answer = thoughts_of(tokenizer, to_thoughts + lead)
     again = behind[end.end() :]
-    spaced = cut(("user", f" {question} "), add_generation_prompt=True)
-    trim_question = str.strip if spaced == [opening, to_answer] else str
-
-    # Some templates write thoughts in their own way, some keep them as they come, some drop them.
-    _, *loose = cut(asked, ("assistant", f"<think>\n{thought}\n</think>\n\n{answer}"))
-    _, *tight = cut(asked, ("assistant", f"<think>{thought}</think>{answer}"))
-    opens = None
-    closes = None
-    if len(loose) == 3:
-        opens, closes, _ = loose
-        opens = opens.removeprefix(to_thoughts).removeprefix(lead)
-        if loose != tight:
-            opens = opens.removesuffix("<think>\n")
-            closes = None
-    write_answer = partial(with_thoughts, opens, closes)
     return Form(opening, to_answer, lead, end[1], again, trim_question, write_answer, to_thoughts)
-
-
-def with_thoughts(opens: str | None, closes: str | None, answer: str) -> str:
-    """The answer as its chat template writes it, with `opens` before its thoughts and `closes` behind them.
-
-    Without `closes` the template keeps thoughts as they come; without `opens` it drops them.
-    """
-    answer = answer.strip()
-    thoughts, mark, said = answer.rpartition(THOUGHTS_END)
-    if not mark:
-        return answer
-    if opens is None:
-        raise ValueError("the tokenizer's chat template drops the thoughts of an answer")
-    if closes is None:
-        return opens + answer
-    return opens + thoughts.removeprefix("<think>").strip() + closes + said.strip()
 
 
 TEMPLATES = {"plain": plain, "v1": v1, "chat": chat}
@@ -321,7 +277,7 @@ def as_text(text: str, tokenizer, has_marker: bool) -> str:
     """
     marker = IMAGE if has_marker and text.startswith(IMAGE) else ""
     names = f"{special_names(tokenizer)}|{IMAGE}"
-    return marker + re.sub(names, lambda name: f"{name[0][0]} {name[0][1:]}", text.removeprefix(marker))
+    return marker + re.sub(names, lambda match: f"{match[0][0]} {match[0][1:]}", text.removeprefix(marker))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -365,7 +321,7 @@ def token_roles(tokens, text: str, role_of: list) -> list:
     roles = []
     end = 0
     for name, (start, stop) in zip(tokens.tokens, tokens.offsets):
-        if name.startswith("Ġ"):  # byte-level tokenizers may not count a token's leading space
+        if name.startswith("Ġ"):  # "Ġred" may tell the place of "red" only: give it its space back
             start = min(start, end)
         end = max(end, stop)
         covered = set(role_of[start:stop])
@@ -389,7 +345,8 @@ def encode(turns, form: Form, tokenizer, has_image: bool) -> tuple:
 # Samples and batches
 
 class Conversations(torch.utils.data.Dataset):
-    """LLaVA records as samples {"ids", "roles", "pixels" (3, size, size) or None, "name"}.
+    """LLaVA records as samples {"ids", "roles", "pixels" (3, size, size) or None, "image" name or None,
+    "name"}.
 
     `tower`: the vit.ViTConfig that the pixels are for. `prompts`, for the plain template: the words after the
     image, and those after the caption. With the latter a sample also has "text_ids", the text-only
@@ -482,7 +439,7 @@ def expand(sample, num_image_tokens: int, max_length: int, image_token_id: int =
         ids += [image_token_id if token == IMAGE_MARKER else token] * times
         labels += [IGNORE if role == CONTEXT else token] * times
         is_answer += [role == ANSWER] * times
-    if side == "left" and len(ids) > max_length:
+    if side == "left" and len(ids) > max_length:  # a prompt, which must not lose its end
         raise ValueError(f"{sample['name']}: {len(ids)} tokens; there is room for {max_length}")
     ids = ids[:max_length]
     has_image = sample["pixels"] is not None
@@ -516,7 +473,7 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
     keys (B, 2)           a number for each distinct caption, and one for each distinct image
     image_at (I N,)       the places of the placeholders in the flattened ids
     loss_at (n,)          the places whose next token carries loss
-    state_at (B,)         the place before each first such token: its state has seen no caption
+    state_at (B,)         the last place of each row before its first label: its state has seen no caption
     names                 of the samples, for errors
     text_ids, text_mask (B, T'), text_at (B,)   caption and text prompt, and the place of its last token
 
@@ -545,7 +502,8 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
     has_loss = batch["labels"] != IGNORE  # (B, S)
     batch["image_at"] = (batch["ids"] == image_token_id).flatten().nonzero()[:, 0]
     batch["loss_at"] = F.pad(has_loss[:, 1:], (0, 1)).flatten().nonzero()[:, 0]
-    batch["state_at"] = first_of_row + has_loss.int().argmax(1) - 1
+    before_loss = has_loss.int().argmax(1) - 1  # (B,)
+    batch["state_at"] = first_of_row + before_loss.clamp(min=0)
     if "text_ids" in samples[0]:
         texts = [sample["text_ids"] for sample in samples]
         batch["text_ids"] = pad(texts, pad_id)  # (B, T')

@@ -32,7 +32,7 @@ of one process that holds the whole batch. `generative_loss` returns a sum. Divi
 supervised tokens of all ranks and micro-batches, it is such a share, too. Gradients are therefore summed over
 ranks and never averaged, and the balance of the losses does not depend on the number of GPUs.
 
-Read next: data.py; then train.py, which adds the losses up.
+Read next: train.py, which adds the losses up.
 """
 
 import math
@@ -109,7 +109,8 @@ def pool_caption(embeds, mask):
 def vectors(name, vlm, micro_batches, leaves, states) -> tuple:
     """Image and text vectors, each (B, C), of one contrastive loss over all micro-batches of this rank.
 
-    leaves: projected patches (I, N, C) of each micro-batch; states: what `caption_pass` returned of each.
+    leaves: the projected patches (I, N, C) of each micro-batch, detached, so that gradients stop there
+    (leaves of autograd's graph, see train_step). states: what `caption_pass` returned of each micro-batch.
     """
     for m in micro_batches:
         if len(m["image_at"]) < len(m["ids"]) * vlm.num_image_tokens:
@@ -136,10 +137,11 @@ def vectors(name, vlm, micro_batches, leaves, states) -> tuple:
 class GatherWithGradient(torch.autograd.Function):
     """(B, ...) on each of W ranks -> (WB, ...) on all of them, in rank order.
 
-    Rank r's rows enter the loss of *every* rank, so their gradient is the sum of what all ranks say about
-    them: the backward of an all-gather is a reduce-scatter with SUM. Two common shortcuts are wrong. To
-    gather without gradient loses about half of it. To return only the own slice of the gradient loses what
-    the other ranks say. Both change with W, and with it the balance with the generative loss.
+    Rank r's rows enter the loss of *every* rank: its captions are negatives in all of them. So their gradient
+    is the sum of what all ranks say, and the backward of an all-gather is a reduce-scatter with SUM. Two
+    common shortcuts are wrong. A gather without gradient loses about half of it: all terms in which our row
+    is a column. To return only the own slice of the own gradient loses what the other ranks' losses say. How
+    much is lost depends on W, and so would the balance with the generative loss.
     """
 
     @staticmethod
@@ -195,9 +197,12 @@ def contrastive_loss(image, text, scale, keys):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The balance. Both papers write a plain sum. How much a loss then has to say depends on the towers: a weight
-# does not travel between them, a share of the gradient does. All losses meet behind the projector, at what we
-# call the cut. There their gradients are measured, weighted and added up. This, and the held share, are ours.
+# The balance
+#
+# Both papers write a plain sum. But a weight that suits one pair of towers does not suit another; a ratio of
+# gradients does. All losses are functions of the projected patches. train_step stops each backward there, at
+# the *cut*, so each loss leaves a gradient of the same shape. There the gradients are measured, weighted and
+# added up. This is ours, and so is the balance that can be held.
 
 class ContrastiveTerm(nn.Module):
     """The temperature and the weight of one contrastive loss.
@@ -205,16 +210,17 @@ class ContrastiveTerm(nn.Module):
     The temperature is CLIP's (section 2.5): a learnable scale of the similarities, exp(log_scale), from
     1/0.07 and at most 100. The parameter is the logarithm, in fp32, and takes no weight decay.
 
-    The weight is `weight`, as the papers write it. With a `share` above 0 it is whatever makes the gradient
-    of this loss that share of the captioning loss's.
+    The weight is `weight`, as the papers write it. With a `balance` above 0 it follows the gradients: it is
+    whatever makes the norm of this loss's gradient so many times that of the captioning loss's.
     """
 
-    def __init__(self, weight: float = 1.0, share: float = 0.0):
+    def __init__(self, weight: float = 1.0, balance: float = 0.0):
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.fixed_weight = weight
-        self.share = share
-        self.squares = [0.0, 0.0]  # of the captioning loss's gradient and of our own: moving averages
+        self.balance = balance
+        # Moving averages of two squared norms: of captioning's gradient, of our own. Checkpoints keep them.
+        self.squares = [0.0, 0.0]
 
     def forward(self):
         return self.log_scale.exp()
@@ -237,8 +243,8 @@ class ContrastiveTerm(nn.Module):
     def weight(self) -> float:
         """What this loss is multiplied with. Both averages start at 0: their ratio is right from step 0."""
         generative, own = self.squares
-        if self.share and own:
-            return self.share * math.sqrt(generative / own)
+        if self.balance and own:
+            return self.balance * math.sqrt(generative / own)
         return self.fixed_weight
 
 

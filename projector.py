@@ -10,7 +10,7 @@ possible part. One linear map (1.0) or a two-layer MLP (1.5) turns each patch fe
 LLM reads as if it were a word. In the sequence an image is N placeholder ids. `splice` puts the projected
 patches in their place. plumbing/llava.py knows the formats of other people's models on disk.
 
-Read next: losses.py (what pulls the projected patches towards the words), then data.py (where ids come from).
+Read next: data.py (where ids come from), then losses.py (what pulls projected patches towards words).
 """
 
 import math
@@ -145,8 +145,8 @@ class VLM(nn.Module):
         `image_at` (I N,) says where the placeholders stand in the flattened ids. data.collate finds that on
         the CPU, so that a GPU does not have to synchronise. The images come in reading order.
 
-        A batch without any placeholder takes one image and ignores it. So the projector gets a gradient, of
-        zero, from a batch of text: in data parallelism every rank must take part in every sum.
+        A batch of text alone still runs the projector, on one black image, and takes none of its rows. So its
+        gradient is zero, but it is there: the ranks add gradients up, and none must wait for another's.
         """
         B, S = ids.shape
         I, N, C = patches.shape
@@ -179,7 +179,7 @@ class VLM(nn.Module):
     def generate(self, ids, pixels, max_new_tokens: int = 32, mask=None, **how):
         """Answer left-padded prompts: ids, mask (B, S), pixels (I, 3, H, W) -> (B, <= max_new_tokens).
 
-        Greedy. `how` passes temperature, top_p and end_tokens on to LLM.generate.
+        Greedy, unless `how` has a temperature (see LLM.generate: also top_p, end_tokens).
         """
         return self.llm.generate(self.splice(ids, self.encode(pixels)), mask, max_new_tokens, **how)
 

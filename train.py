@@ -6,10 +6,12 @@ stages.
     torchrun --nproc_per_node=8 train.py --stage instruct  # stage 2: projector and LLM on instructions
 
 Two stages on LLaVA's recipe (arXiv 2310.03744). Align: image-caption pairs; only the projector learns, from
-the captioning loss and a contrastive loss before or beside it. Instruct: conversations; the projector and the
-LLM learn, from the next-token loss alone. The ViT is frozen throughout. A step is one update from a batch
-over all ranks. Each rank takes its share of the batch in micro-batches: as many samples as fit through the
-LLM at once.
+the captioning loss and a contrastive loss. Instruct: conversations; the projector and the LLM learn, from the
+next-token loss alone. The ViT is frozen throughout. Align may put *contrast first*: its first steps then have
+the patch loss alone, and the LLM does not run. After them that loss has weight 0, unless a weight is given.
+
+A step is one update from a batch over all ranks. Each rank takes its share of the batch in micro-batches: as
+many samples as fit through the LLM at once.
 
 The models know nothing of what is in this file. Options, the plan, checkpoints and the order of the records
 have files of their own in running/.
@@ -81,7 +83,7 @@ class Bucket:
         self.master = losses.at_least_fp32(self.own(self.weight))
         self.gradient = None
         self.total = None
-        self.is_sent = False
+        self.is_sent = False  # whether a message of this step has left
         self.waiting = set()  # parameters whose gradient has yet to come
         self.forget()
 
@@ -151,10 +153,10 @@ class Bucket:
 def cut_out(parts: list, start: int, stop: int):
     """Numbers `start` to `stop` of flat tensors laid end to end. Reads only the parts that overlap these."""
     found = []
+    begin = 0  # of a part
     for part in parts:
-        found.append(part[max(start, 0) : max(stop, 0)])
-        start -= len(part)
-        stop -= len(part)
+        found.append(part[max(start - begin, 0) : max(stop - begin, 0)])
+        begin += len(part)
     return torch.cat(found)
 
 
@@ -270,7 +272,7 @@ class DataParallelAdamW:
 
         If that is not finite, no weight is changed: ValueError, or in float16 None (see above).
         """
-        for bucket in self.buckets:
+        for bucket in self.buckets:  # left over: not complete yet, or used by nobody (every rank sends all)
             if bucket.gradient is not None or not bucket.is_sent:
                 self.send(bucket)
         while self.messages:
@@ -377,7 +379,10 @@ class Recomputed(torch.autograd.Function):
 
 
 def recomputed(forward, learns: bool, x, *rest):
-    """forward(x, *rest), recomputed in backward."""
+    """forward(x, *rest), recomputed in backward. `learns`: whether there are parameters in it that train.
+
+    Autograd sees x and not these parameters. If x needs no gradient, backward never comes here.
+    """
     if learns and torch.is_grad_enabled() and not x.requires_grad:
         raise ValueError("checkpointing: a block's input needs a gradient, or its parameters get none")
     return Recomputed.apply(forward, x, *rest)
@@ -441,7 +446,9 @@ def build_optimizer(config, vlm, device) -> tuple:
     for name in losses.CONTRASTIVE[config.contrastive]:
         terms[name] = losses.ContrastiveTerm(config.contrastive_weight, config.contrastive_balance)
     terms.to(device)
-    learning = [p for p in [*vlm.parameters(), *terms.parameters()] if p.requires_grad]
+    # Backward meets the LLM's last layers first, and the projector last.
+    learning = [*terms.parameters(), *vlm.projector.parameters(), *vlm.llm.parameters()]
+    learning = [p for p in learning if p.requires_grad]
     optimizer = DataParallelAdamW(learning, config.weight_decay, config.clip, shard=config.shard)
     return optimizer, terms
 
@@ -488,11 +495,13 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
     # 2. Captioning, forward. `passes` is lazy: a micro-batch waits for its turn in 4. The prompted loss
     #    compares what the LLM makes of *all* images of the step, so with it all passes come first.
-    passes = (losses.caption_pass(vlm, m, leaf) for m, leaf in zip(micro_batches, leaves) if with_llm)
+    passes = []
     states = []
-    if "prompt" in terms:
+    if with_llm:
+        passes = (losses.caption_pass(vlm, m, leaf) for m, leaf in zip(micro_batches, leaves))
+    if with_llm and "prompt" in terms:
         passes = list(passes)
-        states = [state for _, state in passes]  # each (B, C); none while contrast comes first
+        states = [state for _, state in passes]  # each (B, C)
 
     # 3. The contrastive losses, over all images and captions, and back: to the cut, or to `states`.
     at_cut = {}  # loss -> its gradient at the cut, (I, N, C) for each micro-batch
@@ -504,24 +513,24 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
         reached = states if name == "prompt" else leaves
         ends = [*reached, terms[name].log_scale]
         *at_cut[name], at_scale[name] = torch.autograd.grad(optimizer.loss_scale * loss, ends)
+    at_states = at_cut.pop("prompt", [])  # (B, C) each: this loss is not at the cut yet
 
-    # 4. Captioning, backward to the cut. The prompted loss takes part in the same sweep, weighted, and cannot
-    #    be told from it behind it. So a share of the gradient can only be held with a sweep of its own.
+    # 4. Captioning, backward to the cut. The prompted loss takes part from `state` on, with its weight. Then
+    #    leaf.grad is the sum of both. To hold a balance, both must be known: it gets a backward of its own.
     is_mixed = bool(states) and not config.contrastive_balance
-    at_states = at_cut.pop("prompt", [])
     for number, (loss, state) in enumerate(passes):
         shares["generative"] = shares.get("generative", 0.0) + loss.detach() / tokens
         if number == len(micro_batches) - 1:
             optimizer.last_backward()
         ends = [optimizer.loss_scale * loss / tokens]
-        given = [None]
+        starts = [None]  # a scalar starts with 1
         if is_mixed:
             ends.append(state)
-            given.append(terms["prompt"].weight() * at_states[number])
+            starts.append(terms["prompt"].weight() * at_states[number])
         elif states:
             swept = torch.autograd.grad(state, leaves[number], at_states[number], retain_graph=True)
             at_cut.setdefault("prompt", []).extend(swept)
-        torch.autograd.backward(ends, given)
+        torch.autograd.backward(ends, starts)
     if with_llm:
         at_cut["generative + prompt" if is_mixed else "generative"] = [leaf.grad for leaf in leaves]
 
@@ -529,7 +538,7 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     shares |= losses.products(at_cut)
     sums = dict(zip(shares, sum_over_ranks(list(shares.values()), device).tolist()))
     losses.measure(sums, terms, optimizer.loss_scale)
-    weights = {name: term.weight() if with_llm else 1.0 for name, term in terms.items()}
+    weights = {name: term.weight() if with_llm else 1.0 for name, term in terms.items()}  # alone: 1
     total = losses.weighted_sum(at_cut, weights)
     total += [weights[name] * gradient for name, gradient in at_scale.items()]
     log_scales = [terms[name].log_scale for name in at_scale]
@@ -619,7 +628,7 @@ def run_steps(config, vlm, terms, optimizer, loader, start, steps, made_of, leng
         if rank() == 0:
             if step == start:  # only now: a run that fails before leaves what was there
                 checkpoint.open_run(config, start, lengths)
-            if step == lr == 0 and config.stage == "align":  # at rate 0 the projector is still what it was
+            if step == 0 and lr == 0 and config.stage == "align":  # at rate 0 the projector is what it was
                 vlm.save(Path(config.out) / "unaligned", asdict(config), with_llm=False)
             with open(Path(config.out) / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
@@ -667,6 +676,9 @@ def run_all(given: dict, device):
     runs = [root / name for name in ("align/unaligned", "align", "instruct")]
     command_line = [sys.executable, ROOT / "eval.py", "--bench", "scienceqa", "--ckpt"]
     command_line += [run for run in runs if run.is_dir()]
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # eval.py needs the memory
     alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # else it waits
     sys.exit(subprocess.run(command_line, env=alone).returncode)
 

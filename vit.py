@@ -10,11 +10,11 @@ The table FAMILIES lists their differences. A wrong column makes loading fail. A
 and gives garbage features.
 
 LLaVA reads the output of the last block but one (`feature_layer=-2`), without final LayerNorm and class
-token: training shapes the last block for that token only. The block before still describes the patches.
+token. CLIP's training reads that token alone, so its last block need not describe the patches any more.
 
 Letters, here and in every other file: B batch, P patches, N image tokens (what a projector makes of the
 patches: often as many), T text tokens, S sequence, D ViT width, C LLM width, H heads, V vocabulary, W ranks,
-I images of a batch. Only in (B, 3, H, W), pictures, are H and W height and width.
+I images of a batch. In (B, 3, H, W) H and W are height and width.
 
 Module names are those of CLIP's and SigLIP's Hugging Face checkpoints, which plumbing/clip.py reads.
 Read next: llm.py (the language tower), then projector.py (the bridge between the two).
@@ -215,7 +215,7 @@ class ViT(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # never runs
 
     def forward(self, pixels):
-        pixels = pixels.to(self.post_layernorm.weight.dtype)  # (B, 3, H, W)
+        pixels = pixels.to(self.embeddings.patch_embedding.weight.dtype)  # (B, 3, H, W)
         x = self.embeddings(pixels)  # (B, L, D)
         if self.config.family.pre_norm:
             x = self.pre_layrnorm(x)

@@ -102,7 +102,7 @@ EXERCISES = {
         "The norm of weight times our gradient shall be share times the norm of the captioning one. "
         "`squares` has both, squared; `fixed_weight` without a share, or before anything was measured.",
         "tests/test_train.py -k 'share_is_met or share_or_a_measurement'",
-        "return self.share or self.fixed_weight", "the weighted gradient is not the share"),
+        "return self.balance or self.fixed_weight", "the weighted gradient is not the share"),
     "max_pooling": Exercise(
         "losses.py", "pool_patches",
         "An extension: the maximum of each channel over the patches in place of the mean, so that a single "

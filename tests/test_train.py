@@ -801,7 +801,7 @@ def test_the_share_is_met_whenever_captioning_begins(linear_vlm, llama_folder):
 
 
 def test_without_a_share_or_a_measurement_the_fixed_weight_is_the_weight_and_a_share_is_met_else():
-    plain, held = losses.ContrastiveTerm(0.7), losses.ContrastiveTerm(0.7, share=0.3)
+    plain, held = losses.ContrastiveTerm(0.7), losses.ContrastiveTerm(0.7, balance=0.3)
     assert plain.weight() == held.weight() == 0.7, (
         "before anything was measured there is no ratio of norms: `fixed_weight` is the weight")
     for term in (plain, held):
@@ -812,7 +812,7 @@ def test_without_a_share_or_a_measurement_the_fixed_weight_is_the_weight_and_a_s
 
 def test_the_weight_follows_the_gradients_within_some_ten_steps():
     """What was measured long ago does not speak for now."""
-    term = losses.ContrastiveTerm(share=0.3)
+    term = losses.ContrastiveTerm(balance=0.3)
     for step in range(40):
         term.measure(1.0 if step < 20 else 16.0, 1.0)
         if step == 19:
