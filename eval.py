@@ -156,7 +156,7 @@ def ask_likeliest(vlm, tokenizer, questions, template: str, batch: int = 16, fil
 # In batches, on several ranks, after a kill
 
 MOST_CHARACTERS = 2**17  # in a batch of questions, padding included
-PICTURE = 2400  # a picture takes as much room as so many characters
+PICTURE = 2400  # characters that take as much room as a picture: 576 tokens, of some four characters
 
 
 def make_batches(questions, batch: int) -> list:
@@ -187,7 +187,7 @@ def in_batches(questions, answer, batch: int, file=None) -> list:
 
     answers = on_every_rank(read_once)[0]
     batches = make_batches(questions, batch)
-    left = [indices for indices in batches if not answers.keys() >= set(indices)]
+    left = [indices for indices in batches if not set(indices) <= answers.keys()]
     mine = left[rank() :: world_size()]
     for found in on_every_rank(lambda: answer_batches(questions, mine, answer, file)):
         answers |= found
@@ -215,7 +215,8 @@ def answer_batches(questions, batches, answer, file) -> dict:
 def about(image, text: str) -> dict:
     """The question about a picture as a person types it. The text may have a marker of the picture."""
     turn = {"from": "human", "value": f"{data.IMAGE}\n{text}"}
-    (_, prompt), = data.clean_turns({"image": image, "conversations": [turn]})
+    turns = data.clean_turns({"image": image, "conversations": [turn]})
+    _, prompt = turns[0]
     return {"id": image, "prompt": prompt, "image": image}
 
 

@@ -154,15 +154,16 @@ def with_padding(visible, mask):
     Every position still sees itself, padding included: softmax over no key at all gives NaN.
     """
     S, keys = visible.shape
-    itself = visible.triu(keys - S)  # (S, keys), True only at the last key that each query sees
+    start = keys - S
+    itself = visible.triu(start)  # (S, keys), True only at key start + i of query i
     return (visible & (mask[:, None] | itself))[:, None]  # (B, 1, S, keys)
 
 
 def visible_positions(mask, start: int, S: int, device):
     """(mask, is_causal) of scaled_dot_product_attention, for S queries behind `start` cached positions.
 
-    A mask of None is faster. Without padding it is enough for a whole sequence, whose attention is plainly
-    causal, and for a single query, which sees everything before it.
+    A mask of None is faster. With padding a mask is needed. Without, a single query sees everything before it,
+    a whole sequence is plainly causal, and only several queries behind a cache need a mask.
     """
     if mask is not None:
         return with_padding(causal(start, S, device), mask), False
