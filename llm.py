@@ -162,8 +162,8 @@ def with_padding(visible, mask):
 def visible_positions(mask, start: int, S: int, device):
     """(mask, is_causal) of scaled_dot_product_attention, for S queries behind `start` cached positions.
 
-    A mask of None is faster. With padding a mask is needed. Without, a single query sees everything before it,
-    a whole sequence is plainly causal, and only several queries behind a cache need a mask.
+    A mask of None is faster. With padding a mask is needed. Without, a single query sees everything before
+    it, a whole sequence is plainly causal, and only several queries behind a cache need a mask.
     """
     if mask is not None:
         return with_padding(causal(start, S, device), mask), False
