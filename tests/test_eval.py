@@ -20,7 +20,6 @@ from test_benchmarks import copy, root  # noqa: F401 (fixtures)
 import data
 import eval as evaluation
 from benchmarks import BENCHES, load_questions, vqa
-from plumbing import llava
 from projector import VLM
 
 CPU = torch.device("cpu")
@@ -341,7 +340,7 @@ def test_a_llava_folder_is_asked_in_vicunas_form(llava_folder, monkeypatch, said
 
 
 @pytest.mark.parametrize("tuned_with", ["v1", "chat"])
-def test_an_export_is_asked_as_the_run_that_it_came_from(run, tmp_path, monkeypatch, tuned_with):
+def test_an_export_is_asked_as_the_run_that_it_came_from(run, tmp_path, tuned_with):
     """In its own template: every id of a question is the same."""
     own = shutil.copytree(run, tmp_path / "own")
     change_template(own, None)
@@ -349,8 +348,6 @@ def test_an_export_is_asked_as_the_run_that_it_came_from(run, tmp_path, monkeypa
         "template": tuned_with}))
     vlm, tokenizer, config = evaluation.load_run(own, CPU)
     vlm.export(tmp_path / "export")
-    read = llava.read
-    monkeypatch.setattr(llava, "read", lambda folder: read(folder) | {"template": tuned_with})
     exported, its_tokenizer, its_config = evaluation.load_run(tmp_path / "export", CPU)
     assert its_config["template"] == config["template"] == tuned_with
     questions = [evaluation.about(None, "What color is it?"), {"id": 1, "prompt": "Red?", "image": None}]
