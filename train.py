@@ -571,6 +571,7 @@ def train_stage(config: Config, device):
     samples = order.load_samples(config, outlined)
     checkpoint.agree({"records": len(samples)})
     lengths = order.token_counts(config, samples, outlined)
+    counted = [order.counting_key(config, samples, outlined), *lengths]
     steps = order.count_steps(config, len(samples))
     if not any(learning_rate(step, steps, config) for step in range(steps)):
         raise ValueError(f"{steps} steps, all at learning rate 0: more --steps, or a smaller --warmup_ratio")
@@ -594,7 +595,7 @@ def train_stage(config: Config, device):
     say("first sample:", repr(data.marked_text(samples[0], samples.tokenizer)))
 
     with caught_signals(config.save_every > 0) as signals:
-        line = run_steps(config, vlm, terms, optimizer, loader, start, steps, made_of, lengths, signals)
+        line = run_steps(config, vlm, terms, optimizer, loader, start, steps, made_of, counted, signals)
     if rank() == 0:
         seconds = round(time.time() - began + checkpoint.seconds_before(config, start), 1)
         results = {"stage": config.stage, "steps": steps, "seconds": seconds, "last_step": line}
@@ -603,7 +604,7 @@ def train_stage(config: Config, device):
     barrier()
 
 
-def run_steps(config, vlm, terms, optimizer, loader, start, steps, made_of, lengths,
+def run_steps(config, vlm, terms, optimizer, loader, start, steps, made_of, counted,
               signals) -> dict:
     """Steps `start` to `steps`: learning rate, data, step, log, checkpoint. Returns the last line of the
     log."""
@@ -627,7 +628,7 @@ def run_steps(config, vlm, terms, optimizer, loader, start, steps, made_of, leng
         watch.look(step - start, line, vlm.llm.config.vocab_size)
         if rank() == 0:
             if step == start:  # only now: a run that fails before leaves what was there
-                checkpoint.open_run(config, start, lengths)
+                checkpoint.open_run(config, start, counted)
             if step == 0 and lr == 0 and config.stage == "align":  # at rate 0 the projector is what it was
                 vlm.save(Path(config.out) / "unaligned", asdict(config), with_llm=False)
             with open(Path(config.out) / "log.jsonl", "a") as log:

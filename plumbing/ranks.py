@@ -40,6 +40,9 @@ def start_ranks() -> torch.device:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, os.cpu_count() // local_ranks))
     if "RANK" in os.environ and not dist.is_initialized():
+        interface = os.environ.get("NCCL_SOCKET_IFNAME", "")
+        if interface.isalnum():  # the CPUs' group takes the network of the GPUs'
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=device_id, timeout=timedelta(minutes=10))
         global patient

@@ -3,7 +3,7 @@
     OUT/checkpoint-STEP/rank-R.pt    step, options, masters and moments of rank R (without --shard: of rank 0)
     OUT/checkpoint-STEP/made_of.json fingerprints of records, tokenizer and towers
     OUT/log.jsonl                    a line a step
-    OUT/lengths.npy                  the counted tokens of each record
+    OUT/lengths.npy                  the counted tokens of each record, behind a key of what was counted
     OUT/config.json                  written last: with it the run is finished
 """
 
@@ -75,7 +75,7 @@ def locked(config):
 
     The system releases the lock when the process ends, however it ends.
     """
-    path = Path(f"{config.out}.lock")
+    path = Path(f"{Path(config.out)}.lock")
     held = []
 
     def take():
@@ -84,6 +84,7 @@ def locked(config):
             held.append(lock(path, config.out))
             held[0].write(token)
             held[0].flush()
+            os.fsync(held[0].fileno())  # other nodes must see it
         return token
 
     def see():
@@ -98,7 +99,8 @@ def locked(config):
         yield
     finally:
         for file in held:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                path.unlink()
             file.close()
 
 
@@ -128,7 +130,8 @@ def agree_on_options(config):
     """ValueError if a rank was started with other options: on several nodes the command is typed several
     times."""
     config.resume = on_every_rank(lambda: config.resume)[0]  # rank 0 knows its folder
-    agree({name: value for name, value in asdict(config).items() if name not in PATHS | MAY_DIFFER})
+    own = PATHS | {"workers", "cache"}
+    agree({name: value for name, value in asdict(config).items() if name not in own})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -277,7 +280,7 @@ def old_names(path: Path):
         yield Path(f"{path}.old{number}")
 
 
-def open_run(config, start: int, lengths: list):
+def open_run(config, start: int, counted: list):
     """Make OUT ready for its first line of log.
 
     Rename an old run. On resume, drop the log lines after the checkpoint.
@@ -296,10 +299,12 @@ def open_run(config, start: int, lengths: list):
         stale += [out / "llm", out / "unaligned"]
     else:
         lines = read_text(out / "log.jsonl").splitlines(True)[:start]  # line k is step k
-    (out / "log.jsonl").write_text("".join(lines))
+    with whole(out / "log.jsonl") as building:
+        building.write_text("".join(lines))
     for folder in stale:
         shutil.rmtree(folder, ignore_errors=True)
-    np.save(out / "lengths.npy", np.array(lengths))
+    with whole(out / "lengths.npy") as building, open(building, "wb") as file:
+        np.save(file, np.array(counted))
 
 
 def seconds_before(config, start: int) -> float:

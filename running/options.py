@@ -189,6 +189,8 @@ def follow_init(config: Config, given: dict):
 
     ValueError for one that is typed and differs. A preset's names do not count.
     """
+    if Path(config.init).resolve() == Path(config.out).resolve():
+        raise ValueError(f"--out {config.out} is what the run starts from; name another")
     with named(config.init, "cannot be started from"):
         if find_projector(config.init).name == "mm_projector.bin":
             return  # a projector alone: it fits these towers or is refused

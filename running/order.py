@@ -7,6 +7,7 @@ of ranks, and they are dealt for speed: rows of similar length together, similar
 Letters: config is an options.Config, vlm a projector.VLM, samples a data.Conversations.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -60,12 +61,14 @@ def token_counts(config, samples, vlm) -> list:
     Every rank counts its part, and bad records are told before the first step. A resumed run has the counts
     in OUT/lengths.npy.
     """
-    kept = Path(config.out) / "lengths.npy"
-    if config.resume and kept.exists():
-        lengths = np.load(kept).tolist()
-        if len(lengths) == len(samples):
-            return lengths
     most = longest_row(config, vlm)
+
+    def read_kept():
+        return kept_counts(config, samples, vlm) if config.resume and rank() == 0 else None
+
+    lengths = on_every_rank(read_kept)[0]  # rank 0 knows its folder
+    if lengths is not None:
+        return lengths
     counted = on_every_rank(lambda: count_mine(samples, vlm.num_image_tokens, most))
     lengths = [0] * len(samples)
     cut = []
@@ -80,6 +83,23 @@ def token_counts(config, samples, vlm) -> list:
         say(f"warning: {len(empty)} records have no word of an answer within {most} tokens and teach "
             f"nothing, the first is {min(empty)}")
     return lengths
+
+
+def counting_key(config, samples, vlm) -> int:
+    """Of all that the counted tokens depend on."""
+    tokenizer = samples.tokenizer
+    spelling = (tokenizer.backend_tokenizer.to_str(), samples.form[:5], samples.form.to_thoughts)
+    limits = (vlm.num_image_tokens, longest_row(config, vlm))
+    return data.key_of((data.key_of(samples.records.text), spelling, limits))
+
+
+def kept_counts(config, samples, vlm) -> list | None:
+    """The counts of an earlier part of this run, or None if they are of something else."""
+    with contextlib.suppress(OSError, ValueError, EOFError):  # none, or damaged
+        key, *lengths = np.load(Path(config.out) / "lengths.npy").tolist()
+        if key == counting_key(config, samples, vlm):
+            return lengths
+    return None
 
 
 def count_mine(samples, num_image_tokens: int, most: int) -> tuple:
@@ -259,16 +279,22 @@ def make_loader(config, samples, vlm, mine: list, device):
 
 
 def next_batch(batches):
-    """The loader's next batch. A loader process that finds shared memory full dies silently, and is not
-    waited for."""
-    while True:
+    """The loader's next batch. What a loader process cannot hand over is not waited for.
+
+    A full shared memory and a thread that has died look like a slow disk: nothing comes.
+    """
+    for _ in range(30):
         try:
             return next(batches)
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise
-        if shutil.disk_usage("/dev/shm").free < 2**20:
+        if shutil.disk_usage("/dev/shm").free < 2**25:
             raise ValueError("shared memory (/dev/shm) is full: --workers 0, or docker run --shm-size=8g")
+        thread = getattr(batches, "_pin_memory_thread", None)
+        if thread is not None and not thread.is_alive():
+            break
+    raise ValueError("the loader hands nothing over: --workers 0, or a larger `ulimit -n`")
 
 
 def cores_of_a_rank() -> int:

@@ -23,6 +23,7 @@ from test_train import world  # noqa: F401 (a fixture)
 import data
 import train
 from running import order, watch
+from running.records import Records
 from running.options import Config, configure, parse_args
 
 CPU = torch.device("cpu")
@@ -240,12 +241,22 @@ def test_each_rank_counts_its_part_and_all_have_the_whole(ranks):
 
 def test_a_resumed_run_does_not_count_again(tmp_path):
     samples = mixed_samples(4)
-    np.save(tmp_path / "lengths.npy", np.array([5, 6, 7, 8]))
+    texts = [json.dumps(samples.records[i]).encode() for i in range(4)]
+    starts = np.cumsum([0, *map(len, texts)])
+    samples.records = Records(np.frombuffer(b"".join(texts), dtype=np.uint8), starts)
     config = Config(out=str(tmp_path), resume=True)
+    key = order.counting_key(config, samples, vlm_of())
+    np.save(tmp_path / "lengths.npy", np.array([key, 5, 6, 7, 8]))
     assert order.token_counts(config, samples, vlm_of()) == [5, 6, 7, 8]
     counts = samples.count_tokens(range(4), 4)
     assert order.token_counts(replace(config, resume=False), samples, vlm_of()) == counts
-    np.save(tmp_path / "lengths.npy", np.array([5, 6]))  # of other records
+    shorter = order.token_counts(replace(config, max_length=100), samples, vlm_of())  # another key
+    assert shorter == [min(count, 100) for count in counts]
+    samples.records.text = samples.records.text[::-1][::-1].copy()
+    samples.records.text[-3] += 1  # as many records, but others
+    assert order.counting_key(config, samples, vlm_of()) != key
+    samples.records.text[-3] -= 1
+    (tmp_path / "lengths.npy").write_bytes(b"half a file")
     assert order.token_counts(config, samples, vlm_of()) == counts
 
 
@@ -313,7 +324,9 @@ def test_the_counts_are_kept_from_the_first_step_on(world, tmp_path):
     assert "none: no such folder" in last and not out.exists()
     trained(world, *options)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert np.load(out / "lengths.npy").tolist() == order.token_counts(*things_of(world, *options))
+    things = things_of(world, *options)
+    kept = np.load(out / "lengths.npy").tolist()
+    assert kept == [order.counting_key(*things), *order.token_counts(*things)]
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps([*json.loads((world[0] / "data/toy/align.json").read_text())[:8],
                                record("<image>\nq", "\ud800", image="x")]))

@@ -135,6 +135,8 @@ def test_a_tower_that_is_typed_and_another_is_refused(tuned, clip_folder):
     options = without(options, "--llm")
     said = refusal((folder, options), "--init", "tuned", "--llm", clip_folder, "--out", "other")
     assert f"--llm {clip_folder}: tuned has 'tuned/llm', which is taken" in said
+    same = refusal((folder, options), "--init", "tuned", "--out", "tuned/")
+    assert same == "train.py: --out tuned/ is what the run starts from; name another"
     assert "runs/nothing/here" in refusal((folder, options), "--init", "runs/nothing/here", "--out", "other")
 
 
@@ -151,6 +153,7 @@ def disagree(rank, world, options):
 
 @pytest.mark.parametrize("other, says", [
     ({"lr": 0.5}, "rank 1 has lr 0.5, rank 0 has 0.001"),
+    ({"save_every": 5}, "rank 1 has save_every 5, rank 0 has 0"),  # it decides when ranks meet
     ({"seed": 3}, "rank 1 has seed 3, rank 0 has 0"),
     ({"contrastive_weight": 2.0}, "rank 1 has contrastive_weight 2.0, rank 0 has 1.0"),
     ({"images": "elsewhere", "workers": 7, "cache": True, "resume": True}, None),
@@ -339,6 +342,10 @@ def test_a_full_shared_memory_ends_the_run_and_a_slow_disk_does_not(monkeypatch)
         order.next_batch(timed_out_loader(["batch"]))
     monkeypatch.setattr(order.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
     assert order.next_batch(timed_out_loader(["batch"])) == "batch"
+    loader = timed_out_loader(["batch"])
+    loader._pin_memory_thread = SimpleNamespace(is_alive=lambda: False)
+    with pytest.raises(ValueError, match="the loader hands nothing over"):
+        order.next_batch(loader)
 
 
 def test_features_that_are_no_features_are_named(world, tmp_path):
