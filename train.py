@@ -10,7 +10,7 @@ the captioning loss and a contrastive loss. Instruct: conversations; the project
 next-token loss alone. The ViT is frozen throughout. Align may put *contrast first*: its first steps then have
 the patch loss alone, and the LLM does not run. After them that loss has weight 0, unless a weight is given.
 
-A step is one update from a batch over all ranks. Each rank takes its share of the batch in micro-batches: as
+A step is one update from a batch over all ranks. Each rank takes its part of the batch in micro-batches: as
 many samples as fit through the LLM at once.
 
 The models know nothing of what is in this file. Options, the plan, checkpoints and the order of the records

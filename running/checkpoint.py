@@ -147,8 +147,7 @@ def save(config, step: int, optimizer, terms, made_of: dict):
     final = Path(config.out) / f"checkpoint-{step:07d}"
     partial = final.with_suffix(".partial")
     if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped while saving
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True)  # open_run has removed what a run that was stopped here left
     barrier()
     state = {"step": step, "ranks": world_size(), "config": asdict(config)}
     state["squares"] = {name: term.squares for name, term in terms.items()}
