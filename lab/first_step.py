@@ -1,0 +1,95 @@
+"""The naive step: all that the align stage does, on one process, with nothing that a larger run needs.
+
+    python -m lab.first_step    # a batch and its shapes, then the losses of 120 steps: under a minute
+
+It learns what `python train.py --stage align --preset tiny --steps 120` learns: losses, retrieval and norm of
+each step are those of that run's log.jsonl, up to rounding (tests/test_first_step.py). What is missing here is
+what train.py's `train_step` is about:
+
+- ranks: a batch that many processes share,
+- memory: a batch that does not go through the LLM in one piece, and blocks that run again in backward,
+- precision: weights of 16 bits,
+- balance: a second loss that is held at a share, comes first, or goes through the LLM.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+import data
+import losses
+from lab import errors_in_one_line, parser_of
+from projector import VLM
+from running import options, order
+from train import learning_rate
+
+
+def steps(config):
+    """Take the steps of the align stage one by one. After each, yield its losses, retrieval and norm."""
+    torch.manual_seed(config.seed)
+    vlm = VLM.from_towers(config.vit, config.llm, config.projector)  # only the projector learns
+    log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # and the contrastive loss's temperature
+    learning = [*vlm.projector.parameters(), log_scale]
+    optimizer = torch.optim.AdamW(learning, weight_decay=config.weight_decay)
+    samples = order.load_samples(config, vlm)
+    total = order.count_steps(config, len(samples))
+    lengths = order.token_counts(config, samples, vlm)
+    dealt = [ranks[0] for ranks in order.deal(config, lengths, total, world=1)]  # indices of each batch
+
+    for step, [batch] in enumerate(order.make_loader(config, samples, vlm, dealt, torch.device("cpu"))):
+        # Pictures become vectors in the LLM's width, and take the places of their placeholders.
+        patches = vlm.encode(batch["pixels"])  # (B, N, C)
+        embeds = vlm.splice(batch["ids"], patches)  # (B, S, C)
+        hidden = vlm.llm.hidden(embeds)  # (B, S, C)
+
+        # Captioning: how well is each next token of the caption foreseen?
+        generative = losses.generative_loss(hidden, batch["labels"], vlm.llm.head_weight, batch["loss_at"])
+        generative = generative / len(batch["loss_at"])
+
+        # Contrast: does the mean patch of a picture resemble the words of its own caption most?
+        words = vlm.llm.embed(batch["caption_ids"])  # (B, T, C)
+        image = losses.pool_patches(patches)  # (B, C)
+        text = losses.pool_caption(words, batch["caption_mask"])  # (B, C)
+        patch, retrieval = losses.contrastive_loss(image, text, log_scale.exp(), batch["keys"])
+
+        optimizer.zero_grad()
+        (generative + patch).backward()
+        norm = nn.utils.clip_grad_norm_(learning, config.clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, total, config)
+        optimizer.step()
+        with torch.no_grad():
+            log_scale.clamp_(0, math.log(100))
+        if step == 0:
+            show(samples[dealt[0][0][0]], samples.tokenizer, batch, patches, embeds, words)
+        yield {"generative": generative.item(), "patch": patch.item(),
+               "patch_retrieval": retrieval.item(), "grad_norm": norm.item()}
+
+
+def show(sample, tokenizer, batch, patches, embeds, words):
+    """Print the first row of a batch, what is learned in brackets, and the shapes on its way to the losses."""
+    print(f"first row: {data.marked_text(sample, tokenizer)!r}")
+    shapes = {
+        "pixels (B, 3, H, W)": batch["pixels"],
+        "patches (B, N, C)": patches,
+        "ids (B, S)": batch["ids"],
+        "embeds (B, S, C)": embeds,
+        "caption (B, T, C)": words,
+    }
+    for name, tensor in shapes.items():
+        print(f"{name:<20}{tuple(tensor.shape)}")
+    print("step  generative   patch  retrieval    norm")
+
+
+def main(argv=None):
+    parser_of("lab.first_step", __doc__).parse_args(argv)
+    with errors_in_one_line("lab.first_step"):
+        config = options.configure("align", {"preset": "tiny", "steps": 120})
+        options.ensure_data(config)
+        for step, line in enumerate(steps(config)):
+            generative, patch, retrieval, norm = line.values()
+            print(f"{step:4}{generative:12.4f}{patch:8.4f}{retrieval:11.4f}{norm:8.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
