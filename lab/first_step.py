@@ -1,15 +1,10 @@
-"""The naive step: all that the align stage does, on one process, with nothing that a larger run needs.
+"""The naive step: all that the align stage does, in one loop on one process.
 
-    python -m lab.first_step    # a batch and its shapes, then the losses of 120 steps: under a minute
+    python -m lab.first_step    # a batch and its shapes, then 120 steps: half a minute
 
-It learns what `python train.py --stage align --preset tiny --steps 120` learns: losses, retrieval and norm of
-each step are those of that run's log.jsonl, up to rounding (tests/test_first_step.py). What is missing here is
-what train.py's `train_step` is about:
-
-- ranks: a batch that many processes share,
-- memory: a batch that does not go through the LLM in one piece, and blocks that run again in backward,
-- precision: weights of 16 bits,
-- balance: a second loss that is held at a share, comes first, or goes through the LLM.
+Losses, retrieval and norm of a step are those that `python train.py --stage align --preset tiny --steps 120`
+has on a CPU in its log.jsonl. What that run also can, this loop lacks: ranks that share a batch, a batch that does
+not go through the LLM in one piece, weights of 16 bits, a second loss that is held at a share or comes first.
 """
 
 import math
@@ -26,18 +21,19 @@ from train import learning_rate
 
 
 def steps(config):
-    """Take the steps of the align stage one by one. After each, yield its losses, retrieval and norm."""
+    """Take the steps of the align stage one by one. Yield (generative, patch, retrieval, norm) of each."""
     torch.manual_seed(config.seed)
-    vlm = VLM.from_towers(config.vit, config.llm, config.projector)  # only the projector learns
-    log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # and the contrastive loss's temperature
+    vlm = VLM.from_towers(config.vit, config.llm, config.projector)  # towers are frozen, the projector is new
+    log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # the contrastive loss's temperature
     learning = [*vlm.projector.parameters(), log_scale]
     optimizer = torch.optim.AdamW(learning, weight_decay=config.weight_decay)
     samples = order.load_samples(config, vlm)
     total = order.count_steps(config, len(samples))
     lengths = order.token_counts(config, samples, vlm)
-    dealt = [ranks[0] for ranks in order.deal(config, lengths, total, world=1)]  # indices of each batch
+    dealt = [ranks[0] for ranks in order.deal(config, lengths, total, world=1)]  # numbers of the records
+    loader = order.make_loader(config, samples, vlm, dealt, torch.device("cpu"))
 
-    for step, [batch] in enumerate(order.make_loader(config, samples, vlm, dealt, torch.device("cpu"))):
+    for step, [batch] in enumerate(loader):
         # Pictures become vectors in the LLM's width, and take the places of their placeholders.
         patches = vlm.encode(batch["pixels"])  # (B, N, C)
         embeds = vlm.splice(batch["ids"], patches)  # (B, S, C)
@@ -61,23 +57,15 @@ def steps(config):
         with torch.no_grad():
             log_scale.clamp_(0, math.log(100))
         if step == 0:
-            show(samples[dealt[0][0][0]], samples.tokenizer, batch, patches, embeds, words)
-        yield {"generative": generative.item(), "patch": patch.item(),
-               "patch_retrieval": retrieval.item(), "grad_norm": norm.item()}
+            show(samples[dealt[0][0][0]], samples.tokenizer, batch["pixels"], patches, embeds, words)
+        yield generative.item(), patch.item(), retrieval.item(), norm.item()
 
 
-def show(sample, tokenizer, batch, patches, embeds, words):
-    """Print the first row of a batch, what is learned in brackets, and the shapes on its way to the losses."""
+def show(sample, tokenizer, pixels, patches, embeds, words):
+    """Print the first row of a batch, what is learned in brackets, and the shapes on the way to the losses."""
     print(f"first row: {data.marked_text(sample, tokenizer)!r}")
-    shapes = {
-        "pixels (B, 3, H, W)": batch["pixels"],
-        "patches (B, N, C)": patches,
-        "ids (B, S)": batch["ids"],
-        "embeds (B, S, C)": embeds,
-        "caption (B, T, C)": words,
-    }
-    for name, tensor in shapes.items():
-        print(f"{name:<20}{tuple(tensor.shape)}")
+    print(f"pixels (B, 3, H, W) = {tuple(pixels.shape)}, patches (B, N, C) = {tuple(patches.shape)}")
+    print(f"sequence (B, S, C) = {tuple(embeds.shape)}, caption (B, T, C) = {tuple(words.shape)}")
     print("step  generative   patch  retrieval    norm")
 
 
@@ -86,8 +74,7 @@ def main(argv=None):
     with errors_in_one_line("lab.first_step"):
         config = options.configure("align", {"preset": "tiny", "steps": 120})
         options.ensure_data(config)
-        for step, line in enumerate(steps(config)):
-            generative, patch, retrieval, norm = line.values()
+        for step, (generative, patch, retrieval, norm) in enumerate(steps(config)):
             print(f"{step:4}{generative:12.4f}{patch:8.4f}{retrieval:11.4f}{norm:8.4f}", flush=True)
 
 

@@ -2,9 +2,9 @@
 
     python -m lab.three_ideas    # a second
 
-A projector, an LLM of one frozen layer, and a batch in two halves: two micro-batches, or what two ranks hold.
-Each line printed has a loss, and the projector's gradient against that of one process with the whole batch:
-length and cosine. It is right if both are 1. The loss does not tell: under 3. it is the same in every line.
+A projector, an LLM of one frozen layer, and a batch in two halves: micro-batches, or what two ranks hold. Each
+line has a loss, and the projector's gradient against that of one process with the whole batch: its length and
+cosine. It is right if both are 1. The loss does not tell: under 3 it is the same in every line.
 """
 
 import torch
@@ -19,8 +19,8 @@ HALVES = (slice(0, B // 2), slice(B // 2, B))
 SCALE = 1 / 0.07  # of the similarities
 PLACES = torch.arange(B)  # of the rows in the batch
 
-# A gathered row enters the losses of both ranks. Which parts of its gradient come back to its owner: of what the
-# owner's loss says, and of what the other rank's loss says?
+# A gathered row enters the losses of both ranks. Which part of its gradient comes back to its owner: of what
+# the owner's own loss says, and of what the other rank's says?
 GATHERS = {
     "no gradient": (0.0, 0.0),
     "own slice": (1.0, 0.0),

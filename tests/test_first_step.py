@@ -23,15 +23,22 @@ def config(toy, tmp_path):
     return options.configure("align", given)
 
 
-def test_the_naive_step_gives_the_numbers_of_train(config, capsys):
+def test_the_naive_step_gives_the_numbers_of_train(config, capsys, monkeypatch):
     train.train_stage(config, torch.device("cpu"))
     log = [json.loads(line) for line in open(f"{config.out}/log.jsonl")]
-    naive = list(first_step.steps(config))
-    assert len(naive) == len(log) == 12
-    for line, theirs in zip(naive, log):
-        assert line == pytest.approx({key: theirs[key] for key in line}, rel=1e-4)
-    assert naive[-1]["generative"] < 0.5 * naive[0]["generative"] and naive[0]["grad_norm"] > config.clip
-    assert "first row: ' <s><image> [[" in capsys.readouterr().out.replace("' <s> ", "' <s>")
+    capsys.readouterr()
+    monkeypatch.setattr(options, "configure", lambda stage, given: config)
+    first_step.main([])
+    printed = capsys.readouterr().out.splitlines()
+    head = printed[:-12]
+    for step, (row, line) in enumerate(zip(printed[-12:], log, strict=True)):
+        theirs = [step, line["generative"], line["patch"], line["patch_retrieval"], line["grad_norm"]]
+        assert [*map(float, row.split())] == pytest.approx(theirs, abs=1e-4)
+    assert log[0]["grad_norm"] > config.clip and log[-1]["generative"] < 0.5 * log[0]["generative"]
+    # and what stands above them is what the README shows of the full toy world
+    assert head[0].startswith("first row: ' <s><image> [[") and head[-1] in README
+    shapes = re.findall(r"\w+ \(B, .+?\) =", "".join(head))
+    assert len(shapes) == 4 and all(shape in README for shape in shapes)
 
 
 def ideas(capsys) -> list:
