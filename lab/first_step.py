@@ -2,9 +2,9 @@
 
     python -m lab.first_step    # a batch and its shapes, then 120 steps: half a minute
 
-Losses, retrieval and norm of a step are those that `python train.py --stage align --preset tiny --steps 120`
-has on a CPU in its log.jsonl. What that run also can, this loop lacks: ranks that share a batch, a batch that does
-not go through the LLM in one piece, weights of 16 bits, a second loss that is held at a share or comes first.
+Losses, retrieval and norm of each step are those of `python train.py --stage align --preset tiny --steps 120`
+on a CPU, in its log.jsonl. The loop lacks what that run also can: ranks that share a batch, a batch in parts
+for the LLM's memory, weights of 16 bits, a second loss that is held at a share or comes first.
 """
 
 import math
@@ -20,8 +20,8 @@ from running import options, order
 from train import learning_rate
 
 
-def steps(config):
-    """Take the steps of the align stage one by one. Yield (generative, patch, retrieval, norm) of each."""
+def align(config):
+    """Take all steps of the align stage, and print the losses, retrieval and gradient norm of each."""
     torch.manual_seed(config.seed)
     vlm = VLM.from_towers(config.vit, config.llm, config.projector)  # towers are frozen, the projector is new
     log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # the contrastive loss's temperature
@@ -57,16 +57,14 @@ def steps(config):
         with torch.no_grad():
             log_scale.clamp_(0, math.log(100))
         if step == 0:
-            show(samples[dealt[0][0][0]], samples.tokenizer, batch["pixels"], patches, embeds, words)
-        yield generative.item(), patch.item(), retrieval.item(), norm.item()
-
-
-def show(sample, tokenizer, pixels, patches, embeds, words):
-    """Print the first row of a batch, what is learned in brackets, and the shapes on the way to the losses."""
-    print(f"first row: {data.marked_text(sample, tokenizer)!r}")
-    print(f"pixels (B, 3, H, W) = {tuple(pixels.shape)}, patches (B, N, C) = {tuple(patches.shape)}")
-    print(f"sequence (B, S, C) = {tuple(embeds.shape)}, caption (B, T, C) = {tuple(words.shape)}")
-    print("step  generative   patch  retrieval    norm")
+            first = samples[dealt[0][0][0]]
+            print("first row:", repr(data.marked_text(first, samples.tokenizer)))  # [[ what is learned ]]
+            print("pixels (B, 3, H, W) =", tuple(batch["pixels"].shape), end="; ")
+            print("patches (B, N, C) =", tuple(patches.shape))
+            print("sequence (B, S, C) =", tuple(embeds.shape), end="; ")
+            print("caption (B, T, C) =", tuple(words.shape))
+            print("step  generative   patch  retrieval    norm")
+        print(f"{step:4}{generative:12.4f}{patch:8.4f}{retrieval:11.4f}{norm:8.4f}", flush=True)
 
 
 def main(argv=None):
@@ -74,8 +72,7 @@ def main(argv=None):
     with errors_in_one_line("lab.first_step"):
         config = options.configure("align", {"preset": "tiny", "steps": 120})
         options.ensure_data(config)
-        for step, (generative, patch, retrieval, norm) in enumerate(steps(config)):
-            print(f"{step:4}{generative:12.4f}{patch:8.4f}{retrieval:11.4f}{norm:8.4f}", flush=True)
+        align(config)
 
 
 if __name__ == "__main__":
