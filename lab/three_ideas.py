@@ -3,8 +3,8 @@
     python -m lab.three_ideas    # a second
 
 A projector, an LLM of one frozen layer, and a batch in two halves: micro-batches, or what two ranks hold.
-Each line has a loss, and the projector's gradient against that of one process with the whole batch: length and
-cosine. It is right if both are 1. The loss does not tell: under 3 it is the same in every line.
+Each line has a loss, and the projector's gradient against that of one process with the whole batch: length
+and cosine. It is right if both are 1. The loss does not tell: under 3 it is the same in every line.
 """
 
 import torch
