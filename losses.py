@@ -33,7 +33,7 @@ patch loss's. That loss needs no LLM. The embedding table is frozen, so the imag
 caption's mean word, and captioning starts among words. Against it would speak an equal gain from shuffled
 captions, or from a projector that is only rescaled; on emoji there is none (lab/README.md).
 
-Read next: train.py, which adds the losses up.
+Read next: lab/first_step.py, which adds the losses up, then train.py, which does so for many ranks.
 """
 
 import math
