@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_the_naive_step_gives_the_numbers_of_train(config, capsys, monkeypatch):
     head = printed[:-12]
     for step, (row, line) in enumerate(zip(printed[-12:], log, strict=True)):
         theirs = [step, line["generative"], line["patch"], line["patch_retrieval"], line["grad_norm"]]
-        assert [*map(float, row.split())] == pytest.approx(theirs, abs=1e-4)
+        assert [*map(float, row.split())] == pytest.approx(theirs, rel=1e-4, abs=1e-4)
     assert log[0]["grad_norm"] > config.clip and log[-1]["generative"] < 0.5 * log[0]["generative"]
     # and what stands above them is what the README shows of the full toy world
     assert head[0].startswith("first row: ' <s><image> [[") and head[-1] in README
@@ -42,23 +43,25 @@ def test_the_naive_step_gives_the_numbers_of_train(config, capsys, monkeypatch):
 
 
 def ideas(capsys) -> list:
-    """[{name: (loss, length, cosine)}] of the three ideas, as printed."""
+    """[{name: [loss, length, cosine]}] of the three ideas, as printed."""
     three_ideas.main([])
     found = []
     for block in capsys.readouterr().out.split("\n\n"):
         lines = re.findall(r"^(.+?) +([\d.]+) +([\d.]+) +([\d.]+)$", block, re.M)
-        found.append({name: tuple(map(float, numbers)) for name, *numbers in lines})
+        found.append({name: [*map(float, numbers)] for name, *numbers in lines})
     return found
 
 
 def test_three_ideas_without_a_process_group(capsys):
+    nearly = partial(pytest.approx, abs=2e-4)  # the last digit printed
     the_cut, shares, gathers = ideas(capsys)
-    assert the_cut["one backward"] == the_cut["each loss to the cut, then once from there"]
+    assert the_cut["each loss to the cut, then once from there"] == nearly(the_cut["one backward"])
     assert the_cut["contrast in each micro-batch alone"][2] < 0.9
-    assert shares["one process"] == shares["each rank's sum over all ranks' tokens"]
+    assert shares["each rank's sum over all ranks' tokens"] == nearly(shares["one process"])
     assert shares["each rank's mean, averaged"][2] < 0.9
-    assert gathers["one process"] == gathers["two ranks: sum"]
-    assert len({loss for loss, _, _ in gathers.values()}) == 1  # the loss does not tell
+    assert gathers["two ranks: sum"] == nearly(gathers["one process"])
+    losses = [loss for loss, _, _ in gathers.values()]
+    assert len(losses) == 5 and losses == nearly(losses[:1] * 5)  # the loss does not tell
     _, length, cosine = gathers["two ranks: no gradient"]
     assert length < 0.7 and cosine < 0.95
     assert gathers["two ranks: own slice"][2] < 0.96
