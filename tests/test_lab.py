@@ -383,7 +383,7 @@ def test_table_and_chart(tmp_path):
     report.chart(tmp_path / "c.png", "title", ["0%", "100%"], series)
     image = Image.open(tmp_path / "c.png").convert("RGB")
     colors = {color for _, color in image.getcolors(10**6)}
-    assert image.size == (900, 540) and {(128, 128, 128), (214, 39, 40)} <= colors
+    assert image.size == (900, 540) and {(0, 114, 178), (213, 94, 0)} <= colors
 
 
 def test_gains_and_claims_are_paired_by_seed():
