@@ -89,6 +89,10 @@ def dot(draw, point, radius: float, color: str, fill: str):
     draw.circle((point[0] * ZOOM, point[1] * ZOOM), radius * ZOOM, fill, color, 2 * ZOOM)
 
 
+def box(draw, left: float, top: float, right: float, bottom: float, fill: str, outline: str = "white"):
+    draw.rectangle((left * ZOOM, top * ZOOM, right * ZOOM, bottom * ZOOM), fill, outline, ZOOM)
+
+
 def write(draw, x: float, y: float, text: str, size: float = 14, anchor: str = "mm", color: str = "black"):
     """`anchor`: what of the text stands at (x, y), in Pillow's letters: "ls" its left end and its foot."""
     draw.text((x * ZOOM, y * ZOOM), text, color, ImageFont.load_default(size * ZOOM), anchor)

@@ -36,7 +36,8 @@ def test_a_value_stands_at_its_pixel():
 
 @pytest.mark.parametrize("low, high, expected", [
     (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.71, 2.9, [0.5, 1, 1.5, 2, 2.5, 3]),
-    (-0.1, 0.3, [-0.1, 0, 0.1, 0.2, 0.3]), (0, 2e-5, [0, 5e-6, 1e-5, 1.5e-5, 2e-5]),
+    (-0.1, 0.3, [-0.1, 0, 0.1, 0.2, 0.3]),
+    (0, 2e-5, [0, 5e-6, 1e-5, 1.5e-5, 2e-5]),
     (3, 3, [0, 1, 2, 3]), (0, 0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
     (78.7, 93.1, [75, 80, 85, 90, 95])])
 def test_ticks_are_round_and_hold_all_values(low, high, expected):
@@ -73,7 +74,8 @@ def test_a_long_run_is_thinned_to_medians_and_keeps_its_spikes(tmp_path):
 
 @pytest.mark.parametrize("text, problem", [
     (None, "no such file"), ("", "no step yet"), ('{"step": 0', "no step yet"),
-    ('{"step": 0}\n{"st\n{"step": 2}\n', "line 2 is damaged: Unterminated"), ("[]\n{}\n", "line 1 is damaged")])
+    ("[]\n{}\n", "line 1 is damaged"),
+    ('{"step": 0}\n{"st\n{"step": 2}\n', "line 2 is damaged: Unterminated")])
 def test_a_folder_without_a_log_is_told_in_one_line(tmp_path, monkeypatch, text, problem):
     if text is not None:
         (tmp_path / "log.jsonl").write_text(text)
@@ -110,7 +112,7 @@ def test_several_runs_of_all_kinds(tmp_path, monkeypatch):
     curves.main()
     image = Image.open("curves.png")
     assert image.size == (3 * 390, 106 + 2 * 236 + 34)  # four panels
-    assert is_blue(image, 64 + 290 * 3 / 899, 146) and not is_blue(image, 64 + 290 * 6 / 899, 146)  # captioning
+    assert is_blue(image, 64 + 290 * 3 / 899, 146)  # an upright where captioning begins
     title = curves.title_of(runs[0], curves.read_log(runs[0]))
     assert title.endswith("/a: align, preset tiny, 7 steps, the first 3 contrast alone")
     assert curves.title_of("c", curves.read_log("c")).endswith("/c: unfinished, 900 steps")
