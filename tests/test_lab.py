@@ -384,7 +384,8 @@ def test_table_and_chart(tmp_path):
     image = Image.open(tmp_path / "c.png").convert("RGB")
     colors = {color for _, color in image.getcolors(10**6)}
     assert image.size == (900, 540) and {(0, 114, 178), (213, 94, 0)} <= colors
-    assert image.getpixel((378, 355)) == (0, 114, 178)  # between 51 and 60 % on an axis from 50 to 70
+    red, _, blue = image.getpixel((378, 355))  # between 51 and 60 % on an axis from 50 to 70
+    assert red < 60 and blue > 140
 
 
 def test_gains_and_claims_are_paired_by_seed():
