@@ -33,7 +33,7 @@ PANELS = {  # key of the log: its unit
 }
 LINEAR = ("_retrieval", "_cosine", "lr")  # endings of keys whose zero matters; others may have a log axis
 POINTS = 200  # of a line, at most: more would be a blot
-COLUMNS, WIDTH, HEIGHT = 3, 390, 236  # panels in a row; pixels of one with all that stands around it
+COLUMNS, WIDTH, HEIGHT = 3, 390, 248  # panels in a row; pixels of one with all that stands around it
 LINE = 1.5  # pixels
 
 
@@ -82,9 +82,9 @@ def title_of(run, lines: list) -> str:
     if (folder / "config.json").exists():  # written last
         config = read_json(folder / "config.json")
         said = f"{config.get('stage')}, preset {config.get('preset')}"
-    title = f"{name}: {said}, {lines[-1]['step'] + 1} steps"
+    title = f"{name}: {said}, {lines[-1]['step'] + 1:,} steps"
     first = first_captioning(lines)
-    return f"{title}, the first {first} contrast alone" if first else title
+    return f"{title}, the first {first:,} contrast alone" if first else title
 
 
 def draw(runs: list, file):
@@ -129,12 +129,11 @@ def draw_panel(pen, left: int, top: int, key: str, curves: list, starts: list, l
     high = max(known)
     is_log = 0 < 10 * low <= high and not key.endswith(LINEAR)
     rules = chart.log_ticks(low, high) if is_log else chart.ticks(low, high)
-    panel = chart.Panel(left + 64, top + 40, left + WIDTH - 36, top + HEIGHT - 44, (0, last),
+    panel = chart.Panel(left + 64, top + 40, left + WIDTH - 36, top + HEIGHT - 56, (0, last),
                         (rules[0], rules[-1]), is_log)
-    steps = [step for step in chart.ticks(0, last) if step <= last]
-    names = {step: f"{step:,g}" for step in steps}
-    names[steps[-1]] += " steps"
-    chart.frame(pen, panel, names, rules, 12)
+    steps = {step: f"{step:,g}" for step in chart.ticks(0, last) if step <= last}
+    chart.frame(pen, panel, steps, rules, 12)
+    chart.write(pen, panel.right, panel.bottom + 21, "steps", 12, "ra", chart.GREY)
     chart.write(pen, panel.left, top + 10, key, 14, "ls")
     chart.write(pen, panel.right, top + 10, PANELS[key], 12, "rs", chart.GREY)
     for number, start in enumerate(starts):

@@ -94,7 +94,7 @@ def test_one_run_goes_to_its_own_folder_and_lies_where_it_should(tmp_path, monke
     curves.main()
     assert capsys.readouterr().out == f"{run}/curves.png\n"
     image = Image.open(run / "curves.png")
-    assert image.size == (3 * 390, 62 + 236 + 34)
+    assert image.size == (3 * 390, 62 + 248 + 34)
     for share in (0.25, 0.5, 0.75):  # of the way from (64, 254) to (354, 102)
         x, y = 64 + 290 * share, 254 - 152 * share
         assert is_blue(image, x, y) and not is_blue(image, x, y - 9) and not is_blue(image, x, y + 9)
@@ -111,7 +111,7 @@ def test_several_runs_of_all_kinds(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["running.curves", *map(str, runs)])
     curves.main()
     image = Image.open("curves.png")
-    assert image.size == (3 * 390, 106 + 2 * 236 + 34)  # four panels
+    assert image.size == (3 * 390, 106 + 2 * 248 + 34)  # four panels
     assert is_blue(image, 64 + 290 * 3 / 899, 146)  # an upright where captioning begins
     title = curves.title_of(runs[0], curves.read_log(runs[0]))
     assert title.endswith("/a: align, preset tiny, 7 steps, the first 3 contrast alone")
