@@ -239,7 +239,7 @@ class ViT(nn.Module):
         """Write config.json, preprocessor_config.json and model.safetensors, as transformers reads them."""
         architecture = self.config.family.architecture
         if architecture is None:
-            raise ValueError(f"a tower of type {self.config.model_type} is read, not written")
+            raise ValueError(f"a tower of type {self.config.model_type} is not written alone")
         config = clip.config_json(self.config) | {"architectures": [architecture]}
         write_weights(dict(self.named_parameters()), folder, config)
         clip.write_preprocessor_config(self.config, folder)

@@ -297,8 +297,10 @@ def exported(request, clip_folder, tmp_path_factory):
     vit = folder / "vit" if vision == "dinov2" else clip_folder
     vlm = VLM.from_towers(vit, llm, "mlp2x_gelu", layer).eval()
     vlm.export(folder / "out")
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "out").eval()
-    return vlm, theirs, folder / "out"
+    theirs, loading = transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder / "out", output_loading_info=True)
+    assert not loading["missing_keys"] | loading["unexpected_keys"]
+    return vlm, theirs.eval(), folder / "out"
 
 
 WITH_IMAGE = torch.tensor([[1] + [IMAGE_TOKEN_ID] * 16 + [5, 6, 7]])
