@@ -53,7 +53,7 @@ FAMILIES = {  # by config.json's model_type
     "dinov2": Family(
         class_token=True, patch_bias=True, pre_norm=False, layer_scale=True,
         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-        architecture=None),  # we read DINOv2 and do not write it
+        architecture=None),  # only whole models are written with it
 }
 ACTIVATIONS = {  # by config.json's hidden_act: CLIP has the first, DINOv2 the second, SigLIP the third
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -239,7 +239,7 @@ class ViT(nn.Module):
         """Write config.json, preprocessor_config.json and model.safetensors, as transformers reads them."""
         architecture = self.config.family.architecture
         if architecture is None:
-            raise ValueError(f"a tower of type {self.config.model_type} is read, not written")
+            raise ValueError(f"a tower of type {self.config.model_type} is not written alone")
         config = clip.config_json(self.config) | {"architectures": [architecture]}
         write_weights(dict(self.named_parameters()), folder, config)
         clip.write_preprocessor_config(self.config, folder)

@@ -64,7 +64,11 @@ def is_color(values) -> bool:
 
 def config_json(config) -> dict:
     """The content of config.json for a ViTConfig."""
-    return asdict(config) | {"vision_use_head": False}  # False: without SigLIP's pooling head
+    content = asdict(config) | {"vision_use_head": False}  # False: without SigLIP's pooling head
+    if config.model_type == "dinov2":
+        mlp_ratio = config.intermediate_size // config.hidden_size
+        content |= {"mlp_ratio": mlp_ratio, "use_mask_token": False}
+    return content
 
 
 def write_preprocessor_config(config, folder, fit: str = "crop"):
@@ -114,9 +118,18 @@ def our_name(name: str) -> str:
     return name
 
 
+def name_in_dinov2(name: str, tensor) -> tuple:
+    """(DINOv2's name of one of our tensors, the tensor in DINOv2's shape): the way back."""
+    for theirs, ours in reversed(DINOV2_NAMES):
+        name = name.replace(ours, theirs)
+    if name.endswith(DINOV2_BATCHES_OF_ONE):
+        tensor = tensor.view(1, -1, tensor.shape[-1])
+    return name.replace("post_layernorm.", "layernorm."), tensor
+
+
 def read_tensors(folder: Path):
     """Yield (their name, tensor) of every tensor in a folder, in the shape that we use."""
     for name, tensor in read_weights(folder):
-        if name in DINOV2_BATCHES_OF_ONE:
+        if name.endswith(DINOV2_BATCHES_OF_ONE):
             tensor = tensor.squeeze()
         yield name, tensor

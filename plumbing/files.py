@@ -38,11 +38,17 @@ def named(what, problem: str = ""):
 
 @contextmanager
 def whole(path):
-    """Write to a temporary file and rename it, so that `path` is either complete or as it was before."""
+    """Write to a temporary file and rename it, so that `path` is either complete or as it was before.
+
+    Its mode is that of any new file, by the umask. safetensors' writer would keep others from reading it.
+    """
     building = Path(f"{path}.partial")
     try:
         with named(path, "not written"):
+            building.touch()
+            mode = building.stat().st_mode
             yield building
+            building.chmod(mode)
             building.replace(path)
     finally:
         building.unlink(missing_ok=True)
@@ -54,10 +60,10 @@ def write_json(path, content):
 
 
 def copy_files(source: Path, patterns, target: Path):
-    """Copy the files of folder `source` that fit a pattern into folder `target`."""
+    """Copy the content of the files in folder `source` that fit a pattern into folder `target`."""
     for pattern in patterns:
         for file in source.glob(pattern):
-            shutil.copy(file, target)
+            shutil.copyfile(file, target / file.name)
 
 
 def read_text(path) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
+from plumbing import clip
 from plumbing.files import TOKENIZER_FILES, named, resolve, resolve_model, write_json
 from plumbing.weights import (files_of, is_llavas_own, open_config, read_config, read_shard, read_weights,
                               refuse_others, write_weights)
@@ -195,6 +196,18 @@ def prepare_tokenizer(source: Path, template: str, system: str, v1) -> tuple:
 # ------------------------------------------------------------------------------------------------------------
 # Writing
 
+EXPORTED_TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2")
+
+
+def why_not_exported(projector: str, vit_model_type: str) -> str:
+    """Why a model with this projector and such a vision tower has no place in transformers' format, or ""."""
+    if projector != "mlp2x_gelu":
+        return f"transformers' LLaVA has no projector {projector!r}, only mlp2x_gelu"
+    if vit_model_type not in EXPORTED_TOWERS:
+        return f"a vision tower of type {vit_model_type!r} is not written, only {', '.join(EXPORTED_TOWERS)}"
+    return ""
+
+
 def export(folder, tensors, vision: dict, text: dict, settings: dict, system: str, v1):
     """Write a folder in transformers' format: weights, config.json, tokenizer, and settings around them.
 
@@ -202,10 +215,9 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
     kind of "projector", "feature_layer", "image_tokens" of an image, "has_class_token", the "tokenizer"'s
     folder or id, the "template"'s name. `system` and `v1`: the strings of template v1.
     """
-    if settings["projector"] != "mlp2x_gelu":
-        raise ValueError(f"transformers' LLaVA has no projector {settings['projector']!r}, only mlp2x_gelu")
-    if vision["model_type"] == "dinov2":
-        raise ValueError("a DINOv2 tower is read, not written")
+    problem = why_not_exported(settings["projector"], vision["model_type"])
+    if problem:
+        raise ValueError(problem)
     folder = Path(folder)
     source = resolve(settings["tokenizer"], TOKENIZER_FILES)
     tokenizer, template, ends = prepare_tokenizer(source, settings["template"], system, v1)
@@ -218,6 +230,8 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
         tensor = tensor.detach()
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             tensor = F.pad(tensor, (0, 0, 0, vocab_size - text["vocab_size"]))  # (vocab_size, C)
+        if name.startswith("vit.") and vision["model_type"] == "dinov2":
+            name, tensor = clip.name_in_dinov2(name.replace("vit.", "vision_tower."), tensor)
         weights[their_name(name)] = tensor
     strategy = "default" if settings["has_class_token"] else "full"  # drop the class token, or nothing
     write_weights(weights, folder, {

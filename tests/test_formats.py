@@ -1,14 +1,16 @@
 """What a folder says is what we compute: its flags, its fields and its files, each against transformers; the
 parts of every kind of folder; what an export says of itself."""
 
+import base64
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import assert_close, shaken
+from conftest import ROOT, assert_close, shaken
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_llm import LLAMA3, their_llm
@@ -16,6 +18,7 @@ from test_projector import their_llava
 from test_vit import FAMILIES as TOWERS
 
 import data
+import eval as evaluation
 from llm import LLM, load_llm_config
 from plumbing import llava
 from projector import VLM
@@ -357,6 +360,23 @@ def test_a_tuned_vision_tower_in_llavas_own_form_is_refused(original):
         VLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_files_have_the_mode_that_the_umask_says(original, tmp_path, umask, mode):
+    """Also if the LLM's own files are for their owner alone."""
+    vlm, folder = original
+    for file in folder.iterdir():
+        file.chmod(0o600)
+    vlm.sources["llm"] = str(folder)
+    before = os.umask(umask)
+    try:
+        vlm.save(tmp_path / "written/run", {}, with_llm=True)
+        vlm.export(tmp_path / "written/export")
+    finally:
+        os.umask(before)
+    files = [file for file in (tmp_path / "written").rglob("*") if file.is_file()]
+    assert len(files) > 10 and {file.stat().st_mode & 0o777 for file in files} == {mode}
+
+
 # ---- what an export says of itself -------------------------------------------------------------------------
 
 QUESTIONS = ("What color is it?", "Is it a red circle in the northwest, or a blue square?", "Where?",
@@ -400,6 +420,33 @@ def test_a_batch_in_a_pipeline_answers_as_each_question_alone(served):
     how = {"max_new_tokens": 8, "return_full_text": False}
     together = [answer[0]["generated_text"] for answer in pipeline(text=chats, batch_size=4, **how)]
     assert together == [pipeline(text=chat, **how)[0]["generated_text"] for chat in chats]
+
+
+@pytest.mark.parametrize("form", ["path", "image", "data URL", "base64"])
+def test_a_chat_with_the_tiny_towers_in_a_pipeline_is_as_eval_has_it(served, tmp_path, form):
+    """The picture comes in each form that transformers takes. It is no square, and there are three turns."""
+    vlm = VLM.from_towers(ROOT / "lab/towers/tiny-vit", ROOT / "lab/towers/tiny-llm")
+    vlm.export(tmp_path / "tiny")
+    picture = str(tmp_path / "wide.png")
+    Image.effect_noise((96, 48), 80).convert("RGB").save(picture)
+    coded = base64.b64encode(Path(picture).read_bytes()).decode()
+    part = {"path": {"url": picture}, "image": {"image": Image.open(picture)}, "base64": {"base64": coded},
+            "data URL": {"url": f"data:image/png;base64,{coded}"}}[form]
+    pipeline = transformers.pipeline("image-text-to-text", model=str(tmp_path / "tiny"))
+    tokenizer, messages, before = load_tokenizer(vlm.sources["llm"]), [], []
+    for text in QUESTIONS[:3]:
+        content = [{"type": "text", "text": text}]
+        prompt = text
+        if not before:
+            content.insert(0, {"type": "image", **part})
+            prompt = f"<image>\n{text}"
+        messages.append({"role": "user", "content": content})
+        said = pipeline(text=messages, max_new_tokens=12, return_full_text=False)[0]["generated_text"]
+        question = {"id": text, "prompt": prompt, "image": picture, "before": before}
+        answer, = evaluation.ask(vlm, tokenizer, [question], "v1", 12)
+        assert said.strip() == answer != ""
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        before = [*before, ("human", prompt), ("gpt", answer)]
 
 
 def test_an_answer_of_an_export_is_not_cut_at_twenty_tokens(clip_folder, llama_folder, tmp_path):

@@ -14,9 +14,10 @@ from torch import nn
 import data
 from lab import toy_world
 from plumbing import clip, llama
-from plumbing.llava import PROJECTOR, their_name
+from plumbing.llava import PROJECTOR, their_name, why_not_exported
 from projector import IMAGE_TOKEN_ID, VLM, build_projector
 from plumbing.tokenizer import load_tokenizer
+from vit import FAMILIES, ViT
 
 
 @pytest.fixture
@@ -202,16 +203,19 @@ def test_bad_run_directories(vlm, tmp_path, clip_folder, llama_folder):
 # ---- transformers' LLaVA format ----------------------------------------------------------------------------
 
 
+SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
+TOWERS = {  # transformers' configs; SigLIP's with its pooling head, which nobody reads
+    "clip": transformers.CLIPVisionConfig(**SIZES, intermediate_size=64),
+    "siglip": transformers.SiglipVisionConfig(**SIZES, intermediate_size=64),
+    "dinov2": transformers.Dinov2Config(**SIZES, mlp_ratio=2)}
+
+
 def their_llava(folder, vision="clip", **text):
     """A tiny random LlavaForConditionalGeneration, saved to `folder`; the image is token 89."""
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-                 image_size=32, patch_size=8)
-    is_clip = vision == "clip"
     config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**sizes) if is_clip else transformers.SiglipVisionConfig(
-            **sizes),  # with its pooling head, which nobody reads
+        vision_config=TOWERS[vision],
         text_config=llama_config(vocab_size=90, **text), image_token_index=89, image_seq_length=16,
-        vision_feature_select_strategy="default" if is_clip else "full")
+        vision_feature_select_strategy="full" if vision == "siglip" else "default")
     model = shaken(transformers.LlavaForConditionalGeneration(config))
     model.save_pretrained(folder)
     return model
@@ -230,7 +234,7 @@ def our_compared_name(name):
     return "" if "embed_tokens" in name else our_name(name)
 
 
-@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@pytest.mark.parametrize("vision", TOWERS)
 def test_a_llava_folder_loads_with_equal_logits(tmp_path, vision):
     """Text only, one image, and a batch of both lengths."""
     theirs = their_llava(tmp_path, vision)
@@ -281,15 +285,22 @@ def llm_of_family(family, folder):
     return folder
 
 
-@pytest.fixture(scope="module", params=["llama", "tied", "qwen2"])
+@pytest.fixture(scope="module", params=[("clip", "llama", -2), ("clip", "tied", -2), ("clip", "qwen2", -2),
+                                        ("dinov2", "llama", -1)], ids=lambda param: f"{param[0]}-{param[1]}")
 def exported(request, clip_folder, tmp_path_factory):
     """(our model, transformers' model of the folder that it was exported to, that folder)."""
+    vision, family, layer = request.param
     folder = tmp_path_factory.mktemp("exported")
-    llm = llm_of_family(request.param, folder / "llm")
-    vlm = VLM.from_towers(clip_folder, llm, "mlp2x_gelu").eval()
+    llm = llm_of_family(family, folder / "llm")
+    if vision == "dinov2":
+        shaken(transformers.Dinov2Model(TOWERS[vision])).save_pretrained(folder / "vit")
+    vit = folder / "vit" if vision == "dinov2" else clip_folder
+    vlm = VLM.from_towers(vit, llm, "mlp2x_gelu", layer).eval()
     vlm.export(folder / "out")
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "out").eval()
-    return vlm, theirs, folder / "out"
+    theirs, loading = transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder / "out", output_loading_info=True)
+    assert not loading["missing_keys"] | loading["unexpected_keys"]
+    return vlm, theirs.eval(), folder / "out"
 
 
 WITH_IMAGE = torch.tensor([[1] + [IMAGE_TOKEN_ID] * 16 + [5, 6, 7]])
@@ -356,12 +367,15 @@ def test_the_exported_processor_makes_the_ids_that_our_data_path_makes(exported)
 def test_only_what_transformers_knows_is_exported(clip_folder, llama_folder, tmp_path):
     with pytest.raises(ValueError, match="no projector 'linear'"):
         VLM.from_towers(clip_folder, llama_folder, "linear").export(tmp_path / "out")
-    config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                       image_size=32, patch_size=8)
-    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
-    with pytest.raises(ValueError, match="DINOv2 tower is read, not written"):
-        VLM.from_towers(tmp_path / "dino", llama_folder, "mlp2x_gelu").export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert [why_not_exported("mlp2x_gelu", family) for family in FAMILIES] == [""] * 3
+    assert "'dinov2_with_registers' is not written" in why_not_exported("mlp2x_gelu", "dinov2_with_registers")
+
+
+def test_dinov2_with_registers_is_refused_in_a_line(tmp_path):
+    transformers.Dinov2WithRegistersConfig(**SIZES).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type is 'dinov2_with_registers'; known here: clip, "):
+        ViT.from_pretrained(tmp_path)
 
 
 def test_llava_folders_of_other_kinds_are_refused(tmp_path):

@@ -16,10 +16,12 @@ import transformers
 from conftest import ROOT
 
 import data
+import eval as evaluation
 from benchmarks import scienceqa
 from lab import emoji_world, toy_world
 from llm import LLM
 from plumbing.tokenizer import load_tokenizer
+from projector import VLM
 from running.records import load_records
 from vit import ViT, load_vit_config
 
@@ -131,3 +133,20 @@ def test_dinov2_equals_transformers_and_knows_emoji(emoji):
     found = (nearest == torch.arange(len(concepts))).float().mean().item()
     print(f"of {len(concepts)} emoji by Google, {found:.0%} find themselves among Apple's")
     assert found > 0.2
+
+
+def test_an_export_of_dinov2_and_smollm2_answers_as_before(emoji, tmp_path):
+    """Through transformers' pipeline, which prepares the pictures, too: token for token."""
+    vlm = VLM.from_towers(emoji / "towers/dinov2-small", emoji / "towers/smollm2")
+    vlm.template = "chat"
+    vlm.export(tmp_path / "out")
+    pipeline = transformers.pipeline("image-text-to-text", model=str(tmp_path / "out"))
+    tokenizer = load_tokenizer(vlm.sources["llm"])
+    for number, picture in enumerate(sorted((emoji / "images").iterdir())[:3]):
+        content = [{"type": "image", "url": str(picture)}, {"type": "text", "text": PROMPTS[number]}]
+        chat = [{"role": "user", "content": content}]
+        said = pipeline(text=chat, max_new_tokens=24, return_full_text=False)
+        question = evaluation.about(picture, PROMPTS[number])
+        answer, = evaluation.ask(vlm, tokenizer, [question], "chat", 24)
+        print(repr(answer))
+        assert said[0]["generated_text"].strip() == answer
