@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, checkpoints_kept
 from PIL import Image
 
 import data
@@ -218,7 +218,8 @@ def test_features_of_more_pictures_serve_fewer(world, tmp_path):
 
 def unfinished(world, out):
     """A run that has gone four of six steps."""
-    run(world, "--out", out)
+    with checkpoints_kept():
+        run(world, "--out", out)
     (world[0] / out / "config.json").unlink()
     shutil.rmtree(world[0] / out / "checkpoint-0000006", ignore_errors=True)
     assert [folder.name for folder in checkpoint.checkpoints(world[0] / out)][-1] == "checkpoint-0000004"
