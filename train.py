@@ -601,8 +601,9 @@ def train_stage(config: Config, device):
         line = run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, made_of, counted,
                          signals)
     if rank() == 0:
-        results |= {"steps": steps, "start": checkpoint.first_start(config), "last_step": line}
+        results |= {"steps": steps, "start": checkpoint.first_start(config)}
         results |= {"seconds": round(time.time() - began, 1), "memory_mib": peak_memory(device)}
+        results["last_step"] = line
         checkpoint.save_run(config, vlm, results)
         say(f"finished, in {results['seconds']:.0f} s: {config.out}")
     draw_curves(config.out)

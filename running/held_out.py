@@ -103,7 +103,7 @@ def measure(config, vlm, terms, held, step: int, steps: int) -> dict:
     nats, tokens = sum_over_ranks([nats, tokens], device).tolist()
     line = {"val_generative": nats / max(1, tokens)}
     for name, pairs in compared.items():
-        loss, retrieval = torch.tensor(pairs).mean(0).tolist()
+        loss, retrieval = torch.tensor(pairs, dtype=torch.float64).mean(0).tolist()
         line[f"val_{name}"] = loss
         line[f"val_{name}_retrieval"] = retrieval
     for key, value in line.items():
