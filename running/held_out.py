@@ -10,7 +10,6 @@ As many records are compared as a batch has, or all if there are fewer. What is 
 batch is captioned and not compared.
 """
 
-import itertools
 import math
 from dataclasses import replace
 
@@ -98,7 +97,8 @@ def measure(config, vlm, terms, held, step: int, steps: int) -> dict:
         for name in terms:
             image, text = losses.vectors(name, vlm, micro_batches, patches, states)  # each (B, C)
             keys = torch.cat([m["keys"] for m in micro_batches])  # (B, 2)
-            gathered = gather(cut, image, text, keys)
+            everyones = on_every_rank(lambda: (image.cpu(), text.cpu(), keys.cpu()))
+            gathered = [torch.cat(parts) for parts in zip(*everyones)]  # of the whole batch
             compared[name].append(compare(*gathered, terms[name]().cpu()))
     nats, tokens = sum_over_ranks([nats, tokens], device).tolist()
     line = {"val_generative": nats / max(1, tokens)}
@@ -119,22 +119,9 @@ def is_due(config, step: int, steps: int) -> bool:
     return config.val_every > 0 and (step + 1) % config.val_every == 0
 
 
-def gather(cut: list, *tensors) -> list:
-    """Tensors with a row for each record of this rank's part of a batch -> the same of all ranks, on the CPU,
-    in the order of the records: any number of ranks gives the same. Without gradient."""
-    everyones = on_every_rank(lambda: [x.cpu() for x in tensors])
-    records = []
-    for number in range(world_size()):
-        records += itertools.chain(*cut[number :: world_size()])
-    places = torch.tensor(records).argsort()
-    return [torch.cat(parts)[places] for parts in zip(*everyones)]
-
-
 def compare(image, text, keys, scale) -> tuple:
-    """(loss, retrieval) of losses.contrastive_loss, as one process writes it that has all n rows.
-
-    Ranks share the rows of that one evenly, and a file may have any number of records.
-    """
+    """(loss, retrieval): losses.contrastive_loss as it is for one process that has all n rows. That one wants
+    as many rows from every rank, and a file may have any number."""
     scores = scale * image @ text.T  # (n, n)
     own = torch.arange(len(keys))
     is_equal = (keys[:, None] == keys[None]).any(-1)  # (n, n): an equal caption or image is no negative
