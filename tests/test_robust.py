@@ -627,7 +627,7 @@ def test_resume_of_a_finished_run_and_of_none(world, stopped, tmp_path):
 
 
 def test_both_stages_resume_where_the_first_is_finished(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0))
+    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, ""))
     with pytest.raises(SystemExit):
         trained(world, "--steps", "2", "--out", tmp_path)
     shutil.rmtree(tmp_path / "instruct")
