@@ -10,7 +10,7 @@ The path of one training sample, top to bottom in this file:
 
 Labels are never found by a search among tokens: each piece carries its role from the template to the batch.
 
-Read next: losses.py, which look at a batch; then train.py, where batches go.
+Read next: projector.py, which puts the image into the batch.
 """
 
 import hashlib

@@ -14,7 +14,7 @@ A vision-language model feeds it *embeddings*, because image tokens have no id. 
 embeddings, and `embed` is the only place where an id becomes a vector.
 
 Module names are those of the Hugging Face checkpoints, which plumbing/llama.py reads.
-Read next: projector.py.
+Read next: data.py (where ids come from, and labels).
 """
 
 import math
@@ -94,9 +94,9 @@ class RMSNorm(nn.Module):
 def rope_frequencies(config: LLMConfig, device):
     """Angle per position of each pair of dimensions, (head_dim / 2,) in fp32: theta^(-2i / head_dim).
 
-    Llama 3.1 learned `original_max_position_embeddings` positions first. Then waves longer than that length /
-    low_freq_factor were made slower by `factor`. Waves shorter than that length / high_freq_factor stayed.
-    Waves between the two were blended.
+    Llama 3.1 learned texts of `original_max_position_embeddings` tokens first, then longer ones. A pair that
+    turns fewer than `low_freq_factor` times in the first length would meet new angles in a longer text, so it
+    is slowed by `factor`. One of more than `high_freq_factor` turns knows all and stays. Others are blended.
     """
     even = torch.arange(0, config.head_dim, 2, device=device).float()  # (head_dim / 2,)
     frequencies = config.rope_theta ** -(even / config.head_dim)  # (head_dim / 2,)

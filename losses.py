@@ -1,6 +1,4 @@
-"""The generative loss, the two contrastive losses beside it, and how they are balanced.
-
-Generative: next-token cross-entropy over the supervised tokens, as in LLaVA.
+"""The generative loss (next-token cross-entropy, as in LLaVA), two contrastive losses, and their balance.
 
 Contrastive, "patch" (CG-VLM, Liu et al. 2023, arXiv 2311.17945): the projected patches of an image should
 resemble the *input embeddings* of its caption's tokens more than those of other captions,
@@ -9,30 +7,33 @@ resemble the *input embeddings* of its caption's tokens more than those of other
     s_ij  = mean over the tokens t of caption j of cos(v_i, e_jt)
     L_con = - 1/(2B) sum_i [ log softmax_j(scale * s_ij)[j = i] + log softmax_j(scale * s_ji)[j = i] ]
 
-The paper states: adapter output against the LLM's embedding layer, pooled patches, similarities averaged over
-tokens, a batch loss as in CLIP, the captioning loss beside it. Ours, because its method section is not
-available to us: mean pooling, a learnable temperature as in CLIP, weight 1.
+The paper states: adapter output against the LLM's embedding layer, pooled patches, averaged similarities, a
+batch loss as in CLIP, the captioning loss beside it. Ours: mean pooling, a learnable temperature, weight 1.
 
 Cosine is linear in the unit token vector, so the average moves inside: s_ij = unit(v_i) . mean_t unit(e_jt).
 Ranks exchange two (B, C) matrices, and the LLM does not run.
 
-Contrastive, "prompt" (our reading of Ak et al., ECCVW 2024): the same L_con over what the *LLM* makes of
-both,
+Contrastive, "prompt" (our reading of Ak et al., ECCVW 2024): the same L_con over states of the *LLM*,
 
     v_i   = last hidden state at the last prompt token of  [image][prompt]
     t_j   = last hidden state at the last token of         [caption][prompt]         s_ij = cos(v_i, t_j)
 
 Attention is causal. So the captioning pass [image][prompt][caption] already holds v_i, and one short
 text-only pass is all that is added. The abstract states: a CLIP-like loss beside next-token prediction, in
-the alignment stage, no extra data, prompts matter. Which vectors, which prompts, temperature and weight are
-ours.
+the alignment stage, no extra data, prompts matter. Vectors, prompts, temperature and weight are ours.
 
-Shares. `contrastive_loss` returns this rank's *share* of the loss: the shares of all ranks add up to the loss
-of one process that holds the whole batch. `generative_loss` returns a sum. Divided by the number of
-supervised tokens of all ranks and micro-batches, it is such a share, too. Gradients are therefore summed over
-ranks and never averaged, and the balance of the losses does not depend on the number of GPUs.
+Why sums. The means of a rank with 3 supervised tokens and of one with 30 do not average to the mean of 33. So
+each rank returns its *share*: `generative_loss` a sum, to be divided by the tokens of all ranks and
+micro-batches, `contrastive_loss` the part of its own rows. Shares add up to the loss of one process with the
+whole batch. So gradients are summed over ranks, never averaged, whatever their number (lab/three_ideas.py).
 
-Read next: train.py, which adds the losses up.
+Why contrast first may work: a hypothesis. A fresh projector's output is nowhere near the words, and the LLM
+reads noise. Its gradient at the cut is large and says little of them: on real towers, at a right angle to the
+patch loss's. That loss needs no LLM. The embedding table is frozen, so the image alone moves, to its
+caption's mean word, and captioning starts among words. Against it would speak an equal gain from shuffled
+captions, or from a projector that is only rescaled; on emoji there is none (lab/README.md).
+
+Read next: lab/first_step.py, which adds the losses up, then train.py, which does so for many ranks.
 """
 
 import math
@@ -140,8 +141,7 @@ class GatherWithGradient(torch.autograd.Function):
     Rank r's rows enter the loss of *every* rank: its captions are negatives in all of them. So their gradient
     is the sum of what all ranks say, and the backward of an all-gather is a reduce-scatter with SUM. Two
     common shortcuts are wrong. A gather without gradient loses about half of it: all terms in which our row
-    is a column. To return only the own slice of the own gradient loses what the other ranks' losses say. How
-    much is lost depends on W, and so would the balance with the generative loss.
+    is a column. To return only the own slice of the own gradient loses what the other ranks' losses say.
     """
 
     @staticmethod
@@ -199,10 +199,9 @@ def contrastive_loss(image, text, scale, keys):
 # ------------------------------------------------------------------------------------------------------------
 # The balance
 #
-# Both papers write a plain sum. But a weight that suits one pair of towers does not suit another; a ratio of
-# gradients does. All losses are functions of the projected patches. train_step stops each backward there, at
-# the *cut*, so each loss leaves a gradient of the same shape. There the gradients are measured, weighted and
-# added up. This is ours, and so is the balance that can be held.
+# Both papers write a plain sum, but a weight that suits one pair of towers may not suit another. All losses
+# are functions of the projected patches. train_step stops each backward there, at the *cut*: gradients of one
+# shape are measured, weighted and added up. This is ours, and so is the balance that can be held.
 
 class ContrastiveTerm(nn.Module):
     """The temperature and the weight of one contrastive loss.

@@ -10,7 +10,7 @@ possible part. One linear map (1.0) or a two-layer MLP (1.5) turns each patch fe
 LLM reads as if it were a word. In the sequence an image is N placeholder ids. `splice` puts the projected
 patches in their place. plumbing/llava.py knows the formats of other people's models on disk.
 
-Read next: data.py (where ids come from), then losses.py (what pulls projected patches towards words).
+Read next: losses.py (what pulls projected patches towards words).
 """
 
 import math

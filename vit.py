@@ -17,7 +17,7 @@ patches: often as many), T text tokens, S sequence, D ViT width, C LLM width, H 
 I images of a batch. In (B, 3, H, W) H and W are height and width.
 
 Module names are those of CLIP's and SigLIP's Hugging Face checkpoints, which plumbing/clip.py reads.
-Read next: llm.py (the language tower), then projector.py (the bridge between the two).
+Read next: llm.py (the language tower).
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 
     report.report(out, world, size, tuned, cells)   # writes results.md, results.json, accuracy_by_data.png
 
-Everything here works on plain lists of numbers; nothing of the project is imported. A *cell* is one run,
-trained and scored: {"loss", "steps", "fraction", "seed"} and, of SCORES, what its world has.
+Everything here works on plain lists of numbers. A *cell* is one run, trained and scored: {"loss", "steps",
+"fraction", "seed"} and, of SCORES, what its world has.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import json
 import math
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from running.chart import GREY, Panel, dot, frame, line, save, sheet, style, ticks, write
 
 NAMES = {"none": "generative", "patch": "+ patch", "prompt": "+ prompt", "both": "+ both"}  # of some recipes
 SCORES = {
@@ -76,81 +76,52 @@ def table(corner: str, columns, rows: dict) -> str:
     return "\n".join(lines)
 
 
-# ---- A chart, drawn with Pillow, because one more package for one picture would be too much ----------------
-
-LINE_COLORS = ("#808080", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b")
-WIDTH, HEIGHT = 900, 540  # pixels of the whole picture
-LEFT, RIGHT, TOP, BOTTOM = 80, WIDTH - 220, 60, HEIGHT - 80  # of the plot; the legend stands to its right
-ZOOM = 2  # drawn twice as large and scaled down, because Pillow's lines have no smooth edges
+# ---- The chart ---------------------------------------------------------------------------------------------
 
 
-def chart(file, title: str, ticks, series: dict) -> None:
+def chart(file, title: str, parts, series: dict) -> None:
     """A PNG with a line for each entry {name: [percentages of several seeds for each part of the data]}.
 
-    The ticks stand at even distances; the bars are 95 % intervals.
+    The parts stand at even distances; the bars are 95 % intervals.
     """
-    image = Image.new("RGB", (WIDTH * ZOOM, HEIGHT * ZOOM), "white")
-    draw = ImageDraw.Draw(image)
-    known = []
-    for cells in series.values():
-        known += itertools.chain(*cells)
-    low = 10 * math.floor(min(known) / 10)
-    high = max(low + 10, 10 * math.ceil(max(known) / 10))
-
-    def at(tick, value):
-        """Where a percentage stands at the tick of this number, in pixels."""
-        x = LEFT + (RIGHT - LEFT) * (tick + 0.5) / len(ticks)
-        y = BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low)
-        return x, y
-
-    write(draw, LEFT, 28, title, 18, "lm")
-    write(draw, (LEFT + RIGHT) / 2, HEIGHT - 28, "part of the instruction data", 15)
-    write(draw, LEFT - 50, TOP - 14, "% right", 15, "lm")
-    for value in range(low, high + 1, 10):
-        _, y = at(0, value)
-        line(draw, [(LEFT, y), (RIGHT, y)], "#dddddd", 1)
-        write(draw, LEFT - 10, y, str(value), 14, "rm")
-    for number, tick in enumerate(ticks):
-        x, _ = at(number, low)
-        write(draw, x, BOTTOM + 18, tick)
+    image, draw = sheet(900, 540)
+    ends = []  # of all bars
+    for values in filter(None, itertools.chain(*series.values())):
+        mean, half = interval(values)
+        ends += [mean - (half or 0), mean + (half or 0)]
+    rules = ticks(min(ends), max(ends))
+    panel = Panel(80, 80, 680, 460, (-0.5, len(parts) - 0.5), (rules[0], rules[-1]))
+    write(draw, panel.left, 24, title, 18, "lm")
+    write(draw, panel.left, 56, "% right; bars: 95 % intervals", 14, "lm", GREY)
+    write(draw, (panel.left + panel.right) / 2, 512, "part of the instruction data")
+    frame(draw, panel, dict(enumerate(parts)), rules)
     for number, (name, cells) in enumerate(series.items()):
-        color = LINE_COLORS[number % len(LINE_COLORS)]
         shift = 4 * (number - (len(series) - 1) / 2)  # bars side by side
-        draw_series(draw, at, cells, color, shift)
-        y = TOP + 20 + 26 * number
-        line(draw, [(RIGHT + 16, y), (RIGHT + 46, y)], color, 4)
-        write(draw, RIGHT + 54, y, name, 14, "lm")
-    image = image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-    image.save(file)
+        color, dashes = style(number)
+        draw_series(draw, panel, cells, color, dashes, shift)
+        y = panel.top + 20 + 26 * number
+        line(draw, [(panel.right + 16, y), (panel.right + 56, y)], color, 3, dashes)
+        write(draw, panel.right + 64, y, name, 14, "lm")
+    save(image, file)
 
 
-def draw_series(draw, at, cells, color: str, shift: float) -> None:
+def draw_series(draw, panel: Panel, cells, color: str, dashes: tuple, shift: float) -> None:
     """A line through the means, a dot on each, and the interval as a bar."""
     points = []
-    for tick, values in enumerate(cells):
+    for part, values in enumerate(cells):
         if not values:  # not measured: the line goes on to the next
             continue
         mean, half = interval(values)
-        x, y = at(tick, mean)
+        x, y = panel.at(part, mean)
         x += shift
         points.append((x, y))
         if half is not None:
-            _, top = at(tick, mean + half)
-            _, bottom = at(tick, mean - half)
+            _, top = panel.at(part, mean + half)
+            _, bottom = panel.at(part, mean - half)
             line(draw, [(x, bottom), (x, top)], color, 2)
-    line(draw, points, color, 3)
-    for x, y in points:
-        draw.circle((x * ZOOM, y * ZOOM), 5 * ZOOM, color)
-
-
-def line(draw, points, color: str, width: int) -> None:
-    zoomed = [(x * ZOOM, y * ZOOM) for x, y in points]
-    draw.line(zoomed, color, width * ZOOM)
-
-
-def write(draw, x: float, y: float, text: str, size: int = 14, anchor: str = "mm") -> None:
-    font = ImageFont.load_default(size * ZOOM)
-    draw.text((x * ZOOM, y * ZOOM), text, "black", font, anchor)
+    line(draw, points, color, 3, dashes)
+    for point in points:
+        dot(draw, point, 5, color, color)
 
 
 # ---- The report of a comparison ----------------------------------------------------------------------------

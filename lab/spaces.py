@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import data
@@ -24,6 +24,7 @@ import losses
 from benchmarks.score import percent
 from lab import errors_in_one_line, parser_of
 from plumbing.files import resolve_model, whole
+from running.chart import GREY, ZOOM, save, sheet, write
 from running.records import read_records
 
 
@@ -174,7 +175,9 @@ def tint(picture, strength):
     return Image.composite(color, grey, opacity)
 
 
-CELL, GAP, HEAD, MARGIN = 132, 6, 24, 150  # pixels of a sheet of heat maps
+CELL, ROW, HEAD, MARGIN = 132, 158, 26, 150  # pixels of a sheet of heat maps
+SAID = ("Cosine of each projected patch with the input embedding of the word above.",
+        "Red: similar. Blue: opposed. Pale: neither. Below each map: its least and its largest.")
 
 
 def heat_map(runs, path, text, file, device) -> dict:
@@ -188,23 +191,27 @@ def heat_map(runs, path, text, file, device) -> dict:
     cosines = [cosine for words in maps for cosine in words.values()]
     largest = torch.stack(cosines).abs().max().item()
     # the centre, as the model saw it
-    thumbnail = ImageOps.fit(picture, (CELL, CELL), Image.Resampling.NEAREST)
-    width = MARGIN + (CELL + GAP) * (1 + len(maps[0]))
-    height = HEAD + (CELL + GAP) * len(runs)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
+    thumbnail = ImageOps.fit(picture, (CELL * ZOOM, CELL * ZOOM), Image.Resampling.NEAREST)
+    foot = HEAD + ROW * len(runs)
+    image, draw = sheet(MARGIN + max(4, 1 + len(maps[0])) * (CELL + 6), foot + 80)
     for row, (run, words) in enumerate(zip(runs, maps)):
-        y = HEAD + row * (CELL + GAP)
+        y = HEAD + row * ROW
         name = "\n".join(Path(run).parts[-2:])
-        middle = y + CELL // 2
-        draw.multiline_text((6, middle), name, "black", font, "lm")
-        sheet.paste(thumbnail, (MARGIN, y))
+        write(draw, 6, y + CELL / 2, name, 14, "lm")
+        image.paste(thumbnail, (MARGIN * ZOOM, y * ZOOM))
         for column, (word, cosine) in enumerate(words.items(), start=1):
-            x = MARGIN + column * (CELL + GAP)
-            sheet.paste(tint(thumbnail, cosine / largest), (x, y))
-            draw.text((x + CELL // 2, HEAD // 2), word, "black", font, "mm")
-    sheet.save(file)
+            x = MARGIN + column * (CELL + 6)
+            image.paste(tint(thumbnail, cosine / largest), (x * ZOOM, y * ZOOM))
+            write(draw, x + CELL / 2, HEAD / 2, word)
+            least, most = (round(end.item(), 2) + 0.0 for end in (cosine.min(), cosine.max()))  # no -0.00
+            write(draw, x + CELL / 2, y + CELL + 10, f"{least:.2f} to {most:.2f}", 11, color=GREY)
+    strip = Image.new("RGB", (270 * ZOOM, 12 * ZOOM), "white")
+    image.paste(tint(strip, torch.linspace(-1, 1, 27)[None]), (MARGIN * ZOOM, (foot + 6) * ZOOM))
+    for share in (-1, -0.5, 0, 0.5, 1):
+        write(draw, MARGIN + 135 * (1 + share), foot + 28, f"{share * largest:.2f}", 12)
+    for number, sentence in enumerate(SAID):
+        write(draw, MARGIN, foot + 48 + 16 * number, sentence, 12, "lm", GREY)
+    save(image, file)
     return {"measure": "heatmap", "image": str(path), "text": text, "file": str(file),
             "largest_cosine": round(largest, 4), "runs": [str(run) for run in runs]}
 

@@ -1,5 +1,182 @@
-"""Curves of runs: to be written."""
+"""Draws the curves of runs, finished or not, into one picture: `python -m running.curves RUN [RUN ..]`.
+
+A panel for each quantity of RUN/log.jsonl, a line for each run.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+from plumbing.files import named, read_json, read_text
+from running import chart
+
+PANELS = {  # key of the log: its unit
+    "generative": "captioning loss, nats a token",
+    "patch": "contrastive loss, nats",
+    "prompt": "contrastive loss, nats",
+    "patch_retrieval": "part that finds its caption",
+    "prompt_retrieval": "part that finds its caption",
+    "patch_ratio": "gradient over captioning's",
+    "prompt_ratio": "gradient over captioning's",
+    "patch_weight": "factor of the loss",
+    "prompt_weight": "factor of the loss",
+    "patch_cosine": "with captioning's gradient",
+    "prompt_cosine": "with captioning's gradient",
+    "patch_scale": "one over temperature",
+    "prompt_scale": "one over temperature",
+    "lr": "learning rate",
+    "grad_norm": "norm before clipping",
+}
+LINEAR = ("_retrieval", "_cosine", "lr")  # endings of keys whose zero matters; others may have a log axis
+POINTS = 200  # of a line, at most: more would be a blot
+COLUMNS, WIDTH, HEIGHT = 3, 390, 248  # panels in a row; pixels of one with all that stands around it
+LINE = 1.5  # pixels
+
+
+def read_log(run) -> list:
+    """The lines of RUN/log.jsonl as dicts. The last may be half written: it is left out."""
+    file = Path(run) / "log.jsonl"
+    texts = read_text(file).splitlines()
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            with named(file, f"line {number} is damaged"):
+                entry = json.loads(text)
+                lines.append(entry | {"step": int(entry["step"])})
+        except ValueError:
+            if number < len(texts):
+                raise
+    if not lines:
+        raise ValueError(f"{file}: no step yet")
+    return lines
+
+
+def points_of(lines: list, key: str, window: int = 1) -> list:
+    """[(step, median, least, largest)] of every `window` lines; None where none of them has a value."""
+    found = []
+    for start in range(0, len(lines), window):
+        part = lines[start : start + window]
+        values = [entry[key] for entry in part if entry.get(key) is not None]
+        values = [value for value in values if math.isfinite(value)]
+        point = None
+        if values:
+            point = part[len(part) // 2]["step"], statistics.median(values), min(values), max(values)
+        found.append(point)
+    return found
+
+
+def first_captioning(lines: list) -> int:
+    """The first step with the captioning loss: before it came contrast first. 0 if there is none."""
+    return next((entry["step"] for entry in lines if "generative" in entry), 0)
+
+
+def title_of(run, lines: list) -> str:
+    """What the legend says of a run: its name, stage, preset and steps."""
+    folder = Path(run).resolve()
+    name = "/".join(folder.parts[-2:])[-60:]
+    said = "unfinished"
+    if (folder / "config.json").exists():  # written last
+        config = read_json(folder / "config.json")
+        said = f"{config.get('stage')}, preset {config.get('preset')}"
+    title = f"{name}: {said}, {lines[-1]['step'] + 1:,} steps"
+    first = first_captioning(lines)
+    return f"{title}, the first {first:,} contrast alone" if first else title
 
 
 def draw(runs: list, file):
-    """Draw the log.jsonl of each folder of `runs` into the PNG `file`."""
+    """Write the PNG `file` with the curves of run directories. OSError or ValueError if one has no log."""
+    logs = [read_log(run) for run in runs]
+    longest = max(len(lines) for lines in logs)
+    window = max(1, int(chart.round_up(longest / POINTS)))
+    panels = {}  # key: [(points, those of held-out data) of each run]
+    for key in PANELS:
+        curves = [(points_of(lines, key, window), points_of(lines, f"val_{key}")) for lines in logs]
+        if any(any(points + held_out) for points, held_out in curves):
+            panels[key] = curves
+    head = 40 + 22 * len(runs)
+    foot = head + HEIGHT * math.ceil(len(panels) / COLUMNS)
+    image, pen = chart.sheet(COLUMNS * WIDTH, foot + 34)
+    for number, (run, lines) in enumerate(zip(runs, logs)):
+        y = 24 + 22 * number
+        color, dashes = chart.style(number)
+        chart.line(pen, [(64, y), (114, y)], color, LINE, dashes)
+        chart.write(pen, 124, y, title_of(run, lines), 14, "lm")
+    starts = [first_captioning(lines) for lines in logs]
+    last = max(5, *(lines[-1]["step"] for lines in logs))
+    for number, (key, curves) in enumerate(panels.items()):
+        row, column = divmod(number, COLUMNS)
+        draw_panel(pen, column * WIDTH, head + row * HEIGHT, key, curves, starts, last)
+    said = "Lines: every step."
+    if window > 1:
+        said = f"Lines: medians of {window} steps. Grey: from the least to the largest of them."
+    if any(any(held_out) for curves in panels.values() for _, held_out in curves):
+        said += " Rings: held-out data."
+    chart.write(pen, 64, foot + 10, said, 13, "lm", chart.GREY)
+    chart.save(image, file)
+
+
+def draw_panel(pen, left: int, top: int, key: str, curves: list, starts: list, last: int):
+    """One quantity of all runs, on steps 0 to `last`; `starts`: where captioning begins in each."""
+    known = []
+    for points, held_out in curves:
+        for point in filter(None, points + held_out):
+            known += point[1:]
+    low = min(known)
+    high = max(known)
+    is_log = 0 < 10 * low <= high and not key.endswith(LINEAR)
+    rules = chart.log_ticks(low, high) if is_log else chart.ticks(low, high)
+    panel = chart.Panel(left + 64, top + 40, left + WIDTH - 36, top + HEIGHT - 56, (0, last),
+                        (rules[0], rules[-1]), is_log)
+    steps = {step: f"{step:,g}" for step in chart.ticks(0, last) if step <= last}
+    chart.frame(pen, panel, steps, rules, 12)
+    chart.write(pen, panel.right, panel.bottom + 21, "steps", 12, "ra", chart.GREY)
+    chart.write(pen, panel.left, top + 10, key, 14, "ls")
+    chart.write(pen, panel.right, top + 10, PANELS[key], 12, "rs", chart.GREY)
+    for number, start in enumerate(starts):
+        if start:
+            draw_start(pen, panel, start, chart.style(number)[0])
+    for points, _ in curves:
+        for step, _, least, largest in filter(None, points):
+            chart.line(pen, [panel.at(step, least), panel.at(step, largest)], chart.PALE, 2)
+    for number, (points, held_out) in enumerate(curves):
+        color, dashes = chart.style(number)
+        for is_known, part in itertools.groupby(points, key=bool):
+            if is_known:
+                places = [panel.at(step, median) for step, median, _, _ in part]
+                chart.line(pen, places, color, LINE, dashes)
+        rings = [panel.at(step, value) for step, value, _, _ in filter(None, held_out)]
+        chart.line(pen, rings, color)
+        for place in rings[:: 1 + len(rings) // 30]:
+            chart.dot(pen, place, 3, color, "white")
+
+
+def draw_start(pen, panel, start: int, color: str):
+    """An upright where captioning begins, with its word on the side where there is more room."""
+    x, _ = panel.at(start, panel.y[0])
+    chart.line(pen, [(x, panel.top - 14), (x, panel.bottom)], color, 1, (3, 3))
+    if start < panel.x[1] / 2:
+        chart.write(pen, x + 4, panel.top - 7, "captioning begins", 11, "ls", chart.GREY)
+    else:
+        chart.write(pen, x - 4, panel.top - 7, "captioning begins", 11, "rs", chart.GREY)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m running.curves", description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("--out", help="the PNG (default: curves.png, of one run in its folder, else here)")
+    args = parser.parse_args()
+    folder = Path(args.runs[0]) if len(args.runs) == 1 else Path()
+    file = args.out or folder / "curves.png"
+    try:
+        draw(args.runs, file)
+    except (OSError, ValueError) as error:
+        sys.exit(f"running.curves: {error}")
+    print(file)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageChops
 
 import data
 import eval as evaluation
@@ -23,7 +23,7 @@ import losses
 import train
 from benchmarks import scienceqa
 from benchmarks.questions import SHORT_ANSWER
-from lab import answers, compare, pretrain, report, score, spaces, toy_world, words
+from lab import answers, compare, house, pretrain, report, sample, score, spaces, toy_world, words
 from llm import LLM
 from plumbing.ranks import start_ranks
 from projector import VLM
@@ -379,11 +379,13 @@ def test_table_and_chart(tmp_path):
     assert report.as_text([50.0, 52.0]) == "50.0 / 52.0" and report.as_text([7.0] * 3) == "7.00 ± 0.00"
     text = report.table("loss", ["0%", "100%"], {"generative": ["1", "-"]})
     assert text.splitlines() == ["| loss | 0% | 100% |", "|---|---|---|", "| generative | 1 | - |"]
-    series = {"generative": [[50.0, 52.0], []], "+ patch": [[60.0], [70.0, 70.0, 70.0]]}
+    series = {"generative": [[50.0, 52.0], [60.0]], "+ patch": [[], [70.0, 70.0, 70.0]]}
     report.chart(tmp_path / "c.png", "title", ["0%", "100%"], series)
     image = Image.open(tmp_path / "c.png").convert("RGB")
     colors = {color for _, color in image.getcolors(10**6)}
-    assert image.size == (900, 540) and {(128, 128, 128), (214, 39, 40)} <= colors
+    assert image.size == (900, 540) and {(0, 114, 178), (213, 94, 0)} <= colors
+    red, _, blue = image.getpixel((378, 355))  # between 51 and 60 % on an axis from 50 to 70
+    assert red < 60 and blue > 140
 
 
 def test_gains_and_claims_are_paired_by_seed():
@@ -451,9 +453,36 @@ def test_spaces_and_answers_of_a_run(clip_folder, llama_folder, world, tmp_path,
     spaces.main(["heatmap", picture, "a red circle", "--ckpt", str(run), str(run), "--out",
                  str(tmp_path / "map.png")])
     assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]) == 2
-    assert Image.open(tmp_path / "map.png").size == (150 + 4 * 138, 24 + 2 * 138)
+    assert Image.open(tmp_path / "map.png").size == (150 + 4 * 138, 26 + 2 * 158 + 80)
     with pytest.raises(SystemExit, match="lab.answers: .*scienceqa.json: no such file"):
         answers.main([str(run), "scienceqa"])
     evaluation.main(["--bench", "scienceqa", "--ckpt", str(run)])
     answers.main([str(run), "scienceqa"])
     assert Image.open(run / "scienceqa.png").size == (1000, 500)
+
+
+# ---- pictures for learners ---------------------------------------------------------------------------------
+
+
+def test_the_sample_shows_what_carries_loss(tmp_path):
+    _, tower, tokenizer, row = sample.example()
+    learned = [label for label in row["labels"] if label != data.IGNORE]
+    assert tokenizer.decode(learned).strip() == "a large yellow cross in the northeast"
+    assert row["ids"].count(data.IMAGE_MARKER) == tower.num_patches == 36
+    sample.draw(tmp_path / "sample.png")
+    assert same_picture(tmp_path / "sample.png", ROOT / "lab/sample.png")
+
+
+def test_the_map_of_the_house_is_todays(tmp_path):
+    found = house.imports()
+    assert found["plumbing"] == set() and found["projector"] == {"vit", "llm", "data", "plumbing"}
+    assert house.below("lab", found) == found.keys() - {"lab", "tests"}
+    house.draw(tmp_path / "house.png")
+    assert same_picture(tmp_path / "house.png", ROOT / "lab/house.png"), "python -m lab.house draws it anew"
+
+
+def same_picture(a, b) -> bool:
+    """Whether two pictures are the same but for how a font's edges are drawn."""
+    a, b = Image.open(a).convert("L"), Image.open(b).convert("L")
+    changed = ImageChops.difference(a, b).point(lambda value: value > 60)
+    return a.size == b.size and sum(changed.histogram()[1:]) < 60

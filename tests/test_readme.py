@@ -9,6 +9,7 @@ import bench_step
 import pytest
 import torch
 from conftest import ROOT
+from exercise import EXERCISES
 
 import eval as evaluation
 import train
@@ -68,6 +69,7 @@ def test_every_test_that_a_readme_names_exists():
 def test_ten_stops_name_a_test_each():
     named = re.findall(r"`(tests/test_\w+\.py)::(test_\w+)`", README)
     assert len(named) == len(re.findall(r"^\d+\. \*\*", README, re.M)) == 10
+    assert [name for name in EXERCISES if f"`{name}`" not in README] == []
     for file, name in named:
         assert f"def {name}(" in (ROOT / file).read_text(), name
 
@@ -78,7 +80,7 @@ def test_every_file_that_a_readme_links_exists(folder):
         assert (ROOT / folder / target).exists(), target
 
 
-@pytest.mark.parametrize("stop", re.findall(r"\(`(\w+\.py): ([^`]+)`\)", README), ids=" ".join)
+@pytest.mark.parametrize("stop", re.findall(r"\(`([\w/]+\.py): ([^`]+)`\)", README), ids=" ".join)
 def test_every_stop_of_the_walk_through_is_there(stop):
     file, names = stop
     source = (ROOT / file).read_text()

@@ -400,13 +400,13 @@ def held_part(lines) -> list:
 def test_held_out_losses_are_those_of_a_step(world):
     """Of the records of a step whose rate is 0. A rest is captioned, too: the loss is that of all records."""
     file = world[0] / "data/toy/align.json"
-    said = run(world, "--out", "same", "--batch", "24", "--contrastive", "both", "--val", file, "--steps", "2")
+    how = ["--contrastive", "both", "--val", file, "--steps", "2"]
+    said = run(world, *how, "--out", "same", "--batch", "24")
     assert f"24 records of {file} are held out\nwarning: 24 of them are in data/toy/align.json, too" in said
     line = log(world[0] / "same")[0]
     keys = ["generative", "patch", "patch_retrieval", "prompt", "prompt_retrieval"]
     assert [line[f"val_{key}"] for key in keys] == pytest.approx([line[key] for key in keys], rel=1e-5)
-    run(world, "--out", "rest", "--batch", "10", "--micro_batch", "5", "--contrastive", "both", "--val", file,
-        "--steps", "2")
+    run(world, *how, "--out", "rest", "--batch", "10", "--micro_batch", "5")
     rest = log(world[0] / "rest")[0]
     assert rest["val_generative"] == pytest.approx(line["generative"], rel=1e-5)
     assert math.log(9) < rest["val_patch"] < math.log(12) < line["val_patch"]  # of 10
