@@ -56,13 +56,17 @@ def count_repeated(records, held_records) -> int:
         mine = range(rank(), len(records), world_size())
         return wanted.intersection(identity(records[number]) for number in mine)
 
-    found = set().union(*on_every_rank(look))
+    found = set()
+    for names in on_every_rank(look):
+        found |= names
     return sum(name in found for name in held)
 
 
 def identity(record: dict) -> str:
     """Id and text of a record, or all of it if it has no id."""
-    return repr((record["id"], record["conversations"]) if "id" in record else record)
+    if "id" in record:
+        return repr((record["id"], record["conversations"]))
+    return repr(record)
 
 
 @torch.no_grad()
