@@ -28,6 +28,7 @@ import sys
 import time
 import weakref
 from dataclasses import asdict
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -36,18 +37,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
-from tqdm import tqdm
 
 import data
 import losses
 from llm import LLM, load_llm_config
 from plumbing.files import ROOT, named
-from plumbing.ranks import (all_gather, barrier, caught_signals, choose_dtype, command, peak_memory, rank,
+from plumbing.ranks import (all_gather, caught_signals, choose_dtype, command, peak_memory, rank,
                             reduce_scatter, say, start_ranks, sum_over_ranks, world_size)
 from projector import VLM
-from running import checkpoint, features, options, order, plan
+from running import checkpoint, features, held_out, options, order, plan
 from running.options import Config
-from running.watch import Watch, figures, naming
+from running.watch import Watch, bars, draw_curves, figures, naming, origin, shown
 from vit import ViT, load_vit_config
 
 # ------------------------------------------------------------------------------------------------------------
@@ -563,6 +563,7 @@ def train_stage(config: Config, device):
     options.ensure_data(config)
     began = time.time()
     dtype = choose_dtype(device, config.dtype)
+    results = {"stage": config.stage} | origin(device, dtype)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -570,6 +571,7 @@ def train_stage(config: Config, device):
     outlined = outline(config)
     samples = order.load_samples(config, outlined)
     checkpoint.agree({"records": len(samples)})
+    held = held_out.load(config, samples, outlined)
     lengths = order.token_counts(config, samples, outlined)
     counted = [order.counting_key(config, samples, outlined), *lengths]
     steps = order.count_steps(config, len(samples))
@@ -590,29 +592,32 @@ def train_stage(config: Config, device):
     start = 0
     if config.resume:
         start = checkpoint.load(config, optimizer, terms, made_of)
+        began -= checkpoint.seconds_before(config, start)  # as if it had not been stopped
     mine = [ranks[rank()] for ranks in dealt[start:]]
     loader = order.make_loader(config, samples, vlm, mine, device)
     say("first sample:", repr(data.marked_text(samples[0], samples.tokenizer)))
 
     with caught_signals(config.save_every > 0) as signals:
-        line = run_steps(config, vlm, terms, optimizer, loader, start, steps, made_of, counted, signals)
+        line = run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, made_of, counted,
+                         signals)
     if rank() == 0:
-        seconds = round(time.time() - began + checkpoint.seconds_before(config, start), 1)
-        results = {"stage": config.stage, "steps": steps, "seconds": seconds, "last_step": line}
+        results |= {"steps": steps, "start": checkpoint.first_start(config)}
+        results |= {"seconds": round(time.time() - began, 1), "memory_mib": peak_memory(device)}
+        results["last_step"] = line
         checkpoint.save_run(config, vlm, results)
-        say(f"finished, in {seconds:.0f} s: {config.out}")
-    barrier()
+        say(f"finished, in {results['seconds']:.0f} s: {config.out}")
+    draw_curves(config.out)
 
 
-def run_steps(config, vlm, terms, optimizer, loader, start, steps, made_of, counted,
+def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, made_of, counted,
               signals) -> dict:
     """Steps `start` to `steps`: learning rate, data, step, log, checkpoint. Returns the last line of the
     log."""
     device = vlm.llm.head_weight.device
     watch = Watch(config, terms, steps)
     line = {}  # for a run of fewer steps than its checkpoint
-    bar = tqdm(range(start, steps), desc=config.stage, initial=start, total=steps, disable=rank() > 0)
-    for step in bar:
+    latest = {}  # what is not measured in every step stays on the bar
+    for step, bar in bars(config, start, steps):
         step_began = time.perf_counter()
         micro_batches = next(loader)
         waited = time.perf_counter() - step_began
@@ -623,8 +628,12 @@ def run_steps(config, vlm, terms, optimizer, loader, start, steps, made_of, coun
             line = {"step": step} | train_step(vlm, terms, optimizer, micro_batches, config, lr, step)
         took = time.perf_counter() - step_began
         line |= {"ms": round(1000 * took, 1), "wait_ms": round(1000 * waited, 1)}
+        line |= held_out.measure(config, vlm, terms, held, step, steps)
         line["memory_mib"] = peak_memory(device)
-        bar.set_postfix(shown(line, terms))
+        line["time"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        line["seconds"] = round(time.time() - began, 1)  # of all parts of the run
+        latest |= line
+        bar.set_postfix(shown(latest, terms))
         watch.look(step - start, line, vlm.llm.config.vocab_size)
         if rank() == 0:
             if step == start:  # only now: a run that fails before leaves what was there
@@ -638,17 +647,10 @@ def run_steps(config, vlm, terms, optimizer, loader, start, steps, made_of, coun
             if is_stopped or (step + 1) % config.save_every == 0:
                 checkpoint.save(config, step + 1, optimizer, terms, made_of)
             if is_stopped:
+                draw_curves(config.out)
                 said = f"train.py: stopped, and saved at step {step + 1}: the same command and --resume go on"
                 sys.exit(1 if rank() else said)
     return line
-
-
-def shown(line: dict, terms) -> dict:
-    """What the progress bar has room for: each loss, and its part of the gradient."""
-    keys = ["generative"]
-    for name in terms:
-        keys += [name, f"{name}_ratio"]
-    return {key: f"{line[key]:.3g}" for key in keys if line.get(key) is not None}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -693,9 +695,8 @@ def main(argv=None):
         device = start_ranks()
         stage = given.get("stage", "all")
         if stage == "all":
-            if "annotations" in given:
-                raise ValueError("--annotations is one stage's list: first --stage align, then --stage "
-                                 "instruct")
+            for name in given.keys() & {"annotations", "val"}:
+                raise ValueError(f"--{name} is one stage's list: first --stage align, then --stage instruct")
             run_all(given, device)
         else:
             config = options.configure(stage, given)

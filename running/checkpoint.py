@@ -4,7 +4,7 @@
     OUT/checkpoint-STEP/made_of.json fingerprints of records, tokenizer and towers
     OUT/log.jsonl                    a line a step
     OUT/lengths.npy                  the counted tokens of each record, behind a key of what was counted
-    OUT/config.json                  written last: with it the run is finished
+    OUT/config.json                  written last: with it the run is finished, and its checkpoints go
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import uuid
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ from data import find_image, key_of
 from plumbing.files import named, read_json, read_text, whole
 from plumbing.ranks import barrier, on_every_rank, rank, say, world_size
 
-MAY_DIFFER = {"resume", "save_every", "workers", "cache", "out"}  # options that a resumed run may change
+# Options that a resumed run may change: they do not touch its weights.
+MAY_DIFFER = {"resume", "save_every", "val", "val_every", "workers", "cache", "out"}
 
 
 def fingerprint(module) -> int:
@@ -196,6 +198,7 @@ def is_finished(config) -> bool:
             with named(finished):
                 saved = read_json(finished)
                 refuse_changes(saved, asdict(config), f"{finished}: finished (--init goes on from it)")
+            remove_checkpoints(config)  # it was killed before it had done so
         return finished.exists()
 
     return on_every_rank(look)[0]
@@ -307,13 +310,24 @@ def open_run(config, start: int, counted: list):
 
 
 def seconds_before(config, start: int) -> float:
-    """The time of the steps before `start`, from the log: a run may have several parts."""
-    lines = read_text(Path(config.out) / "log.jsonl").splitlines()[:start]
-    return sum(json.loads(line)["ms"] for line in lines) / 1000
+    """The time of the run before step `start`, from the log: a run may have several parts."""
+    if start == 0:
+        return 0.0
+    log = Path(config.out) / "log.jsonl"
+    with named(log):
+        return json.loads(read_text(log).splitlines()[start - 1])["seconds"]
+
+
+def first_start(config) -> str:
+    """When the first part of the run began, from the log."""
+    line = json.loads(read_text(Path(config.out) / "log.jsonl").partition("\n")[0])
+    start = datetime.fromisoformat(line["time"]) - timedelta(seconds=line["seconds"])
+    return start.isoformat(timespec="seconds")
 
 
 def save_run(config, vlm, results: dict):
-    """Write the finished run. config.json comes last: only with it is this a run, never half of one.
+    """Write the finished run. config.json comes last: only with it is this a run, never half of one. Then its
+    checkpoints are of no use.
 
     If the disk is full, the run goes elsewhere: OSError, which says where.
     """
@@ -328,6 +342,18 @@ def save_run(config, vlm, results: dict):
         elsewhere = tempfile.mkdtemp()
         vlm.save(elsewhere, asdict(config), with_llm)
         raise OSError(f"{error}; the finished run is in {elsewhere}") from None
+    remove_checkpoints(config)
+
+
+def remove_checkpoints(config):
+    """Remove the checkpoints of a finished run, once that is on the disk."""
+    found = checkpoints(config.out)
+    if found and hasattr(os, "sync"):  # not on Windows
+        os.sync()
+    for folder in found:
+        shutil.rmtree(folder)
+    if found:
+        say(f"{config.out} is finished; its checkpoints are removed")
 
 
 def set_last_run(folder):

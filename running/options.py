@@ -34,7 +34,8 @@ class Config:
                            "projector are taken; or LLaVA's mm_projector.bin. instruct needs one")
     seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
     dry_run: bool = option(False, "3 steps at full shape: random weights and data, nothing read or written")
-    save_every: int = option(0, "steps between checkpoints that --resume continues from; 0: none")
+    save_every: int = option(0, "steps between checkpoints that --resume continues from; 0: none; gone with "
+                              "the last step")
     resume: bool = option(False, "continue this run from its last checkpoint")
     vit: str = option("", "vision tower: a folder or a Hub id", heading="the model")
     llm: str = option("", "language tower: a folder or a Hub id")
@@ -44,6 +45,8 @@ class Config:
                         ("", "float32", "bfloat16", "float16"))
     annotations: str = option("", "LLaVA JSON of this stage", heading="the data")
     images: str = option("", "folder below which its images lie")
+    val: str = option("", "records as in --annotations that are held out: their losses are logged as val_..")
+    val_every: int = option(100, "steps from one measurement of these to the next; 0: only at both ends")
     benchmarks: str = option("", "folder below which eval.py looks for ScienceQA, POPE, MME and captions")
     data_fraction: float = option(1.0, "part of the records to use; smaller parts are nested in larger ones")
     template: str = option("v1", "how a record becomes text; chat: the LLM's own", tuple(TEMPLATES))

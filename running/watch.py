@@ -1,12 +1,48 @@
-"""What a run says about itself while it trains: the line of the log, and what deserves a sentence."""
+"""What a run says about itself: what it was, the line of the log, its bars, and what deserves a sentence."""
 
 import math
-from contextlib import contextmanager
+import platform
+import subprocess
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from plumbing.ranks import say
+import torch
+import transformers
+from tqdm import tqdm
+
+from plumbing.files import ROOT, named
+from plumbing.ranks import barrier, rank, say, world_size
+from running import curves
 
 STUCK = 50  # steps on end without learning, before it is said
 WARM = 20  # steps after which the speed of the loader is judged
+
+
+def origin(device, dtype) -> dict:
+    """What results.json says of where a run comes from. Ask when it starts: files change while it trains."""
+    commit, is_clean = find_commit(ROOT)
+    return {
+        "commit": commit,
+        "is_clean": is_clean,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ranks": world_size(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def find_commit(folder) -> tuple:
+    """(commit, whether all files that git knows are as they were committed); (None, None) where git says
+    nothing."""
+    with suppress(OSError, subprocess.SubprocessError):
+        git = ["git", f"--git-dir={folder}/.git", f"--work-tree={folder}"]  # not that of a folder above
+        ask = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+        said = subprocess.run(git + ask, capture_output=True, text=True, check=True, timeout=60).stdout
+        commit, _, dirty = said.strip().partition("-")
+        return commit, not dirty
+    return None, None
 
 
 def figures(sums: dict, weights: dict, loss_scale: float, batch: int) -> dict:
@@ -53,6 +89,40 @@ def figures(sums: dict, weights: dict, loss_scale: float, batch: int) -> dict:
 def ratio(a: float, b: float) -> float | None:
     """a / b, or None."""
     return a / b if b else None
+
+
+def bars(config, start: int, steps: int):
+    """Yield each step from `start` on, with its progress bar. Contrast first has one of its own: its steps
+    take far less time."""
+    first = config.contrastive_first
+    for name, begin, end in (("contrast first", 0, first), (config.stage, first, steps)):
+        left = range(max(begin, start), end)
+        if not left:
+            continue
+        with tqdm(desc=name, initial=left[0] - begin, total=end - begin, disable=rank() > 0) as bar:
+            for step in left:
+                yield step, bar
+                bar.update()
+
+
+def shown(line: dict, terms) -> dict:
+    """What a progress bar has room for: each loss, its part of the gradient, and what is held out."""
+    keys = ["generative", "val_generative"]
+    for name in terms:
+        keys += [name, f"{name}_ratio", f"val_{name}_retrieval"]
+    return {key: f"{line[key]:.3g}" for key in keys if line.get(key) is not None}
+
+
+def draw_curves(out):
+    """OUT/curves.png, by rank 0; the others wait. All else is saved by now: an error here is a line, and no
+    end."""
+    if rank() == 0:
+        try:
+            with named("no curves"):
+                curves.draw([out], Path(out) / "curves.png")
+        except (OSError, ValueError) as error:
+            say(error)
+    barrier()
 
 
 @contextmanager

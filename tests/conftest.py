@@ -26,6 +26,7 @@ import transformers
 from lab import toy_world
 from plumbing.ranks import leave_ranks
 from plumbing.tokenizer import load_tokenizer
+from running import checkpoint
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -48,6 +49,14 @@ def pytest_collection_modifyitems(config, items):
 def repeatable():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@contextmanager
+def checkpoints_kept():
+    """Runs in here end as if they were killed behind config.json. Without that file they are unfinished."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "remove_checkpoints", lambda config: None)
+        yield
 
 
 # ---- on disk -----------------------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ def kill_within(out, world: int, seconds: float) -> bool:
 def kept(out) -> tuple:
     """The log, without what differs from one time to the next, and the bytes of the weights."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    log = [{key: value for key, value in line.items() if key not in ("ms", "wait_ms", "memory_mib")}
-           for line in lines]
+    differ = ("ms", "wait_ms", "memory_mib", "time", "seconds")
+    log = [{key: value for key, value in line.items() if key not in differ} for line in lines]
     return log, {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
 
 

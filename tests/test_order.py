@@ -297,7 +297,7 @@ def test_a_loader_slower_than_the_step_is_told(tmp_path, monkeypatch, capsys, of
     vlm, optimizer = vlm_of(), SimpleNamespace(forget=lambda: None)
     vlm.llm.head_weight = torch.zeros(1)
     config = Config(batch=1, out=str(tmp_path), stage="instruct")
-    train.run_steps(config, vlm, {}, optimizer, slow(), 0, watch.WARM + 2, {}, [1], [])
+    train.run_steps(config, vlm, {}, optimizer, slow(), None, time.time(), 0, watch.WARM + 2, {}, [1], [])
     pattern = r"the loader is slower than the step: (\d+\.\d) samples/s, the step alone (\d+\.\d)"
     said = re.search(pattern, capsys.readouterr().out)
     assert bool(said) == is_told and (not said or float(said[1]) < 100 < float(said[2]))

@@ -28,7 +28,7 @@ import kills
 import layouts
 import train
 from benchmarks import scienceqa as scienceqa_bench
-from conftest import ROOT, llama_config, shaken
+from conftest import ROOT, checkpoints_kept, llama_config, shaken
 from eval import BENCHES
 from llm import LLM, load_llm_config
 from plumbing.tokenizer import load_tokenizer
@@ -203,7 +203,8 @@ def bad_weights(folder, rng, vlm):
 def bad_checkpoints(folder, rng, world):
     """The last checkpoint of a run cut, or with one bit flipped anywhere: a line, or the same weights."""
     options = [*world[1], "--stage", "align", "--save_every", "2", "--out", folder / "run"]
-    called(train.main, world[0], *options)
+    with checkpoints_kept():
+        called(train.main, world[0], *options)
     expected = (folder / "run/projector.safetensors").read_bytes()
     (folder / "run/config.json").unlink()
     shutil.copytree(folder / "run", folder / "kept")
@@ -549,7 +550,8 @@ def stopped(world, tmp_path):
     shutil.copy(world[0] / "data/toy/align.json", own)
     options = [*world[1], "--stage", "align", "--annotations", own, "--save_every", "2", "--out",
                tmp_path / "cut"]
-    called(train.main, world[0], *options)
+    with checkpoints_kept():
+        called(train.main, world[0], *options)
     shutil.copy(tmp_path / "cut/projector.safetensors", tmp_path / "whole.safetensors")
     for name in ("config.json", "projector.safetensors"):
         (tmp_path / "cut" / name).unlink()
@@ -625,7 +627,7 @@ def test_resume_of_a_finished_run_and_of_none(world, stopped, tmp_path):
 
 
 def test_both_stages_resume_where_the_first_is_finished(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0))
+    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, ""))
     with pytest.raises(SystemExit):
         trained(world, "--steps", "2", "--out", tmp_path)
     shutil.rmtree(tmp_path / "instruct")
@@ -638,7 +640,7 @@ def test_both_stages_resume_where_the_first_is_finished(world, tmp_path, monkeyp
 
 def stage_of(rank, ranks, folder, argv):
     """Run the align stage on these ranks."""
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
+    with checkpoints_kept(), pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
         patch.chdir(folder)
         train.train_stage(configure("align", parse_args(argv)), CPU)
 
@@ -648,7 +650,8 @@ def test_a_run_goes_on_on_another_number_of_ranks(world, ranks, tmp_path, shard)
     """Saved by one process, resumed by two: to rounding, the log of an undisturbed run. If all ranks have the
     same masters and moments, one writes them."""
     options = ["--stage", "align", "--epochs", "4", "--save_every", "3", "--shard", shard, "--out"]
-    called(train.main, world[0], *world[1], *options, tmp_path / "whole")
+    with checkpoints_kept():
+        called(train.main, world[0], *world[1], *options, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     (tmp_path / "cut/config.json").unlink()
     shutil.rmtree(tmp_path / "cut/checkpoint-0000009")
@@ -879,7 +882,7 @@ def test_templates_that_fit_no_answer_are_refused_before_loading(world, tmp_path
 
 def test_no_module_or_call_that_windows_lacks_is_needed(world, tmp_path):
     code = ("import os, sys; sys.modules['resource'] = None\n"
-            "del os.sysconf, os.sysconf_names, os.O_DIRECTORY\n"
+            "del os.sysconf, os.sysconf_names, os.O_DIRECTORY, os.sync\n"
             "import vit, llm, projector, losses, data, eval, train; train.main(sys.argv[1:])")
     options = ["--stage", "align", "--steps", "3", "--out"]
     argv = [*world[1], *options, tmp_path / "a", "--save_every", "1"]
@@ -1005,7 +1008,8 @@ def test_a_flag_is_named(world, tmp_path, flags, name):
 
 def test_a_resumed_runs_own_files_are_named(world, tmp_path):
     options = ["--stage", "align", "--save_every", "2", "--out", tmp_path / "out"]
-    trained(world, *options)
+    with checkpoints_kept():
+        trained(world, *options)
     (tmp_path / "out/config.json").write_text("[]")
     refused(trained, world, *options, "--resume", name="config.json")
     (tmp_path / "out/config.json").unlink()

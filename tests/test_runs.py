@@ -2,27 +2,30 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, checkpoints_kept
 from PIL import Image
 
 import data
+import losses
 import train
 from lab import toy_world
 from plumbing.ranks import caught_signals
 from projector import VLM
-from running import checkpoint, features, order
-from running.options import Config
+from running import checkpoint, features, held_out, order, watch
+from running.options import Config, configure, parse_args
 from running.watch import Watch, figures, naming
 
 
@@ -52,6 +55,10 @@ def refusal(world, *args) -> str:
 
 def log(folder) -> list:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def read(file):
+    return json.loads(file.read_text())
 
 
 # ---- one folder --------------------------------------------------------------------------------------------
@@ -218,7 +225,8 @@ def test_features_of_more_pictures_serve_fewer(world, tmp_path):
 
 def unfinished(world, out):
     """A run that has gone four of six steps."""
-    run(world, "--out", out)
+    with checkpoints_kept():
+        run(world, "--out", out)
     (world[0] / out / "config.json").unlink()
     shutil.rmtree(world[0] / out / "checkpoint-0000006", ignore_errors=True)
     assert [folder.name for folder in checkpoint.checkpoints(world[0] / out)][-1] == "checkpoint-0000004"
@@ -249,12 +257,9 @@ def test_a_resumed_run_warns_of_pictures_of_another_size(world, tmp_path):
 
 def test_an_unfinished_run_may_get_more_steps_and_a_finished_one_says_how_to_go_on(world):
     unfinished(world, "longer")
-    seconds_before = sum(line["ms"] for line in log(world[0] / "longer")[:4]) / 1000
     said = run(world, "--out", "longer", "--resume", "--epochs", "3")
     assert "saved with epochs 2.0, now 3.0: the schedule is another" in said
     assert [line["step"] for line in log(world[0] / "longer")] == list(range(9))
-    results = json.loads((world[0] / "longer/results.json").read_text())
-    assert results["seconds"] > seconds_before
     said = refusal(world, "--out", "longer", "--resume", "--epochs", "4")
     assert "finished (--init goes on from it): saved with epochs 3.0, resumed with 4.0" in said
 
@@ -268,6 +273,25 @@ def test_what_another_rank_left_of_a_checkpoint_goes(world):
     shutil.rmtree(world[0] / "stale/checkpoint-0000002")
     run(world, "--out", "stale", "--resume")
     assert not list((world[0] / "stale").rglob("rank-7.pt"))
+
+
+def test_the_seconds_are_those_of_all_parts(world):
+    """Of three parts, each of which pretends to have taken long; what a part did in vain does not count."""
+    unfinished(world, "parts")
+    out = world[0] / "parts"
+    start = read(out / "results.json")["start"]
+    for part in (1, 2):
+        lines = log(out)
+        lines[3]["seconds"] += 1000
+        lines[5]["seconds"] += 9999  # behind the checkpoint
+        (out / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        with checkpoints_kept():
+            run(world, "--out", "parts", "--resume")
+        results = read(out / "results.json")
+        assert 1000 * part < log(out)[4]["seconds"] <= results["seconds"] < 1000 * part + 500
+        assert results["start"] == start
+        (out / "config.json").unlink()
+        shutil.rmtree(out / "checkpoint-0000006", ignore_errors=True)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows")
@@ -284,6 +308,190 @@ def test_a_signal_is_caught_once(name):
             assert heard == [name]
     finally:
         signal.signal(number, before)
+
+
+# ---- what a run was ----------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_says_what_it_was_and_keeps_no_checkpoint(world):
+    with checkpoints_kept():  # it is killed before it removes them
+        run(world, "--out", "was")
+    out = world[0] / "was"
+    assert len(checkpoint.checkpoints(out)) == 2
+    for said in ("was is finished; its checkpoints are removed\n", "was: this run is finished; nothing"):
+        assert said in run(world, "--out", "was", "--resume")
+    assert not checkpoint.checkpoints(out)
+    results = read(out / "results.json")
+    known = {"stage": "align", "steps": 6, "ranks": 1, "device": "cpu", "dtype": "float32",
+             "torch": torch.__version__, "last_step": log(out)[-1]}
+    assert known.items() <= results.items()
+    assert {"commit", "is_clean", "python", "transformers", "seconds", "memory_mib"} <= results.keys()
+    times = [results["start"], *(line["time"] for line in log(out))]
+    assert times == sorted(times) and datetime.fromisoformat(times[0]).tzinfo
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_is_this_projects_own(tmp_path):
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        said = subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return said.stdout.strip()
+
+    assert watch.find_commit(tmp_path) == (None, None)
+    git("init", "-q")
+    (tmp_path / "a.py").write_text("1")
+    git("add", "a.py")
+    git("commit", "-qm", "one")
+    git("tag", "-a", "v1", "-m", "a tag is no commit")
+    (tmp_path / "data").mkdir()  # what git does not know does not count
+    assert watch.find_commit(tmp_path) == (git("rev-parse", "HEAD"), True)
+    (tmp_path / "a.py").write_text("2")
+    assert watch.find_commit(tmp_path) == (git("rev-parse", "HEAD"), False)
+    assert watch.find_commit(tmp_path / "data") == (None, None)  # that is of the folder above
+
+
+@pytest.mark.parametrize("start, bars", [
+    (0, [("contrast first", 3, 0, 0), ("contrast first", 3, 0, 1), ("contrast first", 3, 0, 2),
+         ("align", 2, 0, 3), ("align", 2, 0, 4)]),
+    (2, [("contrast first", 3, 2, 2), ("align", 2, 0, 3), ("align", 2, 0, 4)]),
+    (4, [("align", 2, 1, 4)]),
+    (5, [])])
+def test_contrast_first_has_a_bar_of_its_own(start, bars):
+    config = Config(stage="align", contrastive_first=3)
+    found = [(bar.desc, bar.total, bar.initial, step) for step, bar in watch.bars(config, start, 5)]
+    assert found == bars
+
+
+def test_curves_are_drawn_when_a_run_stops_and_cost_no_run(world, monkeypatch):
+    drawn = []
+
+    def draw(runs, file):
+        drawn.append((runs, file, (world[0] / "drawn/config.json").exists()))
+        raise KeyError("no font")
+
+    step = train.train_step
+
+    def signalled(*args):
+        if args[-1] == 3 and not drawn:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(watch.curves, "draw", draw)
+    monkeypatch.setattr(train, "train_step", signalled)
+    assert "stopped, and saved at step 4" in refusal(world, "--out", "drawn")
+    assert "no curves: KeyError: 'no font'\n" in run(world, "--out", "drawn", "--resume")
+    file = Path("drawn/curves.png")
+    assert drawn == [(["drawn"], file, False), (["drawn"], file, True)]
+
+
+# ---- held-out records --------------------------------------------------------------------------------------
+
+
+def held_part(lines) -> list:
+    """What is measured on held-out records, with its step."""
+    found = []
+    for line in lines:
+        part = {key: value for key, value in line.items() if key.startswith("val_")}
+        if part:
+            found.append({"step": line["step"]} | part)
+    return found
+
+
+def test_held_out_losses_are_those_of_a_step(world):
+    """Of the records of a step whose rate is 0. A rest is captioned, too: the loss is that of all records."""
+    file = world[0] / "data/toy/align.json"
+    how = ["--contrastive", "both", "--val", file, "--steps", "2"]
+    said = run(world, *how, "--out", "same", "--batch", "24")
+    assert f"24 records of {file} are held out\nwarning: 24 of them are in data/toy/align.json, too" in said
+    line = log(world[0] / "same")[0]
+    keys = ["generative", "patch", "patch_retrieval", "prompt", "prompt_retrieval"]
+    assert [line[f"val_{key}"] for key in keys] == pytest.approx([line[key] for key in keys], rel=1e-5)
+    run(world, *how, "--out", "rest", "--batch", "10", "--micro_batch", "5")
+    rest = log(world[0] / "rest")[0]
+    assert rest["val_generative"] == pytest.approx(line["generative"], rel=1e-5)
+    assert math.log(9) < rest["val_patch"] < math.log(12) < line["val_patch"]  # of 10
+
+
+def test_what_is_compared_is_the_contrastive_loss():
+    """Also with captions and images that are equal, and more than one row that a caption fits."""
+    image, text = torch.randn(2, 12, 4)
+    keys = torch.tensor([[0, 1], [0, 2], [3, 1], *([n, n] for n in range(10, 19))])
+    found = held_out.compare(image, text, keys, torch.tensor(5.0))
+    assert found == pytest.approx([x.item() for x in losses.contrastive_loss(image, text, 5.0, keys)])
+    assert 0 < found[1] < 1
+
+
+def test_held_out_records_change_no_bit(world, tmp_path):
+    """Nor does a kill change what is measured on them: in the first step, in every second and in the last."""
+    records = read(world[0] / "data/toy/align.json")
+    (tmp_path / "train.json").write_text(json.dumps(records[:16]))
+    (tmp_path / "held.json").write_text(json.dumps(records[14:]))
+    how = ["--annotations", tmp_path / "train.json", "--contrastive", "both", "--contrastive_first", "2",
+           "--steps", "5"]
+    val = ["--val", tmp_path / "held.json", "--val_every", "2"]
+    run(world, *how, "--out", "without")
+    with checkpoints_kept():
+        said = run(world, *how, *val, "--out", "with")
+    assert f"10 records of {tmp_path}/held.json are held out\nwarning: 2 of them are in" in said
+    lines = log(world[0] / "with")
+    measured = held_part(lines)
+    assert [line["step"] for line in measured] == [0, 1, 3, 5, 6]
+    assert measured[0].keys() == {"step", "val_generative", "val_patch", "val_patch_retrieval", "val_prompt",
+                                  "val_prompt_retrieval"}
+    (world[0] / "with/config.json").unlink()
+    shutil.rmtree(world[0] / "with/checkpoint-0000006")
+    run(world, *how, *val, "--out", "with", "--resume")
+    assert held_part(log(world[0] / "with")) == measured
+    assert plain(log(world[0] / "with")) == plain(lines) == plain(log(world[0] / "without"))
+    weights = [(world[0] / name / "projector.safetensors").read_bytes() for name in ("with", "without")]
+    assert weights[0] == weights[1]
+    assert "is finished" in run(world, *how, "--out", "with", "--resume")  # nor need it go on with --val
+
+
+def plain(lines) -> list:
+    """The lines without what a clock says, and without what is held out."""
+    differ = {"ms", "wait_ms", "memory_mib", "time", "seconds"}
+    return [{key: value for key, value in line.items() if key not in differ and not key.startswith("val_")}
+            for line in lines]
+
+
+def stage_of(rank, ranks, folder, argv):
+    """train.py's stage, in a process that is one of several ranks."""
+    os.chdir(folder)
+    given = parse_args([str(arg) for arg in argv])
+    try:
+        train.train_stage(configure(given["stage"], given), torch.device("cpu"))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("stage, count", [("align", 21), ("align", 5), ("instruct", 13)])
+def test_two_ranks_measure_what_one_measures(world, ranks, tmp_path, stage, count):
+    """Two batches and a rest; fewer records than a batch; conversations, which are only captioned."""
+    records = read(world[0] / f"data/toy/{stage}.json")
+    (tmp_path / "held.json").write_text(json.dumps(records[:count]))
+    options = ["--stage", stage, *world[1][2:], "--steps", "2", "--val", tmp_path / "held.json",
+               "--micro_tokens", "99", "--out"]
+    if stage == "instruct":
+        run(world, "--steps", "2", "--out", tmp_path / "align")
+        options = ["--init", tmp_path / "align", *options]
+    run((world[0], options), tmp_path / "one")
+    ranks(2, stage_of, world[0], [*options, tmp_path / "two"])
+    one, two = (held_part(log(tmp_path / name)) for name in ("one", "two"))
+    assert len(one) == 2 and ("val_patch" in one[0]) == (stage == "align")
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_held_out_records_that_cannot_be_are_refused(world, ranks, tmp_path):
+    records = read(world[0] / "data/toy/align.json")
+    (tmp_path / "one.json").write_text(json.dumps(records[:1]))
+    options = [*world[1], "--val", tmp_path / "one.json", "--out", tmp_path / "out"]
+    assert ranks(2, stage_of, world[0], options) == 2 * [f"--val {tmp_path}/one.json: 1 records, fewer than "
+                                                        "ranks"]
+    assert refusal(world, "--val", "none.json", "--out", "x") == "train.py: none.json: no such file"
+    both = refusal((world[0], ["--preset", "tiny"]), "--val", "x.json")
+    assert both == "train.py: --val is one stage's list: first --stage align, then --stage instruct"
 
 
 # ---- steps that go wrong -----------------------------------------------------------------------------------

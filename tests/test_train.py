@@ -28,7 +28,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, checkpoints_kept
 from safetensors.torch import load_file
 from torch import nn
 
@@ -907,7 +907,8 @@ def how_it_ends(main, folder, *args):
 def log_of(folder):
     """The lines of the run's log, without what differs from one time to the next."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("ms", "wait_ms", "memory_mib")} for line in lines]
+    differ = ("ms", "wait_ms", "memory_mib", "time", "seconds")
+    return [{key: value for key, value in line.items() if key not in differ} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -1131,7 +1132,8 @@ def test_instruct_refuses_what_does_not_fit(world, tmp_path):
 def test_a_run_that_could_be_resumed_is_moved_aside_too(world, tmp_path):
     """Who forgets --resume loses nothing."""
     options = ["--stage", "align", "--out", tmp_path / "a"]
-    trained(world, *options, "--steps", "3", "--save_every", "1")
+    with checkpoints_kept():
+        trained(world, *options, "--steps", "3", "--save_every", "1")
     (tmp_path / "a/config.json").unlink()  # as if it had been stopped
     printed = trained(world, *options, "--steps", "2")
     assert f"an unfinished run: it is now {tmp_path}/a.old" in printed
@@ -1166,7 +1168,8 @@ def test_align_goes_on_from_a_projector(world, tmp_path):
 
 def test_a_run_is_not_resumed_with_other_options(world, tmp_path):
     options = ["--stage", "align", "--out", tmp_path / "a", "--save_every", "1"]
-    trained(world, *options, "--steps", "3")
+    with checkpoints_kept():
+        trained(world, *options, "--steps", "3")
     (tmp_path / "a/config.json").unlink()  # as if it had been stopped
     end = how_it_ends(train.main, world[0], *world[1], *options, "--steps", "3", "--lr", "0.5", "--resume")
     assert "checkpoint-0000002: saved with lr 0.002, resumed with 0.5" in end
@@ -1271,7 +1274,7 @@ def test_killed_and_resumed_equals_uninterrupted(world, both_stages, ranks, tmp_
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
     for file in (tmp_path / "whole").rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "cut" / file.relative_to(tmp_path / "whole")).read_bytes()
-    assert len(list((tmp_path / "cut").glob("checkpoint-*"))) == 2
+    assert not list((tmp_path / "cut").glob("checkpoint-*"))
 
 
 def test_two_nodes_log_what_one_process_logs(world, tmp_path):
