@@ -35,6 +35,7 @@ from plumbing.files import named, read_json, read_text, resolve_model
 from plumbing.ranks import choose_dtype, command, on_every_rank, rank, say, start_ranks, world_size
 from plumbing.tokenizer import check_vocabulary, load_tokenizer
 from projector import VLM
+from running import unfinished
 from running.checkpoint import fingerprint
 
 
@@ -42,17 +43,22 @@ from running.checkpoint import fingerprint
 # Asking
 
 def load_run(folder, device, template=None) -> tuple:
-    """(model, tokenizer, config) of a run directory, or of a folder in a LLaVA format.
+    """(model, tokenizer, config) of a run directory, or of a folder in a LLaVA format. A run that is not
+    finished is read from its last checkpoint, whose "step" is in config.
 
     config["template"] is the form of the questions: `template`, or the one that the run was tuned with. A run
     that was only aligned takes the LLM's own chat template if its tokenizer has one, else Vicuna's.
     """
     folder = resolve_model(folder)
-    file = folder / "config.json"
-    config = read_json(file)
-    with named(file):
-        dtype = choose_dtype(device, config.get("dtype") or "")
-    vlm = VLM.from_pretrained(folder, dtype, device)
+    found = unfinished.open_run(folder, device)
+    if found:
+        vlm, config = found
+    else:
+        file = folder / "config.json"
+        config = read_json(file)
+        with named(file):
+            dtype = choose_dtype(device, config.get("dtype") or "")
+        vlm = VLM.from_pretrained(folder, dtype, device)
     tokenizer = load_tokenizer(vlm.sources["llm"])
     check_vocabulary(tokenizer, vlm.llm.config.vocab_size)  # another LLM's would make nonsense, quietly
     own = vlm.template
@@ -301,7 +307,10 @@ def run_bench(name: str, ckpt, run: tuple, folder, args) -> dict:
     scores, questions, answers, choices = answer_bench(
         vlm, tokenizer, template, name, folder, args.split, args.limit, kept)
     split = bench.split if args.split is None else args.split
-    result = {"ckpt": str(ckpt), "bench": name, "split": split, "template": template} | scores
+    result = {"ckpt": str(ckpt), "bench": name, "split": split, "template": template}
+    if "step" in config:
+        result["step"] = config["step"]
+    result |= scores
 
     def write():
         write_predictions(file, result, questions, answers, choices)
