@@ -1,5 +1,6 @@
 """A run in the middle: the model that eval.py has of a checkpoint is that which training had then."""
 
+import json
 import shutil
 
 import pytest
@@ -66,6 +67,9 @@ def test_eval_has_the_weights_that_training_had(ranks, align_run, clip_folder, l
     steps = 40 * {"align": 12, "instruct": 4}[stage] // 8
     said = capsys.readouterr().out
     assert said == f"{tmp_path / 'run'} is not finished: its {what} of step 2 of {steps}\n"
+    argv = ["--bench", "scienceqa", "--data", str(toy / "ScienceQA"), "--limit", "2", "--out", str(tmp_path)]
+    evaluation.main([*argv, "--ckpt", str(tmp_path / "run/checkpoint-0000002")])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 2
 
 
 def test_what_is_no_unfinished_run_and_what_has_no_checkpoint(align_run, tmp_path):
