@@ -10,6 +10,7 @@ import data
 import eval as evaluation
 from benchmarks import BENCHES, load_questions
 from benchmarks.likelihood import to_read
+from benchmarks.predictions import key_of_answer
 from benchmarks.questions import SHORT_ANSWER, closed, without_picture
 from lab import likelihood
 from projector import VLM
@@ -89,6 +90,7 @@ def test_a_question_by_words_names_no_choice(root, name):
         assert question["prompt"].endswith(SHORT_ANSWER) and "A. " not in question["prompt"]
         start = question["prompt"].removesuffix(SHORT_ANSWER)
         assert lettered["prompt"].startswith(start) and bool(question["image"]) == (data.IMAGE in start)
+        assert key_of_answer(question) != key_of_answer(question | {"texts": ["other"]})  # asked anew
         blind, = closed([without_picture(lettered)], "words")
         assert blind["prompt"] == question["prompt"].removeprefix(f"{data.IMAGE}\n")
 
