@@ -304,9 +304,7 @@ def run_bench(name: str, ckpt, run: tuple, folder, args) -> dict:
         vlm, tokenizer, template, name, folder, args.split, args.limit, kept)
     split = bench.split if args.split is None else args.split
     result = {"ckpt": str(ckpt), "bench": name, "split": split, "template": template}
-    if "step" in config:
-        result["step"] = config["step"]
-    result |= scores
+    result |= {"step": config.get("step")} | scores
 
     def write():
         write_predictions(file, result, questions, answers, choices)
