@@ -27,14 +27,15 @@ from tqdm import tqdm
 
 import data
 from benchmarks import BENCHES, Bench, load_questions
-from benchmarks.likelihood import split_options
+from benchmarks.likelihood import to_read
 from benchmarks.predictions import append_answers, name_result, read_answers, write_predictions
-from benchmarks.questions import without_picture
+from benchmarks.questions import closed, without_picture
 from benchmarks.score import in_words, measures, score_floors, scores_and_errors
 from plumbing.files import named, read_json, read_text, resolve_model
 from plumbing.ranks import choose_dtype, command, on_every_rank, rank, say, start_ranks, world_size
 from plumbing.tokenizer import check_vocabulary, load_tokenizer
 from projector import VLM
+from running import unfinished
 from running.checkpoint import fingerprint
 
 
@@ -42,17 +43,22 @@ from running.checkpoint import fingerprint
 # Asking
 
 def load_run(folder, device, template=None) -> tuple:
-    """(model, tokenizer, config) of a run directory, or of a folder in a LLaVA format.
+    """(model, tokenizer, config) of a run directory, or of a folder in a LLaVA format. A run that is not
+    finished is read from its last checkpoint, whose "step" is in config.
 
     config["template"] is the form of the questions: `template`, or the one that the run was tuned with. A run
     that was only aligned takes the LLM's own chat template if its tokenizer has one, else Vicuna's.
     """
     folder = resolve_model(folder)
-    file = folder / "config.json"
-    config = read_json(file)
-    with named(file):
-        dtype = choose_dtype(device, config.get("dtype") or "")
-    vlm = VLM.from_pretrained(folder, dtype, device)
+    found = unfinished.open_run(folder, device)
+    if found:
+        vlm, config = found
+    else:
+        file = folder / "config.json"
+        config = read_json(file)
+        with named(file):
+            dtype = choose_dtype(device, config.get("dtype") or "")
+        vlm = VLM.from_pretrained(folder, dtype, device)
     tokenizer = load_tokenizer(vlm.sources["llm"])
     check_vocabulary(tokenizer, vlm.llm.config.vocab_size)  # another LLM's would make nonsense, quietly
     own = vlm.template
@@ -124,30 +130,25 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
 
 @torch.no_grad()
 def ask_likeliest(vlm, tokenizer, questions, template: str, batch: int = 16, file=None) -> list:
-    """The likeliest of each question's "options", which are letters, or yes and no.
-
-    No parser is needed, and one pass over the prompt is enough. The options are the same text up to some
-    token; the next one tells them apart, so its logits are compared.
-    """
+    """Of each question's "options" the one that is the likeliest answer: see benchmarks/likelihood.py."""
     form = form_of(template, tokenizer)
     room = vlm.llm.config.max_position_embeddings
 
     def answer(rows):
-        samples, next_tokens = [], []
-        for row in rows:
-            sample = to_sample(vlm, tokenizer, form, row)
-            prompt, tokens = split_options(tokenizer, form, row)
-            samples.append(sample | {"ids": prompt, "roles": [data.CONTEXT] * len(prompt)})
-            next_tokens.append(tokens)
+        likely = [{} for _ in rows]  # {option: the mean log-probability of its tokens}
+        samples = []
+        for row, means in zip(rows, likely):
+            asked = to_sample(vlm, tokenizer, form, row) | {"means": means}
+            for ids, said in to_read(tokenizer, form, row).items():
+                samples.append(asked | {"ids": ids, "roles": [data.CONTEXT] * len(ids), "said": said})
         m = to_batch(vlm, tokenizer, samples, room)
         embeds = vlm.splice(m["ids"], vlm.encode(m["pixels"]))  # (B, S, C)
-        last = vlm.llm.hidden(embeds, m["mask"])[:, -1]  # (B, C)
-        logits = vlm.llm.logits(last)  # (B, V)
-        chosen = []
-        for row, tokens, row_logits in zip(rows, next_tokens, logits):
-            best = row_logits[tokens].argmax().item()
-            chosen.append(row["options"][best])
-        return chosen
+        states = vlm.llm.hidden(embeds, m["mask"])  # (B, S, C), a row ends where an answer's last token comes
+        for sample, state in zip(samples, states):
+            for option, ids in sample["said"]:
+                log_p = vlm.llm.logits(state[-len(ids) :]).float().log_softmax(-1)  # (tokens, V)
+                sample["means"][option] = log_p[range(len(ids)), ids].mean().item()
+        return [max(means, key=means.get) for means in likely]
 
     return in_batches(questions, answer, batch, file)
 
@@ -283,11 +284,12 @@ def answer_bench(vlm, tokenizer, template, name, folder, split=None, limit=None,
     return scores_and_errors(bench.score, questions, choices), questions, answers, choices
 
 
-def choose_likeliest(vlm, tokenizer, template: str, questions, choices, file) -> list:
-    """The choices, but the likeliest option of each question that has options."""
-    closed = [question for question in questions if question.get("options")]
-    options = ask_likeliest(vlm, tokenizer, closed, template, file=file)
-    likeliest = {question["id"]: option for question, option in zip(closed, options)}
+def choose_likeliest(vlm, tokenizer, template: str, by: str, questions, choices, file) -> list:
+    """The choices, but the likeliest option of each question that has options: by letter, or by words."""
+    asked = closed(questions, by)
+    batch = 4 if by == "words" else 16  # of a question, each choice in words is a row
+    options = ask_likeliest(vlm, tokenizer, asked, template, batch, file)
+    likeliest = {question["id"]: option for question, option in zip(asked, options)}
     return [likeliest.get(question["id"], choice) for question, choice in zip(questions, choices)]
 
 
@@ -301,21 +303,25 @@ def run_bench(name: str, ckpt, run: tuple, folder, args) -> dict:
     scores, questions, answers, choices = answer_bench(
         vlm, tokenizer, template, name, folder, args.split, args.limit, kept)
     split = bench.split if args.split is None else args.split
-    result = {"ckpt": str(ckpt), "bench": name, "split": split, "template": template} | scores
+    result = {"ckpt": str(ckpt), "bench": name, "split": split, "template": template}
+    result |= {"step": config.get("step")} | scores
 
     def write():
         write_predictions(file, result, questions, answers, choices)
 
     on_every_rank(write)  # before anything that may fail
     is_scored = "accuracy" in result  # otherwise a server or a judge does it
-    has_options = any(question.get("options") for question in questions)
-    if args.score == "likelihood" and is_scored and has_options:
-        likeliest = choose_likeliest(vlm, tokenizer, template, questions, choices, f"{kept}-likelihood")
-        result["likelihood"] = measures(scores_and_errors(bench.score, questions, likeliest))
+    by = args.score if is_scored and closed(questions, args.score) else None
+    if by:
+        likeliest = choose_likeliest(vlm, tokenizer, template, by, questions, choices, f"{kept}-{by}")
+        result[by] = measures(scores_and_errors(bench.score, questions, likeliest))
     if args.floors and is_scored:
-        blind_questions = [without_picture(question) for question in questions]
-        _, blind = ask_bench(vlm, tokenizer, template, bench, blind_questions, f"{kept}-blind")
+        unseen = [without_picture(question) for question in questions]
+        _, blind = ask_bench(vlm, tokenizer, template, bench, unseen, f"{kept}-blind")
         result["floors"] = score_floors(bench.score, questions, blind)
+        if by:
+            blind = choose_likeliest(vlm, tokenizer, template, by, unseen, blind, f"{kept}-blind-{by}")
+            result["floors"][f"without_picture_by_{by}"] = measures(bench.score(questions, blind))
     on_every_rank(write)
     say(in_words(result))
     if bench.submit and rank() == 0:
@@ -396,7 +402,7 @@ def parse_args(argv=None):
     splits = ", ".join(f"{name} {bench.split}" for name, bench in BENCHES.items() if bench.split)
     add("--split", help=f"a split, a category, or a part of a file's name [{splits}]")
     add("--limit", type=int, help="only the first so many questions [all]")
-    add("--score", choices=["likelihood"], help="also by the likeliest option")
+    add("--score", choices=["likelihood", "words"], help="also by the likeliest letter, or choice in words")
     add("--floors", action="store_true", help="also chance, the commonest answer, the model without picture")
     add("--out", type=Path, help="folder for what is written [the run directory]")
     add("--submit", type=Path, help="file for a server or judge [BENCH-submit in --out]")

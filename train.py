@@ -645,7 +645,7 @@ def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, 
         if config.save_every and step + 1 < steps:
             is_stopped = sum_over_ranks([len(signals)], device).any()  # on any rank
             if is_stopped or (step + 1) % config.save_every == 0:
-                checkpoint.save(config, step + 1, optimizer, terms, made_of)
+                checkpoint.save(config, step + 1, vlm, optimizer, terms, made_of)
             if is_stopped:
                 draw_curves(config.out)
                 said = f"train.py: stopped, and saved at step {step + 1}: the same command and --resume go on"

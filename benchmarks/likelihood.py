@@ -1,22 +1,32 @@
-"""Which answer does a model find the likeliest? For multiple choice, no parser is needed to know that."""
+"""Which answer does a model find the likeliest? For multiple choice, no parser is needed to know that.
 
-import os
+An answer's likelihood is the mean log-probability of its tokens, as in most tasks of GPT-3 (Brown et al.
+2020, arXiv 2005.14165, 2.4), which SEED-Bench's authors follow. lm-evaluation-harness' acc_norm divides by
+characters instead, and is another number.
+"""
 
 import data
 
 
-def split_options(tokenizer, form, question: dict) -> tuple:
-    """(the ids that the question has in common with whichever option, the next id of each option).
+def to_read(tokenizer, form, question: dict) -> dict:
+    """{ids that the model reads: [(option, the last ids of these and one more, which are its answer)]}.
 
-    Letters, or yes and no, differ in one token. So one pass over the common ids shows which is the likeliest.
+    The last token of an answer is never read. So letters, or yes and no, need one pass for all. An option is
+    said as it stands in "texts", if there are any, else as itself.
     """
-    answered = []
     asked = ("human", question["prompt"])
     has_image = question["image"] is not None
-    for option in question["options"]:
-        said = ("gpt", option.capitalize())  # Yes, not yes
-        ids, _ = data.encode([asked, said], form, tokenizer, has_image)
-        answered.append(ids)
-    shared = len(os.path.commonprefix(answered))
-    shared = min(shared, len(answered[0]) - 1)  # a single option has all in common with itself
-    return answered[0][:shared], [ids[shared] for ids in answered]
+    options = question["options"]
+    texts = question.get("texts") or [option.capitalize() for option in options]  # Yes, not yes
+    found = {}
+    for option, text in zip(options, texts):
+        answered = [asked, ("gpt", text)]
+        ids, roles = data.encode(answered, form, tokenizer, has_image)
+        end = roles.index(data.END)
+        start = end - roles.count(data.ANSWER)
+        if start == end:
+            raise ValueError(f"question {question['id']!r}: option {option} has no text")
+        read = tuple(ids[: end - 1])
+        said = ids[start:end]
+        found.setdefault(read, []).append((option, said))
+    return found

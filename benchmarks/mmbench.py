@@ -42,15 +42,17 @@ def load(folder, split: str, chinese: bool = False):
         # A choice may be "None". In some rotation it is not the last.
         options = list("ABCD"[: counts[row["group"]]])
         choices = [row[letter] for letter in options]
-        text = lettered(row["question"], choices)
+        text = row["question"]
         hint = given(row, "hint")
         if hint:
             text = f"{hint}\n{text}"
         image = images.get(row["image"], row["image"])
         answer = given(row, "answer")
         ending = CHINESE_ANSWER if chinese else LETTER_ANSWER
-        yield to_question(file, row["index"], text, image.encode(), answer, given(row, "category"), ending,
-                          options=options, choices=choices, group=row["group"], row=row_of_server(row))
+        asked = lettered(text, choices)
+        yield to_question(file, row["index"], asked, image.encode(), answer, given(row, "category"), ending,
+                          options=options, choices=choices, open=text, group=row["group"],
+                          row=row_of_server(row))
 
 
 load_chinese = partial(load, chinese=True)

@@ -43,7 +43,7 @@ def load(folder, split: str):
             for letter, choice in zip(options, choices):
                 text += f"({letter}) {choice}\n"
             yield to_question(file, row["id"], text, image, row["answer"], subject, LETTER_ANSWER,
-                              pictures=len(pictures), choices=choices, options=options)
+                              pictures=len(pictures), choices=choices, options=options, open=row["question"])
 
 
 def find_picture(file, picture):

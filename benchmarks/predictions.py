@@ -21,12 +21,13 @@ def name_result(folder, name: str, args) -> Path:
 
 
 def key_of_answer(question: dict) -> int:
-    """Of all that the answer is made of: model, text, and the picture's path, size and time of change."""
+    """Of all that the answer is made of: model, texts, and the picture's path, size and time of change."""
     picture = question["image"]
     if isinstance(picture, Path):
         facts = picture.stat()
         picture = str(picture.absolute()), facts.st_size, facts.st_mtime_ns
-    return key_of((question.get("model"), question["id"], question["prompt"], key_of(picture)))
+    texts = question.get("texts")
+    return key_of((question.get("model"), question["id"], question["prompt"], texts, key_of(picture)))
 
 
 def append_answers(file, questions, answers):
@@ -73,7 +74,8 @@ def write_predictions(file, scores: dict, questions, answers, choices):
     predictions = []
     for question, text, choice in zip(questions, answers, choices):
         prediction = question | {"text": text, "choice": choice}
-        prediction.pop("row", None)
+        for key in ("row", "open"):  # a server's, and a part of the prompt
+            prediction.pop(key, None)
         image = question["image"]
         prediction["image"] = "in the table" if isinstance(image, bytes) else image and str(image)
         predictions.append(prediction)

@@ -8,10 +8,11 @@
     file       where the question stands
 
     options    the allowed answers of a multiple-choice question: letters, or yes and no
-    choices    the texts of the options, if a rule reads them
+    choices    the texts of the options
+    open       what is asked, without the options
     group      questions of one group count only together
 
-The last three are there for some benchmarks only.
+The last four are there for some benchmarks only.
 """
 
 from string import ascii_uppercase
@@ -35,6 +36,20 @@ def to_question(file, name, text: str, image, answer=None, category=None, ending
 def without_picture(question: dict) -> dict:
     """The same question, for a model that has to guess what the picture shows."""
     return question | {"image": None, "prompt": question["prompt"].removeprefix(f"{IMAGE}\n")}
+
+
+def closed(questions, by: str) -> list:
+    """The questions that have options. By "words": those whose options have texts, asked without these, so
+    that each text can be read as the answer."""
+    if by != "words":
+        return [question for question in questions if question.get("options")]
+    asked = []
+    for question in questions:
+        if question.get("choices"):
+            mark = f"{IMAGE}\n" if question["image"] else ""
+            prompt = f"{mark}{question['open']}{SHORT_ANSWER}"
+            asked.append(question | {"prompt": prompt, "texts": question["choices"]})
+    return asked
 
 
 def lettered(text: str, choices) -> str:

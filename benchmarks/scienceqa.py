@@ -20,11 +20,15 @@ TEXT = (str, type(None))  # what may be missing
 KINDS = {"id": str, "question": str, "choices": list, "answer": int, "hint": TEXT, "image": TEXT}
 
 
+def to_text(problem: dict) -> str:
+    """What an entry of problems.json asks, without its choices."""
+    hint = f"Context: {problem['hint']}\n" if problem["hint"] else ""
+    return f"{hint}{problem['question']}"
+
+
 def to_prompt(problem: dict) -> str:
     """LLaVA-1.5's zero-shot prompt of an entry of problems.json."""
-    text = lettered(problem["question"], problem["choices"])
-    if problem["hint"]:
-        text = f"Context: {problem['hint']}\n{text}"
+    text = lettered(to_text(problem), problem["choices"])
     prompt = text.replace("  ", " ") + LETTER_ANSWER
     return f"{IMAGE}\n{prompt}" if problem["image"] else prompt
 
@@ -47,6 +51,7 @@ def load(folder, split: str = "test") -> list:
         options = list(LETTERS[: len(problem["choices"])])
         question = {"id": pid, "prompt": to_prompt(problem), "image": image, "file": str(file)}
         question |= {"num_choices": len(options), "options": options, "answer": LETTERS[problem["answer"]]}
+        question |= {"choices": [str(choice) for choice in problem["choices"]], "open": to_text(problem)}
         for key in ("subject", "grade", "hint"):
             question[key] = str(problem.get(key) or "")
         questions.append(question)

@@ -15,8 +15,8 @@ SHEETS = 100  # of random choices
 
 
 def percent(rows) -> float:
-    """The mean of a list of booleans, or of parts of 1, in percent. 0 if the list is empty."""
-    return round(100 * sum(rows) / max(1, len(rows)), 2)
+    """The mean of a list of booleans, or of parts of 1, in percent. None if the list is empty."""
+    return round(100 * sum(rows) / len(rows), 2) if rows else None
 
 
 def grouped(keys, values) -> dict:
@@ -62,12 +62,15 @@ def standard_errors(score, questions, choices) -> dict:
 
     Draw the pictures again, with replacement, score, repeat: the spread of the scores is the standard error
     (the bootstrap, Efron 1979). Questions about one picture are not independent, so they are drawn together.
+    There is none of a single picture, nor of a part of so few that a draw had none of them.
     """
     pictures = {}
     for question, choice in zip(questions, choices):
         picture = question["image"] or question["id"]
         pictures.setdefault(picture, []).append((question, choice))
     pictures = list(pictures.values())
+    if len(pictures) == 1:
+        return {}
 
     rng = random.Random(0)
     values = {}
@@ -82,7 +85,8 @@ def standard_errors(score, questions, choices) -> dict:
                 drawn_choices.append(choice)
         for name, value in measures(score(drawn_questions, drawn_choices)).items():
             values.setdefault(name, []).append(value)
-    return {f"{name}_se": round(statistics.stdev(drawn), 2) for name, drawn in values.items()}
+    complete = {name: drawn for name, drawn in values.items() if len(drawn) == DRAWS}
+    return {f"{name}_se": round(statistics.stdev(drawn), 2) for name, drawn in complete.items()}
 
 
 def scores_and_errors(score, questions, choices) -> dict:
@@ -95,16 +99,25 @@ def scores_and_errors(score, questions, choices) -> dict:
 
 def in_words(result: dict) -> str:
     """What a person wants to read of scores and errors."""
-    words = [f"{result['bench']} of {result['ckpt']}: {result['questions']} questions"]
-    for name, value in result.items():
-        if f"{name}_se" in result:
-            words.append(f"{name} {value} (standard error {result[f'{name}_se']})")
-    if "likelihood" in result:
-        found = result["likelihood"]
-        words.append(f"by likelihood {found['accuracy']} (standard error {found['accuracy_se']})")
+    words = [f"{result['bench']} of {result['ckpt']}: {counted(result['questions'], 'question')}"]
+    for name in measures(result):
+        if not name.endswith("_se"):
+            words.append(f"{name} {with_error(result, name)}")
+    for by in ("likelihood", "words"):
+        if by in result:
+            words.append(f"by {by} {with_error(result[by], 'accuracy')}")
     if "unparsed" in result:
-        words.append(f"{result['unparsed']} answers that the rule cannot read")
+        words.append(f"{counted(result['unparsed'], 'answer')} that the rule cannot read")
     return ", ".join(words)
+
+
+def with_error(scores: dict, name: str) -> str:
+    error = scores.get(f"{name}_se")
+    return str(scores[name]) if error is None else f"{scores[name]} (standard error {error})"
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def score_floors(score, questions, blind) -> dict:

@@ -1,7 +1,7 @@
 """SEED-Bench (Li et al. 2023, arXiv 2307.16125): multiple choice in nine dimensions; its image part.
 
 Rule: the answer is the letter and nothing else, as LLaVA scores it. There are 14,233 questions about
-pictures. (The authors' own scorer ranks the choices by likelihood; `--score likelihood` ranks the letters.)
+pictures. (The authors' own scorer ranks the choices by likelihood, as `--score words` does.)
 
     SEED-Bench.json       {"questions": [...], "question_type": {name of a dimension: number}}
     SEED-Bench-image/     the pictures, DATA_ID without an ending
@@ -25,12 +25,13 @@ def load(folder, split: str):
     names = {number: name for name, number in dimensions.items()}
     for row in rows:
         if row["data_type"] == split:
-            text = lettered(row["question"], [row[name] for name in CHOICES])
+            choices = [str(row[name]) for name in CHOICES]
+            text = lettered(row["question"], choices)
             image = find_image(folder / "SEED-Bench-image", row["data_id"])
             dimension = row.get("question_type_id")
             category = names.get(dimension, dimension)
             yield to_question(file, row["question_id"], text, image, row["answer"], category, LETTER_ANSWER,
-                              options=list("ABCD"))
+                              options=list("ABCD"), choices=choices, open=row["question"])
 
 
 def parse(text: str, question: dict):

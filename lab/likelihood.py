@@ -3,8 +3,8 @@
     python -m lab.likelihood RUN ... --data data/emoji/ScienceQA
 
 A small LLM hardly knows what "answer with the option's letter" asks of it: SmolLM2-135M says A to everything.
-So each choice is read as the answer to the open question, which names no choices, and the one whose tokens
-have the highest mean log-probability is taken.
+So each choice is read as the answer to the open question, which names no choices, and the likeliest is taken:
+the same as `eval.py --score words`.
 
 Each run prints one JSON object with the percentages: of all questions, and of each of problems.json's
 categories.
@@ -15,71 +15,22 @@ from pathlib import Path
 
 import torch
 
-import data
 import eval as evaluation
 from benchmarks import scienceqa
-from benchmarks.questions import LETTERS, SHORT_ANSWER
+from benchmarks.questions import closed
 from benchmarks.score import percent
 from lab import errors_in_one_line, parser_of
 from plumbing.files import read_json
 
 
 def load_problems(folder, split: str) -> list:
-    """The questions of `scienceqa.load`, but open, with "options" in words; also their "category"."""
+    """The questions of `scienceqa.load`, but open, with their choices in words; also their "category"."""
     folder = Path(folder)
     problems = read_json(folder / "problems.json")
-    questions = []
-    for question in scienceqa.load(folder, split):
-        problem = problems[question["id"]]
-        context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
-        mark = f"{data.IMAGE}\n" if question["image"] else ""
-        question["prompt"] = mark + context + problem["question"] + SHORT_ANSWER
-        question["options"] = problem["choices"]
-        question["category"] = problem.get("category", "")
-        questions.append(question)
-    return questions
-
-
-@torch.no_grad()
-def mean_log_likelihoods(vlm, tokenizer, template: str, question: dict, texts) -> list:
-    """For each text as the answer, the mean log-probability of its tokens, in nats, without the end token."""
-    form = data.form_of(template, tokenizer)
-    has_image = question["image"] is not None
-    pixels = None
-    if has_image:
-        picture = data.load_image(question["image"])
-        pixels = data.preprocess(picture, vlm.vit.config, "pad")
-    samples = []
-    for text in texts:
-        turns = [("human", question["prompt"]), ("gpt", text)]
-        ids, roles = data.encode(turns, form, tokenizer, has_image)
-        end = roles.index(data.END)
-        sample = {"ids": ids[:end], "roles": roles[:end]}
-        samples.append(sample | {"pixels": pixels, "name": text})
-
-    batch = data.collate(
-        samples, vlm.num_image_tokens, vlm.image_token_id, tokenizer.pad_token_id,
-        vlm.vit.config.image_size, vlm.llm.config.max_position_embeddings,
-    )
-    batch = data.to_device(batch, vlm.llm.head_weight.device)
-    logits = vlm(batch["ids"], batch["pixels"])  # (B, S, V), a row for each text
-    means = []
-    for row, labels in zip(logits, batch["labels"]):
-        next_ids = labels[1:]  # (S - 1,): each position predicts the next token
-        is_answer = next_ids != data.IGNORE
-        log_p = row[:-1][is_answer].float().log_softmax(-1)  # (tokens, V)
-        of_answer = log_p.gather(1, next_ids[is_answer][:, None])  # (tokens, 1)
-        means.append(of_answer.mean().item())
-    return means
-
-
-def choose(vlm, tokenizer, questions, template: str) -> list:
-    """The letter of each question's likeliest option, the first of equals."""
-    choices = []
+    questions = closed(scienceqa.load(folder, split), "words")
     for question in questions:
-        means = mean_log_likelihoods(vlm, tokenizer, template, question, question["options"])
-        choices.append(LETTERS[means.index(max(means))])
-    return choices
+        question["category"] = problems[question["id"]].get("category", "")
+    return questions
 
 
 def score_run(run, folder, split: str) -> dict:
@@ -87,7 +38,7 @@ def score_run(run, folder, split: str) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vlm, tokenizer, config = evaluation.load_run(run, device)
     questions = load_problems(folder, split)
-    choices = choose(vlm, tokenizer, questions, config["template"])
+    choices = evaluation.ask_likeliest(vlm, tokenizer, questions, config["template"])
     right = {"all": []}
     predictions = []
     for question, choice in zip(questions, choices):

@@ -40,7 +40,7 @@ def score_run(folder, world: Path, split: str, device, by_words: bool = False) -
 
     def words(below: str) -> float:
         questions = likelihood.load_problems(world / below, split)
-        choices = likelihood.choose(vlm, tokenizer, questions, template)
+        choices = evaluation.ask_likeliest(vlm, tokenizer, questions, template)
         return percent(grade(questions, choices))
 
     line = {}

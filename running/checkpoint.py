@@ -144,7 +144,7 @@ def checkpoints(out) -> list:
     return sorted(Path(out).glob("checkpoint-???????"))
 
 
-def save(config, step: int, optimizer, terms, made_of: dict):
+def save(config, step: int, vlm, optimizer, terms, made_of: dict):
     """Write OUT/checkpoint-STEP, complete or not at all. Keep the last two."""
     final = Path(config.out) / f"checkpoint-{step:07d}"
     partial = final.with_suffix(".partial")
@@ -153,6 +153,7 @@ def save(config, step: int, optimizer, terms, made_of: dict):
     barrier()
     state = {"step": step, "ranks": world_size(), "config": asdict(config)}
     state["squares"] = {name: term.squares for name, term in terms.items()}
+    state["learns"] = describe_buckets(vlm, optimizer)
     if config.shard or rank() == 0:
         state["optimizer"] = optimizer.state_dict()
     with whole(partial / f"rank-{rank()}.pt") as building, open(building, "wb") as file:
@@ -168,6 +169,16 @@ def save(config, step: int, optimizer, terms, made_of: dict):
         for old in checkpoints(config.out)[:-2]:
             shutil.rmtree(old)
     barrier()
+
+
+def describe_buckets(vlm, optimizer) -> list:
+    """[(name, shape, dtype)] of each bucket's parameters, for unfinished.py. What is no part of the model, a
+    loss's temperature, has the name ""."""
+    names = {p: name for name, p in vlm.named_parameters()}
+    described = []
+    for bucket in optimizer.buckets:
+        described.append([(names.get(p, ""), p.shape, p.dtype) for p in bucket.parameters])
+    return described
 
 
 def sync_folder(folder):

@@ -15,7 +15,7 @@ import data
 from benchmarks import BENCHES, gqa, load_questions, mmbench, mme, mmmu, pope, scienceqa, seed, textvqa, vqa
 from benchmarks.predictions import read_answers
 from benchmarks.questions import LETTER_ANSWER, SHORT_ANSWER, without_picture
-from benchmarks.score import score_accuracy, score_floors, standard_errors
+from benchmarks.score import score_accuracy, score_floors, scores_and_errors, standard_errors
 from lab import toy_world
 
 
@@ -305,6 +305,18 @@ def test_the_error_of_a_mean_is_binomial():
     assert twice["accuracy_se"] == pytest.approx(100 * math.sqrt(0.3 * 0.7 / 50), rel=0.1)
     texts = [question | {"image": None} for question in questions]
     assert standard_errors(score_accuracy, texts, choices) == alone  # and the same every time
+
+
+def test_a_single_picture_has_no_error_nor_has_a_part_that_a_draw_may_lack(toy):
+    assert standard_errors(score_accuracy, *with_pictures([True, False], each=2)) == {}
+    questions = load_questions("scienceqa", toy / "ScienceQA", "test")
+    with_image = [question for question in questions if question["image"]]
+    without = [question for question in questions if not question["image"]]
+    for some in (1, 20):
+        asked = with_image[:some] + without
+        scores = scores_and_errors(scienceqa.score, asked, ["A"] * len(asked))
+        assert "accuracy_se" in scores and ("accuracy_img_se" in scores) == (some == 20)
+    assert scienceqa.score(without, ["A"] * len(without))["accuracy_img"] is None
 
 
 def test_the_error_of_what_counts_together():

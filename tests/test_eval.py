@@ -143,7 +143,7 @@ def own_run(run, tmp_path):
 
 
 def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(own_run, root, monkeypatch):
-    """Killed while writing, in each of the three rounds of questions; the first kill leaves half a line. Two
+    """Killed while writing, in each of the four rounds of questions; the first kill leaves half a line. Two
     ranks' files go on in one process."""
     argv = ["mmbench", "--data", root / "MMBench", "--score", "likelihood", "--floors"]
     in_batches = evaluation.in_batches
@@ -156,11 +156,11 @@ def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(own_run, root
     def append_and_die(file, questions, answers):
         asked.extend(question["id"] for question in questions)
         append(file, questions, answers)
-        if len(asked) in (8, 26, 50):
+        if len(asked) in (8, 26, 50, 70):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluation, "append_answers", append_and_die)
-    for rounds in range(3):
+    for rounds in range(4):
         with pytest.raises(KeyboardInterrupt):
             scored(own_run, *argv)
         part, *_ = own_run.glob("*.partial.0.jsonl")
@@ -171,7 +171,7 @@ def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(own_run, root
             part.with_name(part.name.replace(".0.", ".1.")).write_text("".join(lines[4:]) + lines[1][:9])
     asked.append("no more deaths")
     assert scored(own_run, *argv) == expected
-    assert len(asked) == 20 + 20 + 20 + 1  # nothing was asked twice
+    assert len(asked) == 20 + 20 + 20 + 20 + 1  # nothing was asked twice
     assert not list(own_run.glob("*.jsonl"))
 
 
@@ -481,8 +481,9 @@ def test_all_answers_scores_and_writes_every_benchmark(own_run, root, capsys):
         saved = json.loads((own_run / f"{result['bench']}.limit=2.json").read_text())
         assert saved["scores"] == result and saved["predictions"][0]["prompt"].startswith("<image>")
         assert result["questions"] == {"mme": 4}.get(result["bench"], 2)
-        is_scored = result["bench"] not in ("vqav2", "mmvet")
-        assert ("accuracy" in result) == ("accuracy_se" in result) == is_scored
+        assert ("accuracy" in result) == (result["bench"] not in ("vqav2", "mmvet"))
+        has_error = "accuracy" in result and result["bench"] != "textvqa"  # two questions about one picture
+        assert ("accuracy_se" in result) == has_error
     written = {file.stem.removesuffix(".limit=2-submit") for file in own_run.glob("*-submit*")}
     assert written == {"mmbench", "mmbench-cn", "vqav2", "mmvet"}
 
@@ -564,17 +565,37 @@ def test_results_may_lie_elsewhere(own_run, root, tmp_path, monkeypatch):
                          str(tmp_path / "file")])
 
 
-def test_likelihood_and_floors_stand_beside_the_score(own_run, root, capsys, monkeypatch):
-    """A model whose answers are unreadable still finds a letter likeliest."""
-    monkeypatch.setattr(evaluation, "ask_likeliest", lambda vlm, tokenizer, questions, template, file: [
-        q["answer"] for q in questions])
-    argv = ["seed", "--data", root / "SEED-Bench", "--score", "likelihood", "--floors"]
+@pytest.mark.parametrize("by", ["likelihood", "words"])
+def test_likelihood_and_floors_stand_beside_the_score(own_run, root, capsys, monkeypatch, by):
+    """A model whose answers are unreadable still finds an option likeliest: the right one if it sees the
+    picture, else D."""
+    asked = []
+
+    def choose(vlm, tokenizer, questions, *more):
+        asked.append(questions)
+        return [question["answer"] if question["image"] else "D" for question in questions]
+
+    monkeypatch.setattr(evaluation, "ask_likeliest", choose)
+    argv = ["seed", "--data", root / "SEED-Bench", "--score", by, "--floors"]
     scores = scored(own_run, *argv)["scores"]
-    assert scores["accuracy"] == 0 and scores["unparsed"] == 6 and scores["likelihood"]["accuracy"] == 100
+    assert scores["accuracy"] == 0 and scores["unparsed"] == 6 and scores[by]["accuracy"] == 100
     assert set(scores["floors"]) > {"chance", "without_picture"}
-    said = ("accuracy 0.0 (standard error 0.0), by likelihood 100.0 (standard error 0.0), "
+    assert scores["floors"][f"without_picture_by_{by}"] == scores["floors"]["always D"]
+    assert all(("texts" in question) == (by == "words") for question in asked[0] + asked[1])
+    said = (f"accuracy 0.0 (standard error 0.0), by {by} 100.0 (standard error 0.0), "
             "6 answers that the rule cannot read")
     assert said in capsys.readouterr().out
+
+
+def test_one_question_has_a_score_and_no_error(own_run, root, capsys):
+    """Nor has a benchmark without options a likelihood."""
+    for name in ("seed", "mmbench", "gqa"):
+        argv = [name, "--data", root / BENCHES[name].folder, "--limit", "1", "--floors", "--score"]
+        evaluation.main(["--bench", *map(str, argv), "words", "--ckpt", str(own_run)])
+        line, *_, last = capsys.readouterr().out.splitlines()
+        scores = json.loads(last)
+        assert "accuracy" in scores and "_se" not in last and ("words" in scores) == (name != "gqa")
+        assert line.startswith(f"{name} of {own_run}: 1 question, accuracy ") and "error" not in line
 
 
 @pytest.mark.parametrize("what", ["ask_likeliest", "score_floors", "submit"])

@@ -1,13 +1,17 @@
-"""Which option is the likeliest: by the token that tells letters apart, and by whole texts."""
+"""Which option is the likeliest: by letters, which share a pass, and by whole texts."""
 
 import json
 
 import pytest
 import torch
+from test_benchmarks import root  # noqa: F401 (a fixture)
 
 import data
-from benchmarks.likelihood import split_options
-from benchmarks.questions import SHORT_ANSWER
+import eval as evaluation
+from benchmarks import BENCHES, load_questions
+from benchmarks.likelihood import to_read
+from benchmarks.predictions import key_of_answer
+from benchmarks.questions import SHORT_ANSWER, closed, without_picture
 from lab import likelihood
 from projector import VLM
 
@@ -18,35 +22,42 @@ def vlm(clip_folder, llama_folder):
     return VLM.from_towers(clip_folder, llama_folder)
 
 
-def test_letters_differ_in_one_token(tokenizer):
-    """What stands before it is the open question; a single option has nothing to differ from."""
-    question = {"prompt": "What color is the shape?", "image": None, "options": ["A", "B", "C"]}
+def test_letters_are_said_behind_one_text(tokenizer):
+    """It is the open question. Words are said behind what of them comes before their last token."""
+    question = {"id": 1, "prompt": "What is it?", "image": None, "options": ["A", "B", "C"]}
     form = data.form_of("v1", tokenizer)
-    ids, tokens = split_options(tokenizer, form, question)
-    assert ids == data.encode([("human", question["prompt"])], form, tokenizer, False)[0]
-    assert [token.strip("▁") for token in tokenizer.convert_ids_to_tokens(tokens)] == ["A", "B", "C"]
-    alone, (token,) = split_options(tokenizer, form, question | {"options": ["B"]})
-    assert [*alone, token] == data.encode(
-        [("human", question["prompt"]), ("gpt", "B")], form, tokenizer, False)[0]
+    prompt, _ = data.encode([("human", question["prompt"])], form, tokenizer, False)
+    (ids, said), = to_read(tokenizer, form, question).items()
+    assert list(ids) == prompt and [option for option, _ in said] == ["A", "B", "C"]
+    assert [tokenizer.decode(answer) for _, answer in said] == ["A", "B", "C"]
+    texts = ["red circle", "red square", "red"]
+    reads = to_read(tokenizer, form, question | {"texts": texts})
+    red = tokenizer("red", add_special_tokens=False).input_ids
+    assert [(list(ids)[len(prompt):], [option for option, _ in said]) for ids, said in reads.items()] == [
+        (red, ["A", "B"]), ([], ["C"])]
+    said = [answer for options in reads.values() for _, answer in options]
+    assert [tokenizer.decode(answer) for answer in said] == texts
 
 
-def test_options_that_begin_alike_differ_further_on(tokenizer):
-    question = {"prompt": "Which?", "image": None, "options": ["red circle", "red square"]}
-    ids, tokens = split_options(tokenizer, data.form_of("v1", tokenizer), question)
-    prompt, _ = data.encode([("human", "Which?")], data.form_of("v1", tokenizer), tokenizer, False)
-    assert ids[: len(prompt)] == prompt and len(ids) > len(prompt)  # also what both begin with
-    assert [token.strip("▁") for token in tokenizer.convert_ids_to_tokens(tokens)] == ["circle", "square"]
+def test_a_choice_without_a_text_is_named(tokenizer):
+    form = data.form_of("v1", tokenizer)._replace(lead="")
+    question = {"id": "q7", "prompt": "What?", "image": None, "options": ["A", "B"], "texts": ["red", ""]}
+    with pytest.raises(ValueError, match="^question 'q7': option B has no text$"):
+        to_read(tokenizer, form, question)
 
 
-def test_the_mean_of_each_text_is_that_of_it_alone(vlm, tokenizer, toy):
-    """Of questions with a picture and without one: one text at a time, unpadded, position by position."""
+def test_the_likeliest_words_are_those_of_a_plain_loop(vlm, tokenizer, toy):
+    """Of questions with a picture and without one, with texts of one to three tokens: one text at a time,
+    unpadded, position by position. An option is as likely as the mean of its tokens."""
     questions = likelihood.load_problems(toy / "ScienceQA", "test")[:12]
     assert {bool(question["image"]) for question in questions} == {True, False}
-    for question, choice in zip(questions, likelihood.choose(vlm, tokenizer, questions, "v1")):
-        row = likelihood.mean_log_likelihoods(vlm, tokenizer, "v1", question, question["options"])
-        expected = [plainly(vlm, tokenizer, question, option) for option in question["options"]]
-        assert row == pytest.approx(expected, abs=1e-4)
-        assert choice == "ABCDE"[row.index(max(row))]
+    for question in questions:
+        question["texts"] = [" ".join(n % 3 * ["red"] + [text]) for n, text in enumerate(question["choices"])]
+    choices = evaluation.ask_likeliest(vlm, tokenizer, questions, "v1", batch=5)
+    assert len(set(choices)) > 2
+    for question, choice in zip(questions, choices):
+        expected = [plainly(vlm, tokenizer, question, text) for text in question["texts"]]
+        assert choice == question["options"][expected.index(max(expected))]
 
 
 @torch.no_grad()
@@ -65,11 +76,23 @@ def plainly(vlm, tokenizer, question, option):
     return sum(log_p[len(ids) - 1 + i, token].item() for i, token in enumerate(said)) / len(said)
 
 
-def test_the_question_names_no_choice(toy):
-    question = likelihood.load_problems(toy / "ScienceQA", "test")[0]
-    assert question["prompt"].startswith(f"{data.IMAGE}\n") and "A." not in question["prompt"]
-    assert question["prompt"].endswith(SHORT_ANSWER)
-    assert question["num_choices"] == len(question["options"])
+@pytest.mark.parametrize("name", ["scienceqa", "seed", "mmbench", "mmbench-cn", "mmmu", "pope", "gqa"])
+def test_a_question_by_words_names_no_choice(root, name):
+    """It is asked openly, with its picture or without; yes and no are no words that it could name."""
+    questions = load_questions(name, root / BENCHES[name].folder)
+    asked = closed(questions, "words")
+    assert bool(asked) == (name not in ("pope", "gqa"))
+    by_name = {question["id"]: question for question in questions}
+    for question in asked:
+        lettered = by_name[question["id"]]
+        assert len(question["texts"]) == len(question["options"])
+        assert all(text in lettered["prompt"] for text in question["texts"])
+        assert question["prompt"].endswith(SHORT_ANSWER) and "A. " not in question["prompt"]
+        start = question["prompt"].removesuffix(SHORT_ANSWER)
+        assert lettered["prompt"].startswith(start) and bool(question["image"]) == (data.IMAGE in start)
+        assert key_of_answer(question) != key_of_answer(question | {"texts": ["other"]})  # asked anew
+        blind, = closed([without_picture(lettered)], "words")
+        assert blind["prompt"] == question["prompt"].removeprefix(f"{data.IMAGE}\n")
 
 
 def test_a_run_is_scored_and_a_missing_folder_is_one_line(vlm, toy, tmp_path, capsys):

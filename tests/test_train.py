@@ -247,7 +247,7 @@ def odd_checkpoint(rank, world, dtype, shard, out, source=""):
         for number in range(4):
             step(number)
         term.measure(3.0, 2.0)
-    checkpoint.save(config(out=out), 4, optimizer, {"patch": term}, {})
+    checkpoint.save(config(out=out), 4, model, optimizer, {"patch": term}, {})
     weights = [flat(p.float() for p in learning)]
     if 8 % world == 0:
         step(4), step(5)
