@@ -29,7 +29,7 @@ def nodes():
             port = free.getsockname()[1]
         launch = [f"--nnodes={len(worlds)}", "--nproc_per_node=1", "--rdzv_backend=c10d",
                   f"--rdzv_endpoint=localhost:{port}", f"--max-restarts={restarts}"]
-        agents.extend(start(world, *args, launch=launch, stderr=subprocess.PIPE) for world in worlds)
+        agents.extend(start(node, *args, launch=launch, stderr=subprocess.PIPE) for node in worlds)
         return agents
 
     yield start_all
