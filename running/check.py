@@ -1,74 +1,155 @@
 """Check a list of records before it is trained on: `python -m running.check annotations.json images/`.
 
-It prints bad records and unreadable pictures, and writes annotations.clean.json without them. With --llm it
-also makes every row as training would, and prints those without a word of an answer.
+It prints bad records and unreadable pictures, writes annotations.clean.json without them, and says what the
+good ones are: their pictures, how long they are, what is there twice. With --llm it also makes every row as
+training would, prints those without a word of an answer, and counts tokens in place of words.
 """
 
 import argparse
+import itertools
 import json
 import re
+import statistics
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from data import (IGNORE, IMAGE, TEMPLATES, Conversations, clean_turns, expand, find_image, find_problem,
-                  load_image, tidy)
+                  key_of, load_image, tidy)
 from plumbing.files import named, whole
+from plumbing.ranks import command
 from plumbing.tokenizer import load_tokenizer, special_names
-from running.records import parse_records
+from running.order import cores_of_a_rank, leave_group
+from running.records import Records, parse_records
 
+CHUNK = 32  # records that a process looks at before it tells what it found
 LOOKS_SPECIAL = r"</?s>|<(unk|pad|bos|eos|image)>|<\|[^<>|]*\|>|\[/?INST\]"  # in most tokenizers
 
 
 def check(file, images, stage=None, llm=None, template=None, image_tokens: int = 576,
-          max_length: int = 2048) -> int:
-    """Print what is wrong with the records of a file, write those that are good. Returns how many are bad."""
+          max_length: int = 2048, workers: int | None = None) -> int:
+    """Print what is wrong with the records of a file and what the others are; write these. `workers`
+    processes share the work (None: one a core). Returns how many records are bad."""
     if min(image_tokens, max_length) < 1:
         raise ValueError("--image_tokens and --max_length must be at least 1")
-    records = parse_records(file)
+    records = packed(parse_records(file))
     template = template or ("plain" if stage == "align" else "v1")
     tokenizer = load_tokenizer(llm) if llm else None
-    pattern = f"{special_names(tokenizer) if llm else LOOKS_SPECIAL}|{IMAGE}"
-    good = []
-    has_special = 0
-    for number, record in enumerate(tqdm(records, desc="check", unit=" records")):
-        name = f"record {record.get('id', 0)!r}" if isinstance(record, dict) else "record"
-        try:
-            with named(name):
-                look(record, images, stage, tokenizer, template, image_tokens, max_length)
-        except ValueError as error:
-            problem = str(error).removeprefix(f"{name}: ")
-            line = f"record {number} (id {name[7:]}): {problem}"
+    workers = cores_of_a_rank() if workers is None else workers
+    look_at_chunk = partial(look_at, images=images, stage=stage, tokenizer=tokenizer, template=template,
+                            image_tokens=image_tokens, max_length=max_length)
+    loader = torch.utils.data.DataLoader(records, batch_size=CHUNK, collate_fn=look_at_chunk,
+                                         num_workers=min(workers, len(records) // CHUNK),
+                                         worker_init_fn=leave_group)
+    everything = itertools.chain.from_iterable(loader)
+    good = {}
+    for number, found in enumerate(tqdm(everything, desc="check", total=len(records), unit=" records")):
+        if found["problem"]:
+            line = f"record {number} (id {found['id']!r}): {found['problem']}"
             tqdm.write(line.encode(errors="backslashreplace").decode())
         else:
-            good.append(record)
-            texts = [text.removeprefix(IMAGE) for _, text in clean_turns(tidy(record))]
-            has_special += any(re.search(pattern, text) for text in texts)
+            good[number] = found
+    print(f"{len(good):,} of {len(records):,} records are good")
+    if good:
+        print_summary(good, records, "words" if tokenizer is None else "tokens", max_length)
     bad = len(records) - len(good)
-    print(f"{len(good)} of {len(records)} records are good")
-    print(f"{has_special} of them have the name of a special token in their text; it is read as text")
     if bad:
         clean = Path(file).with_suffix(".clean.json")
         with whole(clean) as building:
-            building.write_text(json.dumps(good))
+            building.write_text(json.dumps([records[number] for number in good]))
         print(f"wrote {clean}")
     return bad
 
 
-def look(record, images, stage, tokenizer, template: str, image_tokens: int, max_length: int):
-    """ValueError for what is wrong with one record: its form, its picture, with a tokenizer its row."""
+def packed(records: list) -> Records:
+    """The records as they are, good or bad, in one array that all processes share."""
+    texts = [json.dumps(record).encode() for record in records]
+    return Records(np.frombuffer(b"".join(texts), np.uint8), np.cumsum([0, *map(len, texts)]))
+
+
+def look_at(records: list, **how) -> list:
+    """What is found in each of some records: the dict of `look`, its "id" and "problem" (or "")."""
+    everything = []
+    for record in records:
+        is_dict = isinstance(record, dict)
+        name = f"record {record.get('id', 0)!r}" if is_dict else "record"
+        found = {"id": record.get("id") if is_dict else None, "problem": ""}
+        try:
+            with named(name):
+                found |= look(record, **how)
+        except ValueError as error:
+            found["problem"] = str(error).removeprefix(f"{name}: ")
+        everything.append(found)
+    return everything
+
+
+def look(record, images, stage, tokenizer, template: str, image_tokens: int, max_length: int) -> dict:
+    """What is found in a record. ValueError for a wrong form, a bad picture, a row without a label.
+
+    "image", "bytes"    the name of its picture and a number for the file's bytes, or None
+    "answers"           a number for all that is answered
+    "length"            of its text in words; with a tokenizer, of its row in tokens, before it is cut
+    "has_special"       whether its text has the name of a special token
+    """
     problem = find_problem(record, stage)
     if problem:
         raise ValueError(problem)
     record = tidy(record)
-    if "image" in record:
-        load_image(find_image(images, record["image"]))
+    turns = clean_turns(record)
+    texts = [text.removeprefix(IMAGE) for _, text in turns]
+    special = f"{special_names(tokenizer) if tokenizer else LOOKS_SPECIAL}|{IMAGE}"
+    found = {
+        "image": record.get("image"),
+        "bytes": None,
+        "answers": key_of(answers_of(turns)),
+        "length": sum(len(text.split()) for text in texts),
+        "has_special": any(re.search(special, text) for text in texts),
+    }
+    if found["image"]:
+        file = find_image(images, found["image"])
+        load_image(file)
+        found["bytes"] = key_of(file.read_bytes())
     if tokenizer is not None:
         samples = Conversations([record], images, tokenizer, template, None, "")
-        row = expand(samples.read(0, with_pixels=False), image_tokens, max_length)
+        sample = samples.read(0, with_pixels=False)
+        row = expand(sample, image_tokens, max_length)
         if all(label == IGNORE for label in row["labels"]):
             raise ValueError(f"has no word of an answer within {max_length} tokens")
+        found["length"] = len(sample["ids"]) + (image_tokens - 1) * ("image" in record)
+    return found
+
+
+def answers_of(turns: list) -> list:
+    return [text for role, text in turns if role == "gpt"]
+
+
+def print_summary(good: dict, records: Records, unit: str, max_length: int):
+    """Print what the good records, {number: what is found}, are, and what is there more than once."""
+    bytes_of = {found["image"]: found["bytes"] for found in good.values() if found["image"]}
+    with_image = sum(found["image"] is not None for found in good.values())
+    copies = len(bytes_of) - len(set(bytes_of.values()))
+    print(f"{with_image:,} have an image, {len(good) - with_image:,} have none; of {len(bytes_of):,} images, "
+          f"{copies:,} are copies of others")
+    lengths = sorted(found["length"] for found in good.values())
+    print(f"{unit}: {lengths[0]:,} to {lengths[-1]:,}, median {statistics.median_low(lengths):,}")
+    if unit == "tokens":
+        print(f"{sum(length > max_length for length in lengths):,} are cut at {max_length:,} tokens")
+    ids = [repr(found["id"]) for found in good.values() if found["id"] is not None]
+    if len(set(ids)) < len(ids):
+        print(f"{len(ids) - len(set(ids)):,} have the id of another before them")
+    (answers, times), = Counter(found["answers"] for found in good.values()).most_common(1)
+    if times > max(1, len(good) / 100):
+        number = next(number for number, found in good.items() if found["answers"] == answers)
+        said = ", ".join(map(repr, answers_of(clean_turns(tidy(records[number])))))
+        print(f"{times:,} have the same answers: {said:.80}")
+    has_special = sum(found["has_special"] for found in good.values())
+    if has_special:
+        print(f"{has_special:,} have the name of a special token in their text; it is read as text")
 
 
 def main():
@@ -81,11 +162,10 @@ def main():
     add("--template", choices=[*TEMPLATES], help="with --llm (default: align's is plain, instruct's v1)")
     add("--image_tokens", type=int, default=576, help="with --llm: of an image")
     add("--max_length", type=int, default=2048, help="with --llm: most tokens in a row")
-    try:
+    add("--workers", type=int, help="processes that share the work (default: one a core)")
+    with command("running.check", "interrupted; nothing was written"):
         bad = check(**vars(parser.parse_args()))
-    except (OSError, ValueError) as error:
-        sys.exit(f"running.check: {error}")
-    sys.exit(1 if bad else 0)
+        sys.exit(1 if bad else 0)
 
 
 if __name__ == "__main__":

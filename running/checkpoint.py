@@ -4,6 +4,7 @@
     OUT/checkpoint-STEP/made_of.json fingerprints of records, tokenizer and towers
     OUT/log.jsonl                    a line a step
     OUT/lengths.npy                  the counted tokens of each record, behind a key of what was counted
+    OUT/launch                       of which torchrun it is: what that one starts again goes on
     OUT/config.json                  written last: with it the run is finished, and its checkpoints go
 """
 
@@ -26,7 +27,7 @@ import torch
 
 from data import find_image, key_of
 from plumbing.files import named, read_json, read_text, whole
-from plumbing.ranks import barrier, on_every_rank, rank, say, world_size
+from plumbing.ranks import barrier, launch, on_every_rank, rank, say, world_size
 
 # Options that a resumed run may change: they do not touch its weights.
 MAY_DIFFER = {"resume", "save_every", "val", "val_every", "workers", "cache", "out"}
@@ -90,7 +91,8 @@ def locked(config):
         return token
 
     def see():
-        if config.save_every and read_text(path) != tokens[0]:
+        is_seen = path.is_file() and read_text(path) == tokens[0]
+        if config.save_every and not is_seen:
             raise ValueError(f"{config.out}: rank {rank()} does not see rank 0's folder; with --save_every, "
                              "all ranks need the same one")
 
@@ -314,6 +316,7 @@ def open_run(config, start: int, counted: list):
         lines = read_text(out / "log.jsonl").splitlines(True)[:start]  # line k is step k
     with whole(out / "log.jsonl") as building:
         building.write_text("".join(lines))
+    (out / "launch").write_text(launch())
     for folder in stale:
         shutil.rmtree(folder, ignore_errors=True)
     with whole(out / "lengths.npy") as building, open(building, "wb") as file:

@@ -16,9 +16,9 @@ import torch
 
 from data import PROMPTS, TEMPLATES
 from losses import CONTRASTIVE
-from plumbing.files import ROOT, named
+from plumbing.files import ROOT, named, read_text
 from plumbing.llava import describe, find_projector
-from plumbing.ranks import barrier, rank, say
+from plumbing.ranks import barrier, launch, rank, say
 
 def option(default, help, choices=None, heading=None):
     return field(default=default, metadata={"help": help, "choices": choices, "heading": heading})
@@ -173,8 +173,8 @@ def configure(stage: str, given: dict) -> Config:
         config.out = f"runs/{preset}/{stage}"
     if not config.init and stage == "instruct":
         config.init = align_run(config)
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # torchrun --max-restarts
-    if restarts > 0 and (Path(config.out) / "log.jsonl").exists():
+    launched = Path(config.out) / "launch"
+    if launch() and launched.exists() and read_text(launched) == launch():  # torchrun --max-restarts
         config.resume = True
     refuse(config)
     if config.init and (config.init != align_run(config) or Path(config.init).exists()):

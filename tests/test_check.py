@@ -1,7 +1,10 @@
 """The check of a list, `python -m running.check`: what it calls good, training takes."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,11 +12,12 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 from test_data import TEXT, TOWER, llama2, record
-from test_train import how_it_ends
+from test_train import children, how_it_ends, is_running
 from test_train import world  # noqa: F401 (a fixture)
 
 import data
 import train
+from plumbing.tokenizer import load_tokenizer
 from running import check as check_program
 from running.records import load_records
 
@@ -112,7 +116,7 @@ def test_typed_special_tokens_are_counted(tmp_path, toy, llama_folder, check):
                          record("q", "red </s> blue"), record("What is <image>?", "a marker"))
     for more in ([], ["--llm", llama_folder]):
         status, printed = check(file, toy / "images", *more)
-        assert status == 0 and "3 of them have the name of a special token in their text" in printed
+        assert status == 0 and "3 have the name of a special token in their text" in printed
 
 
 def test_the_check_and_the_start_of_a_run_know_the_stage(tmp_path, world, llama_folder, monkeypatch, check):
@@ -138,6 +142,53 @@ def test_the_check_and_the_start_of_a_run_know_the_stage(tmp_path, world, llama_
     assert "d.json: record 8 (id 'r') is not an image with one caption" in last
     last = how_it_ends(train.main, world[0], *options, "--contrastive", "none", "--template", "v1")
     assert "record 'r': the image does not fit into 256 tokens" in last
+
+
+def test_what_the_good_records_are_is_told(tmp_path, toy, llama_folder, check):
+    picture = sorted((toy / "images").iterdir())[0]
+    for name in ("a.png", "b.png"):
+        shutil.copy(picture, tmp_path / name)
+    many = [pictured("a.png"), pictured("b.png"), record("q", "red"), record("one two three", "four")]
+    many.append(many[2] | {"id": "other"})
+    del many[0]["id"], many[3]["id"]
+    file = write_records(tmp_path / "d.json", *many)
+    status, printed = check(file, tmp_path)
+    assert (status, printed.splitlines()) == (0, [
+        "5 of 5 records are good", "2 have an image, 3 have none; of 2 images, 1 are copies of others",
+        "words: 2 to 5, median 4", "1 have the id of another before them", "4 have the same answers: 'red'"])
+    _, printed = check(file, tmp_path, "--llm", llama_folder, "--image_tokens", "16", "--max_length", "29")
+    samples = data.Conversations(load_records(file), tmp_path, load_tokenizer(llama_folder), "v1", None, "")
+    lengths = sorted(samples.count_tokens(range(5), 16))
+    assert f"tokens: {lengths[0]} to {lengths[4]}, median {lengths[2]}\n" in printed
+    assert lengths[2:] == [lengths[2], 30, 30] and "\n2 are cut at 29 tokens\n" in printed
+
+
+def test_two_processes_find_what_one_finds(tmp_path, toy, check):
+    good = pictured(sorted((toy / "images").iterdir())[0].name)
+    many = [good | {"id": n, "image": good["image"] if n % 7 else "gone.png"} for n in range(100)]
+    file = write_records(tmp_path / "d.json", *many, 7, {}, record("q", "\ud800 a"))
+    found = []
+    for workers in (0, 2):
+        _, printed = check(file, toy / "images", "--workers", workers)
+        found.append((printed, (tmp_path / "d.clean.json").read_text()))
+    assert found[0] == found[1]
+    assert "86 of 103" in printed and printed.count("gone.png") == 15 and "record 100 (id None)" in printed
+
+
+def test_ctrl_c_ends_it_in_a_line(tmp_path, toy):
+    """The terminal sends it to all processes of the command."""
+    good = pictured(sorted((toy / "images").iterdir())[0].name)
+    file = write_records(tmp_path / "d.json", {}, *[good] * 20_000)
+    command = [sys.executable, "-m", "running.check", file, toy / "images", "--workers", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert process.stdout.readline().startswith("record 0 ")
+    workers = children(process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1 and not (tmp_path / "d.clean.json").exists()
+    assert said.splitlines()[-1] == "running.check: interrupted; nothing was written"
+    assert "Traceback" not in said and len(workers) == 2 and not any(map(is_running, workers))
 
 
 @pytest.mark.parametrize("image, found", [

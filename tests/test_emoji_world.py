@@ -249,6 +249,23 @@ def test_the_command_says_it_in_one_line_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_towers_alone(tmp_path, monkeypatch, capsys):
+    """Once written they stay; the line is what to type next."""
+    def written(folder):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text("")
+
+    folder = tmp_path / "my/towers"
+    monkeypatch.setattr(emoji_world, "check_pip", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["emoji_world.py", "--towers_only", str(folder)])
+    for write in (written, None):
+        monkeypatch.setattr(emoji_world, "write_dinov2", write)
+        monkeypatch.setattr(emoji_world, "write_smollm2", write)
+        emoji_world.main()
+        assert capsys.readouterr().out == f"--vit {folder}/dinov2-small --llm {folder}/smollm2\n"
+    assert {file.name for file in folder.iterdir()} == {"dinov2-small", "smollm2"}
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(FileExistsError, match="no complete world"):

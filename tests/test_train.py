@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -1233,12 +1232,6 @@ def is_running(pid):
         return False
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
 def stage_of_rank(rank, world, folder, argv):
     """train.py, in a process that is one of several ranks already."""
     os.chdir(folder)
@@ -1275,18 +1268,6 @@ def test_killed_and_resumed_equals_uninterrupted(world, both_stages, ranks, tmp_
     for file in (tmp_path / "whole").rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "cut" / file.relative_to(tmp_path / "whole")).read_bytes()
     assert not list((tmp_path / "cut").glob("checkpoint-*"))
-
-
-def test_two_nodes_log_what_one_process_logs(world, tmp_path):
-    """Two agents with a rendezvous, as on two machines; every logged number equals that of one process."""
-    options = ["--stage", "align", "--out"]
-    launch = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-              f"--rdzv_endpoint=localhost:{free_port()}"]
-    agents = [start(world, *options, tmp_path / "two", launch=launch) for _ in range(2)]
-    trained(world, *options, tmp_path / "one")
-    assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
-    for ours, theirs in zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_max_restarts_continues_by_itself(world, tmp_path):
