@@ -195,6 +195,15 @@ def prepare_tokenizer(source: Path, template: str, system: str, v1) -> tuple:
 # ------------------------------------------------------------------------------------------------------------
 # Writing
 
+def why_not_exported(projector: str, vit_model_type: str) -> str:
+    """Why a model cannot be written in transformers' format; empty if it can."""
+    if projector != "mlp2x_gelu":
+        return f"transformers' LLaVA has no projector {projector!r}, only mlp2x_gelu"
+    if vit_model_type == "dinov2":
+        return "a DINOv2 tower is read, not written"
+    return ""
+
+
 def export(folder, tensors, vision: dict, text: dict, settings: dict, system: str, v1):
     """Write a folder in transformers' format: weights, config.json, tokenizer, and settings around them.
 
@@ -202,10 +211,9 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
     kind of "projector", "feature_layer", "image_tokens" of an image, "has_class_token", the "tokenizer"'s
     folder or id, the "template"'s name. `system` and `v1`: the strings of template v1.
     """
-    if settings["projector"] != "mlp2x_gelu":
-        raise ValueError(f"transformers' LLaVA has no projector {settings['projector']!r}, only mlp2x_gelu")
-    if vision["model_type"] == "dinov2":
-        raise ValueError("a DINOv2 tower is read, not written")
+    problem = why_not_exported(settings["projector"], vision["model_type"])
+    if problem:
+        raise ValueError(problem)
     folder = Path(folder)
     source = resolve(settings["tokenizer"], TOKENIZER_FILES)
     tokenizer, template, ends = prepare_tokenizer(source, settings["template"], system, v1)

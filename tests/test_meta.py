@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import losses
 import train
-from running import options, order, plan
+from running import costs, options, order, plan
 
 META, aten = torch.device("meta"), torch.ops.aten
 
@@ -103,17 +103,17 @@ def second_step(stage, preset, world=1, text=0, dtype=torch.bfloat16, is_first=F
     try:
         config = options.configure(stage, {"preset": preset} | given)
         with Watch() as watch:
-            vlm = bench_step.random_model(config, bench_step.shapes_of(config), META, dtype)
+            vlm = bench_step.random_model(config, costs.shapes_of(config), META, dtype)
             optimizer, terms = train.build_optimizer(config, vlm, META)
-            parts = order.split_batch(config, world)[1]
-            micro_batches = [bench_step.random_batch(config, vlm, part, text) for part in range(parts)]
+            micro_batches = bench_step.random_step(config, vlm, text)
             for _ in range(2):  # in the second the optimizer has its moments
                 watch.waits.clear()
                 watch.peak = watch.live
                 step = 0 if is_first else config.contrastive_first
                 train.train_step(vlm, terms, optimizer, micro_batches, config, 1e-3, step)
-        rows, length = micro_batches[0]["ids"].shape
-        return config, vlm, watch, sum(plan.memory_sum(config, vlm, dtype, rows, length).values())
+        largest = order.largest_micro_batch(*plan.typical_step(config, vlm, world, text))
+        outlined = costs.outline(config)
+        return config, vlm, watch, sum(plan.memory_sum(config, outlined, dtype, *largest, world).values())
     finally:
         if world > 1:
             dist.destroy_process_group()
@@ -151,8 +151,8 @@ def test_operations_are_those_that_pytorch_counts(kernels, stage, preset, option
         config, vlm, _, _ = second_step(stage, preset, **one | options)
     counted = Counter({op.__name__: n / 2 for op, n in counter.get_flop_counts()["Global"].items()})  # a step
     matrices = sum(n for name, n in counted.items() if "attention" not in name)
-    assert matrices + bench_step.attention_flops(config, vlm) == pytest.approx(
-        sum(bench_step.flops_per_step(config, vlm).values()), rel=0.02)
+    assert matrices + costs.attention_flops(config, vlm) == pytest.approx(
+        sum(costs.flops_per_step(config, vlm).values()), rel=0.02)
 
 
 WAYS = "every", "every-other", "none"
