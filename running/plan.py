@@ -37,8 +37,7 @@ RECORDS = {  # of the presets' lists
 def what_fits(config, vlm, dtype, largest: tuple, world: int, has: float) -> str:
     """The first change that brings a rank below `has` GiB, and its sum; empty if none does.
 
-    In this order: --shard, a smaller --micro_batch, --checkpointing every, more GPUs; and what fits only
-    together.
+    In this order: --shard, a smaller --micro_batch, --checkpointing every, more GPUs, each with those before.
     """
     rows, tokens = largest
     size, _ = split_batch(config, world)
@@ -66,9 +65,9 @@ def check_memory(config, vlm, dtype, largest: tuple, world: int, has: float):
     """ValueError, with what to do, if a rank needs more than `has` GiB."""
     needs = sum(memory_sum(config, vlm, dtype, *largest, world).values())
     if needs > has:
-        way = what_fits(config, vlm, dtype, largest, world, has) or "with a smaller preset"
+        way = what_fits(config, vlm, dtype, largest, world, has) or "nothing but a smaller preset"
         raise ValueError(f"{config.preset} {config.stage} needs about {needs:.3g} GiB a rank, not {has:.3g}; "
-                         f"it fits with {way}")
+                         f"what fits: {way}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -143,7 +142,7 @@ def print_costs(config, vlm, steps: int, gpus: int):
     say("    " + ", ".join(f"{name} {part / total:.2g}" for name, part in step.items()))
     stage = costs.flops_of_stage(config, vlm, steps)
     say(f"the stage: {stage / 1e18:.3g} EFLOP, {costs.hours(stage, gpus):.3g} h on {gpus} H100(s) at "
-        f"{costs.USED:.0%} of their peak")
+        f"{100 * costs.USED:.0f} % of their peak")
 
 
 def disk_sum(config, vlm, dtype, steps: int) -> dict:
@@ -188,7 +187,11 @@ def configs_of(given: dict) -> list:
 def count_records(config) -> tuple:
     """(the records of a stage's list, nothing). Without that file: (those of the preset's list, whose)."""
     file = Path(config.annotations)
-    counted = on_every_rank(lambda: len(parse_records(file)) if rank() == 0 and file.exists() else None)[0]
+
+    def count():
+        return len(parse_records(file)) if rank() == 0 and file.exists() else None
+
+    counted = on_every_rank(count)[0]
     if counted is not None:
         return counted, ""
     whose = "the toy world's" if config.preset == "tiny" else "LLaVA's"
@@ -215,7 +218,7 @@ def plan_stage(config, world: int, has: float) -> bool:
         print_plan(config, vlm, dtype, steps, largest, world, has)
     except ValueError as error:
         fits = False
-        say(f"{error}")
+        say(str(error).replace("; ", "\n    "))
     print_passes(config, records, steps)
     if whose:
         say(f"    {whose} count: there is no {config.annotations}")
@@ -230,7 +233,7 @@ def main(argv=None):
         epilog="Takes every option of train.py, too; `python train.py --help` lists them.",
         allow_abbrev=False)
     parser.add_argument("--gpus", type=int, default=1, help="ranks, one for each GPU [1]")
-    parser.add_argument("--memory", type=float, default=80, help="of a GPU, in GiB; 2 of them go to CUDA [80]")
+    parser.add_argument("--memory", type=float, default=80, help="of a GPU, GiB; 2 of them go to CUDA [80]")
     own, others = parser.parse_known_args(argv)
     given = options.parse_args(others, parser.prog)
     with command("running.plan"):

@@ -5,8 +5,9 @@ the plan.
     python tests/bench_step.py --preset small --stage align --batch 4 --micro_batch 4
     python tests/bench_step.py --costs    # the README's table of hours: arithmetic, nothing is run
 
-Three steps with random weights and random data; nothing is written. Takes every option of train.py. The last
-line printed is one JSON object. Not a test: machines vary.
+Three steps with random weights and random data; nothing is written. Takes every option of train.py. Of
+--annotations only the number of records matters, and with --features the ViT does not run. A CPU is not asked
+for more than a minute. The last line printed is one JSON object. Not a test: machines vary.
 """
 
 import json
@@ -68,7 +69,8 @@ def random_batch(config, vlm, number: int = 0, text: int = 0, rows: int = 0) -> 
 def random_step(config, vlm, text: int = 0) -> list:
     """The micro-batches of this rank, dealt as a run deals them."""
     dealt, _ = plan.typical_step(config, vlm, world_size(), text)
-    return [random_batch(config, vlm, number, text, len(part)) for number, part in enumerate(dealt[0][rank()])]
+    mine = enumerate(dealt[0][rank()])
+    return [random_batch(config, vlm, number, text, len(part)) for number, part in mine]
 
 
 def dry_run(config, device):
@@ -84,8 +86,8 @@ def dry_run(config, device):
     total = sum(costs.flops_per_step(config, outlined).values())
     tokens = config.batch * costs.row_length(config, outlined)
     if device.type == "cpu" and 3 * total > MOST_ON_A_CPU:
-        raise ValueError(f"3 steps of {total / 1e15:.2g} PFLOP take a CPU too long: a smaller --batch, or the "
-                         f"plan alone: `python -m running.plan --preset {config.preset}`")
+        raise ValueError(f"3 steps of {total / 1e15:.2g} PFLOP take a CPU too long: a smaller --batch, or "
+                         f"the plan alone: `python -m running.plan --preset {config.preset}`")
     config.contrastive_first = min(3, config.contrastive_first)
     vlm = random_model(config, costs.shapes_of(config), device, dtype)
     optimizer, terms = train.build_optimizer(config, vlm, device)

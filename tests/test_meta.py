@@ -124,7 +124,9 @@ SHORT = [  # stage, preset, ranks, tokens of text in each row (0: typical), opti
     ("align", "7b", 8, 0, {"checkpointing": "every-other", "micro_batch": 32}),
     ("instruct", "7b", 8, 0, {}), ("instruct", "7b", 8, 1471, {"checkpointing": "none"}),
     ("instruct", "7b", 8, 0, {"shard": False}), ("instruct", "small", 8, 0, {}),
-    ("align", "speedrun", 1, 0, {"batch": 64})]
+    ("align", "speedrun", 1, 0, {"batch": 64}), ("instruct", "speedrun", 16, 0, {}),
+    ("instruct", "tiny", 1, 0, {}), ("instruct", "tiny", 8, 0, {}), ("instruct", "tiny", 16, 0, {}),
+    ("align", "small", 8, 0, {"features": "f", "batch": 128})]
 
 
 @pytest.mark.parametrize("stage, preset, world, text, options", SHORT)
@@ -162,19 +164,20 @@ LONG += [("instruct", "7b", 8, text, {"checkpointing": way, "shard": shard})
          for text in (0, 1471) for way in WAYS for shard in (True, False)]
 LONG += [("align", "7b", 1, 0, {"contrastive": loss, "checkpointing": "every"})
          for loss in ("patch", "prompt")]
-LONG += [("instruct", "7b", 1, 0, {}), ("instruct", "7b", 8, 0, {"micro_batch": 8}),
-         ("align", "13b", 8, 0, {}), ("instruct", "13b", 8, 0, {}), ("instruct", "13b", 8, 1471, {})]
-LONG += [("align", "small", 1, 0, options) for options in (
-    {}, {"projector": "pixel_shuffle"}, {"contrastive": "both"}, {"checkpointing": "every"})]
-LONG += [("instruct", "small", 1, 0, {}), ("instruct", "small", 8, 0, {}), ("instruct", "small", 1, 1851, {}),
-         ("instruct", "small", 1, 1851, {"checkpointing": "every", "micro_batch": 4}),
-         ("align", "speedrun", 1, 0, {}), ("instruct", "speedrun", 1, 0, {"micro_batch": 8})]
+LONG += [("instruct", "7b", 8, 0, {"micro_tokens": 0}), ("instruct", "13b", 8, 1471, {}),
+         ("instruct", "7b", 8, 0, {"micro_batch": 4}), ("instruct", "7b", 4, 0, {"llm": "Qwen/Qwen3-0.6B"})]
+LONG += [("align", "small", 1, 0, given) for given in (
+    {"projector": "pixel_shuffle"}, {"contrastive": "both"}, {"checkpointing": "every"}, {"features": "f"})]
+LONG += [("instruct", "small", 1, 1851, {}), ("align", "7b", 8, 0, {"features": "f"}),
+         ("instruct", "small", 1, 1851, {"checkpointing": "every", "micro_batch": 4})]
+LONG += [(stage, preset, world, 0, {})
+         for preset in options.PRESETS for stage in ("align", "instruct") for world in (1, 8, 16)]
 
 if __name__ == "__main__":  # the whole table, in some minutes
     with pytest.MonkeyPatch.context() as patch:
         use_gpu_kernels(patch)
-        for stage, preset, world, text, options in LONG:
-            _, _, watch, planned = second_step(stage, preset, world, text, **options)
+        for stage, preset, world, text, given in LONG:
+            _, _, watch, planned = second_step(stage, preset, world, text, **given)
             peak = watch.peak / 2**30
-            print(f"{stage:<9}{preset:<9} W={world} text {text:<5} peak {peak:7.2f} GiB, planned "
-                  f"{planned:7.2f}, ratio {peak / planned:.3f} {options}", flush=True)
+            print(f"{stage:<9}{preset:<9} W={world:<3} text {text:<5} peak {peak:8.4g} GiB, planned "
+                  f"{planned:8.4g}, ratio {peak / planned:.3f} {given or ''}", flush=True)
