@@ -78,6 +78,7 @@ def memory_sum(config, vlm, dtype, rows: int, length: int, world: int) -> dict:
     gradients = 4 * learning
     head = 0  # the first gradient to come
     sent = 0  # the last
+    late = 0  # the last of the pass before, on its way to the other ranks
     if llm_learns:
         table = c.vocab_size * c.hidden_size
         opened = min(BUCKET_SIZE, shards * learning)  # a bucket's fp32 gradient is there as a whole
@@ -89,10 +90,11 @@ def memory_sum(config, vlm, dtype, rows: int, length: int, world: int) -> dict:
         sent = table * itemsize
         if shards > 1:
             sent += 4 * table
+            late = 4 * table * (1 + 1 / shards)  # and this rank's part of the sum
     begins = waiting * (kept + logits)
     begins += max(2 * logits, head + sweep + recomputed - logits)
     if passes > 1:
-        begins += gradients  # of the earlier passes
+        begins += gradients + late  # of the earlier passes
     ends = gradients
     if llm_learns:
         ends += max(block + sweep, sent)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from losses import CONTRASTIVE
 from plumbing.llava import why_not_exported
 from plumbing.ranks import command, on_every_rank, rank, say
 from running import costs, options

@@ -158,8 +158,10 @@ def test_operations_are_those_that_pytorch_counts(kernels, stage, preset, option
 
 
 WAYS = "every", "every-other", "none"
-LONG = [("align", "7b", 8, 0, {"contrastive": loss, "checkpointing": way, "micro_batch": 32})
-        for loss in losses.CONTRASTIVE for way in WAYS]
+LONG = [(stage, preset, world, 0, {})
+        for preset in options.PRESETS for stage in ("align", "instruct") for world in (1, 8, 16)]
+LONG += [("align", "7b", 8, 0, {"contrastive": loss, "checkpointing": way, "micro_batch": 32})
+         for loss in losses.CONTRASTIVE for way in WAYS]
 LONG += [("instruct", "7b", 8, text, {"checkpointing": way, "shard": shard})
          for text in (0, 1471) for way in WAYS for shard in (True, False)]
 LONG += [("align", "7b", 1, 0, {"contrastive": loss, "checkpointing": "every"})
@@ -170,8 +172,6 @@ LONG += [("align", "small", 1, 0, given) for given in (
     {"projector": "pixel_shuffle"}, {"contrastive": "both"}, {"checkpointing": "every"}, {"features": "f"})]
 LONG += [("instruct", "small", 1, 1851, {}), ("align", "7b", 8, 0, {"features": "f"}),
          ("instruct", "small", 1, 1851, {"checkpointing": "every", "micro_batch": 4})]
-LONG += [(stage, preset, world, 0, {})
-         for preset in options.PRESETS for stage in ("align", "instruct") for world in (1, 8, 16)]
 
 if __name__ == "__main__":  # the whole table, in some minutes
     with pytest.MonkeyPatch.context() as patch:
