@@ -11,7 +11,7 @@ import argparse
 import itertools
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -52,12 +52,17 @@ def what_fits(config, vlm, dtype, largest: tuple, world: int, has: float) -> str
         needs = sum(memory_sum(changed, vlm, dtype, min(rows, size, share), tokens, W).values())
         if needs <= has:
             words = [f"{W} GPUs"] if W > world else []
-            for name in ("shard", "micro_batch", "checkpointing"):
-                value = getattr(changed, name)
-                if value != getattr(config, name):
-                    words.append(f"--{name}" if value is True else f"--{name} {value}")
-            return f"{', '.join(words)}: {needs:.3g} GiB"
+            return f"{', '.join(words + differences(config, changed))}: {needs:.3g} GiB"
     return ""
+
+
+def differences(config, changed) -> list:
+    """What to type so that a run has the options of `changed`."""
+    words = []
+    for name, value in asdict(changed).items():
+        if value != getattr(config, name):
+            words.append(f"--{name}" if value is True else f"--{name} {value}")
+    return words
 
 
 def check_memory(config, vlm, dtype, largest: tuple, world: int, has: float):
