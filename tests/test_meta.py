@@ -124,7 +124,8 @@ SHORT = [  # stage, preset, ranks, tokens of text in each row (0: typical), opti
     ("align", "7b", 8, 0, {"checkpointing": "every-other", "micro_batch": 32}),
     ("instruct", "7b", 8, 0, {}), ("instruct", "7b", 8, 1471, {"checkpointing": "none"}),
     ("instruct", "7b", 8, 0, {"shard": False}), ("instruct", "small", 8, 0, {}),
-    ("align", "speedrun", 1, 0, {"batch": 64}), ("instruct", "speedrun", 16, 0, {}), ("instruct", "speedrun", 4, 0, {"shard": True, "micro_batch": 8}),
+    ("align", "speedrun", 1, 0, {"batch": 64}), ("instruct", "speedrun", 16, 0, {}),
+    ("instruct", "speedrun", 4, 0, {"shard": True, "micro_batch": 8}),
     ("instruct", "tiny", 1, 0, {}), ("instruct", "tiny", 8, 0, {}), ("instruct", "tiny", 16, 0, {}),
     ("align", "small", 8, 0, {"features": "f", "batch": 128})]
 
