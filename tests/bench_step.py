@@ -59,9 +59,11 @@ def random_batch(config, vlm, number: int = 0, text: int = 0, rows: int = 0) -> 
     for i in range(rows):
         ids = torch.randint(3, c.vocab_size, (text,), generator=rng).tolist()
         roles = [data.CONTEXT] * 2 + [data.ANSWER] * text
-        pixels = torch.randn(shape, generator=rng).to(vlm.llm.head_weight.dtype)
+        pixels = torch.randn(shape, generator=rng)
+        if config.features:
+            pixels = pixels.to(vlm.llm.head_weight.dtype)
         samples.append({"ids": [1, data.IMAGE_MARKER, *ids], "roles": roles, "text_ids": [1, *ids],
-                        "pixels": pixels if config.features else pixels.float(), "name": f"random {i}"})
+                        "pixels": pixels, "name": f"random {i}"})
     return data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, 0, size,
                         min(config.max_length, c.max_position_embeddings))
 

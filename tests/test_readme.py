@@ -122,7 +122,7 @@ def test_every_command_that_a_readme_names_can_be_called(words, tmp_path, monkey
     else:
         source = (ROOT / file).read_text()
         passed_on = set()
-        if program == "lab.compare":  # it takes train.py's options, too
+        if program in ("lab.compare", "running.plan"):  # they take train.py's options, too
             passed_on = {f"--{name}" for name in Config.__dataclass_fields__}
         flags = {option for option in given if option.startswith("--")}
         assert all(f'"{flag}"' in source for flag in flags - passed_on)
