@@ -43,7 +43,7 @@ import losses
 from llm import LLM, load_llm_config
 from plumbing.files import ROOT, named
 from plumbing.ranks import (all_gather, caught_signals, choose_dtype, command, peak_memory, rank,
-                            reduce_scatter, say, start_ranks, sum_over_ranks, world_size)
+                            reduce_scatter, say, start_ranks, sum_over_ranks, total_memory, world_size)
 from projector import VLM
 from running import checkpoint, features, held_out, options, order, plan
 from running.options import Config
@@ -578,7 +578,9 @@ def train_stage(config: Config, device):
     if not any(learning_rate(step, steps, config) for step in range(steps)):
         raise ValueError(f"{steps} steps, all at learning rate 0: more --steps, or a smaller --warmup_ratio")
     dealt = order.deal(config, lengths, steps, world_size())
-    plan.print_plan(config, outlined, device, dtype, steps, order.largest_micro_batch(dealt, lengths))
+    largest = order.largest_micro_batch(dealt, lengths)
+    has = total_memory(device) / plan.GIB
+    plan.print_plan(config, outlined, dtype, steps, largest, world_size(), has)
     plan.print_passes(config, len(samples), steps)
     plan.check_disk(config, outlined, dtype, steps)
 

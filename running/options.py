@@ -33,7 +33,7 @@ class Config:
     init: str = option("", "what to start from: a run, an export or a LLaVA folder, whose towers and "
                            "projector are taken; or LLaVA's mm_projector.bin. instruct needs one")
     seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
-    dry_run: bool = option(False, "3 steps at full shape: random weights and data, nothing read or written")
+    dry_run: bool = option(False, "the plan, then 3 steps of random weights and data; nothing is written")
     save_every: int = option(0, "steps between checkpoints that --resume continues from; 0: none; gone with "
                               "the last step")
     resume: bool = option(False, "continue this run from its last checkpoint")
@@ -253,4 +253,5 @@ def ensure_data(config):
     if not Path(config.annotations).exists():
         raise FileNotFoundError(f"{config.annotations}: no such file. Name a LLaVA JSON, as of the Hub's "
                                 f"{hub_id(config)}, with --annotations and its pictures with --images "
-                                f"(now {config.images}); or take --preset tiny, or --dry_run with any preset")
+                                f"(now {config.images}); or take --preset tiny. No data: --dry_run, or "
+                                f"`python -m running.plan --preset {config.preset}`")

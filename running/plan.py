@@ -1,111 +1,81 @@
-"""What a run will take, told before anything is loaded: parameters, memory, disk, passes over the records."""
+"""What a run will take, told before anything is loaded: parameters, memory, disk, passes, operations, hours.
 
-import math
+    python -m running.plan --preset 7b --gpus 8 --memory 80
+
+plans for GPUs that are not here, with every option of train.py and neither weights nor data: the towers of
+the presets are known by their shapes, and a list that is missing has as many records as LLaVA's. Its largest
+micro-batch is one of typical samples; a run's own plan knows its records, and so its longest rows.
+"""
+
+import argparse
+import itertools
 import shutil
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from llm import FAMILIES
-from losses import CONTRASTIVE
-from plumbing.ranks import say, total_memory, world_size
-from running.order import split_batch, subset
+from plumbing.llava import why_not_exported
+from plumbing.ranks import command, on_every_rank, rank, say
+from running import costs, options
+from running.costs import count_weights
+from running.memory import GIB, memory_sum
+from running.order import count_steps, deal, largest_micro_batch, split_batch, subset
+from running.records import parse_records
 
-TEXT_TOKENS = {"align": 20, "instruct": 250}  # of a typical sample of LLaVA's two data sets, beside its image
-GIB = 2**30
-
-
-def row_length(config, vlm) -> int:
-    """Tokens of a typical sample: BOS, image, text."""
-    return 1 + vlm.num_image_tokens + TEXT_TOKENS[config.stage]
-
-
-def count_weights(module, only_learning: bool = False) -> int:
-    """Parameters of a module, or those of them that learn."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not only_learning)
+RECORDS = {  # of the presets' lists
+    "LLaVA's": {"align": 558128, "instruct": 665298},
+    "the toy world's": {"align": 4000, "instruct": 2000},
+}
 
 
-def block_memory(config, vlm, tokens: int, itemsize: int) -> tuple:
-    """(bytes that a block keeps for its backward, bytes of its gradients there) for so many tokens."""
-    c = vlm.llm.config
-    C = c.hidden_size
-    MLP = c.intermediate_size
-    _, _, has_norm = FAMILIES[c.model_type]
-    heads = c.num_attention_heads + c.num_key_value_heads
-    heads *= c.head_dim
-    kept = 2 * C  # two residuals
-    kept += 2 * heads  # q and what attention makes of it; k and v
-    kept += has_norm * heads  # q and k before their norm
-    kept += 3 * MLP  # the factors of the gated MLP
-    if config.stage == "instruct":  # what goes into the matrices, whose gradients need it
-        kept += 2 * C
-        kept += MLP
-    gradients = 3 * MLP
-    gradients += 2 * C
-    size = tokens * itemsize
-    return size * kept, size * gradients
+# ------------------------------------------------------------------------------------------------------------
+# Whether it fits
 
+def what_fits(config, vlm, dtype, largest: tuple, world: int, has: float) -> str:
+    """The first change that brings a rank below `has` GiB, and its sum; empty if none does.
 
-def images_memory(config, vlm, itemsize: int) -> int:
-    """Bytes of pixels, features, and what the projector and each loss keep at the cut, of a rank's whole
-    batch."""
-    v = vlm.vit.config
-    C = vlm.llm.config.hidden_size
-    layers = sum(isinstance(module, nn.Linear) for module in vlm.projector.modules())
-    vectors = 2 * layers  # what goes into a layer and what comes out
-    vectors += len(CONTRASTIVE[config.contrastive])  # a gradient of each loss
-    pixels = 3 * v.image_size**2 * 4
-    features = vlm.vit.num_patches * v.hidden_size * itemsize
-    tokens = vlm.num_image_tokens * C * itemsize
-    images = config.batch // world_size()
-    return images * (pixels + features + vectors * tokens)
-
-
-def memory_sum(config, vlm, dtype, rows: int, length: int) -> dict:
-    """GiB that a rank needs at the worst moment of a step, by purpose.
-
-    The largest micro-batch has `rows` rows of `length` tokens. Left out: what CUDA, NCCL and fragmentation
-    take. Memory grows while the LLM goes forward and falls while it goes back. The gradients of what learns
-    grow meanwhile. So the worst moment is where backward begins, or where it ends.
+    In this order: --shard, a smaller --micro_batch, --checkpointing every, more GPUs, each with those before.
     """
-    c = vlm.llm.config
-    itemsize = dtype.itemsize
-    llm_learns = config.stage == "instruct"
-    shards = world_size() if config.shard else 1
-    learning = count_weights(vlm, only_learning=True) / shards
-    block, sweep = block_memory(config, vlm, rows * length, itemsize)
-    blocks = c.num_hidden_layers
-    whole = {"none": blocks, "every-other": blocks // 2, "every": 0}[config.checkpointing]
-    inputs = rows * length * c.hidden_size * itemsize
-    kept = whole * block + (blocks - whole) * inputs
-    recomputed = 0 if whole else block
-    text = max(1, length - 1 - vlm.num_image_tokens)
-    logits = rows * text * c.vocab_size * 4  # fp32; the loss makes two gradients of their size
-    passes = math.ceil(config.batch // world_size() / rows)
-    waiting = 1  # passes that await backward
-    if "prompt" in CONTRASTIVE[config.contrastive]:
-        waiting = passes
-    gradients = 4 * learning
-    head = 0  # the head's gradient, on its way
-    if llm_learns:
-        head = c.vocab_size * c.hidden_size * (4 + itemsize)
-    begins = waiting * (kept + logits)
-    begins += max(2 * logits, sweep + recomputed - logits)
-    begins += gradients if passes > 1 else head  # of the earlier passes
-    ends = gradients
-    if llm_learns:
-        sent = head if world_size() > 1 else 0
-        ends += max(block + sweep, sent)
-    masters = 8 if itemsize == 4 else 12  # fp32 weights are their own masters
-    moment = max(begins, ends)
-    moment += images_memory(config, vlm, itemsize)
-    return {
-        "weights": count_weights(vlm) * itemsize / GIB,
-        "masters and moments": learning * masters / GIB,
-        "activations and gradients": moment / GIB,
-    }
+    rows, tokens = largest
+    size, _ = split_batch(config, world)
+    gpus = [world * 2**k for k in range(8)]
+    ways = [config.checkpointing, "every"]
+    sizes = [size // 2**k for k in range(size.bit_length())]
+    shards = [config.shard, True]
+    for W, way, size, shard in itertools.product(gpus, ways, sizes, shards):
+        share = config.batch // W
+        if config.batch % W or share % min(size, share):
+            continue
+        changed = replace(config, checkpointing=way, micro_batch=size, shard=shard)
+        needs = sum(memory_sum(changed, vlm, dtype, min(rows, size, share), tokens, W).values())
+        if needs <= has:
+            words = [f"{W} GPUs"] if W > world else []
+            return f"{', '.join(words + differences(config, changed))}: {needs:.3g} GiB"
+    return ""
 
+
+def differences(config, changed) -> list:
+    """What to type so that a run has the options of `changed`."""
+    words = []
+    for name, value in asdict(changed).items():
+        if value != getattr(config, name):
+            words.append(f"--{name}" if value is True else f"--{name} {value}")
+    return words
+
+
+def check_memory(config, vlm, dtype, largest: tuple, world: int, has: float):
+    """ValueError, with what to do, if a rank needs more than `has` GiB."""
+    needs = sum(memory_sum(config, vlm, dtype, *largest, world).values())
+    if needs > has:
+        way = what_fits(config, vlm, dtype, largest, world, has) or "nothing but a smaller preset"
+        raise ValueError(f"{config.preset} {config.stage} needs about {needs:.3g} GiB a rank, not {has:.3g}; "
+                         f"what fits: {way}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is printed
 
 def contrastive_words(config) -> str:
     """The contrastive loss, and its weight if it is not the papers' plain sum."""
@@ -119,16 +89,17 @@ def contrastive_words(config) -> str:
     return ", ".join(words)
 
 
-def print_plan(config, vlm, device, dtype, steps: int, largest: tuple):
+def print_plan(config, vlm, dtype, steps: int, largest: tuple, world: int, has: float):
     """What a reader wants to know before the first step. ValueError if it does not fit into a rank's memory.
 
-    `largest`: rows of the largest micro-batch, and their tokens.
+    `largest`: rows of the largest micro-batch, and their tokens. `has`: the GiB that each of `world` ranks
+    may have.
     """
     why = "a GPU" if torch.cuda.is_available() else "no GPU"
-    micro_batch, _ = split_batch(config, world_size())
+    micro_batch, _ = split_batch(config, world)
     say(f"\nstage {config.stage}, preset {config.preset} ({why} here): {steps} steps of {config.batch} on "
-        f"{world_size()} rank(s) in micro-batches of {micro_batch}; "
-        f"contrastive loss: {contrastive_words(config)}")
+        f"{world} rank(s) in micro-batches of {micro_batch}")
+    say(f"contrastive loss: {contrastive_words(config)}")
     if config.preset == "small":
         say("the learning rates of this preset are a guess: nobody has tuned them")
     say(f"{'module':<12}{'parameters':>16}{'learning':>16}  source")
@@ -137,15 +108,20 @@ def print_plan(config, vlm, device, dtype, steps: int, largest: tuple):
         learning = count_weights(part, only_learning=True)
         say(f"{name:<12}{count_weights(part):>16,}{learning:>16,}  {getattr(config, name)}")
     say(f"{str(dtype).removeprefix('torch.')}; norms, softmax, losses and optimizer in float32")
-    memory = memory_sum(config, vlm, dtype, *largest)
-    parts = ", ".join(f"{name} {size:.3g}" for name, size in memory.items())
-    needs = sum(memory.values())
-    has = total_memory(device) / GIB
+    why_not = why_not_exported(vlm.projector_kind, vlm.vit.config.model_type)
+    if why_not:
+        say(f"cannot be exported: {why_not}")
+    memory = memory_sum(config, vlm, dtype, *largest, world)
     rows, tokens = largest
-    say(f"memory of a rank, GiB, with {rows} rows of {tokens} tokens: {parts}; sum {needs:.3g} of {has:.3g}")
-    if needs > has:
-        raise ValueError(f"{config.preset} {config.stage} needs about {needs:.0f} GiB a rank, not {has:.0f}: "
-                         "more ranks with --shard, a smaller --micro_batch or preset, --checkpointing every")
+    say(f"memory of a rank with {rows} rows of {tokens} tokens, of {has:.3g} GiB:")
+    say(f"    {in_parts(memory)}")
+    check_memory(config, vlm, dtype, largest, world, has)
+
+
+def in_parts(sizes: dict) -> str:
+    """The sum of some GiB, and what it is made of."""
+    parts = ", ".join(f"{name} {size:.3g}" for name, size in sizes.items())
+    return f"{sum(sizes.values()):.3g} ({parts})"
 
 
 def print_passes(config, records: int, steps: int):
@@ -161,19 +137,116 @@ def print_passes(config, records: int, steps: int):
     say(words)
 
 
-def check_disk(config, vlm, dtype, steps: int):
-    """ValueError if the disk cannot hold the run: what learned, and up to three checkpoints.
+def print_costs(config, vlm, steps: int, gpus: int):
+    """Operations of a step and of the stage, and the hours of so many H100s."""
+    step = costs.flops_per_step(config, vlm)
+    total = sum(step.values())
+    tokens = config.batch * costs.row_length(config, vlm)
+    say(f"a step: {tokens:,} tokens, {total / 1e15:.3g} PFLOP")
+    say("    " + ", ".join(f"{name} {part / total:.2g}" for name, part in step.items()))
+    stage = costs.flops_of_stage(config, vlm, steps)
+    say(f"the stage: {stage / 1e18:.3g} EFLOP, {costs.hours(stage, gpus):.3g} h on {gpus} H100(s) at "
+        f"{100 * costs.USED:.0f} % of their peak")
+
+
+def disk_sum(config, vlm, dtype, steps: int) -> dict:
+    """GiB on disk, by purpose: what learned, and up to three checkpoints.
 
     Two checkpoints are kept while a third is being written. Those of a resumed run are there already.
     """
     copies = 0
     if config.save_every and not config.resume:
         copies = min(3, (steps - 1) // config.save_every)
+    learning = count_weights(vlm, only_learning=True) / GIB
+    return {"the run": learning * dtype.itemsize, f"{copies} checkpoints": learning * 12 * copies}
+
+
+def check_disk(config, vlm, dtype, steps: int):
+    """ValueError if the disk cannot hold the run."""
     out = Path(config.out).absolute()
     existing = next(path for path in (out, *out.parents) if path.exists())
     has = shutil.disk_usage(existing).free / GIB
-    needs = count_weights(vlm, only_learning=True) * (dtype.itemsize + 12 * copies) / GIB
-    say(f"on disk, GiB: {needs:.3g} of {has:.3g} that are free")
+    sizes = disk_sum(config, vlm, dtype, steps)
+    needs = sum(sizes.values())
+    say(f"on disk, GiB: {in_parts(sizes)} of {has:.3g} that are free")
     if needs > has:
         raise ValueError(f"{config.out}: the run and its checkpoints take {needs:.3g} GiB, and its disk has "
                          f"{has:.3g}: another --out, or a larger --save_every (0: no checkpoints)")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A plan without hardware, weights and data
+
+def configs_of(given: dict) -> list:
+    """The configuration of each stage that is asked for."""
+    stage = given.get("stage", "all")
+    given = given | {"resume": False}
+    if stage != "all":
+        return [options.configure(stage, given)]
+    if "annotations" in given:
+        raise ValueError("--annotations is one stage's list: --stage align, or --stage instruct")
+    return [options.configure(name, options.of_stage(name, given)) for name in ("align", "instruct")]
+
+
+def count_records(config) -> tuple:
+    """(the records of a stage's list, nothing). Without that file: (those of the preset's list, whose)."""
+    file = Path(config.annotations)
+
+    def count():
+        return len(parse_records(file)) if rank() == 0 and file.exists() else None
+
+    counted = on_every_rank(count)[0]
+    if counted is not None:
+        return counted, ""
+    whose = "the toy world's" if config.preset == "tiny" else "LLaVA's"
+    return RECORDS[whose][config.stage], whose
+
+
+def typical_step(config, vlm, world: int, text: int = 0) -> tuple:
+    """(dealt, lengths) as from `order.deal`: one step of samples with an image and `text` tokens (0: as many
+    as a typical sample of the stage has)."""
+    length = 1 + vlm.num_image_tokens + (text or costs.TEXT_TOKENS[config.stage])
+    lengths = [length] * config.batch
+    return deal(config, lengths, 1, world), lengths
+
+
+def plan_stage(config, world: int, has: float) -> bool:
+    """Print the plan of one stage. Returns whether it fits."""
+    vlm = costs.outline(config)
+    dtype = getattr(torch, config.dtype or "bfloat16")
+    records, whose = count_records(config)
+    steps = count_steps(config, records)
+    largest = largest_micro_batch(*typical_step(config, vlm, world))
+    fits = True
+    try:
+        print_plan(config, vlm, dtype, steps, largest, world, has)
+    except ValueError as error:
+        fits = False
+        say(str(error).replace("; ", "\n    "))
+    print_passes(config, records, steps)
+    if whose:
+        say(f"    {whose} count: there is no {config.annotations}")
+    say(f"on disk, GiB: {in_parts(disk_sum(config, vlm, dtype, steps))}")
+    print_costs(config, vlm, steps, world)
+    return fits
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m running.plan", description="What a run would take, on GPUs that need not be here.",
+        epilog="Takes every option of train.py, too; `python train.py --help` lists them.",
+        allow_abbrev=False)
+    parser.add_argument("--gpus", type=int, default=1, help="ranks, one for each GPU [1]")
+    parser.add_argument("--memory", type=float, default=80, help="of a GPU, GiB; 2 of them go to CUDA [80]")
+    own, others = parser.parse_known_args(argv)
+    given = options.parse_args(others, parser.prog)
+    with command("running.plan"):
+        if own.gpus < 1:
+            raise ValueError(f"--gpus is {own.gpus}; it must be at least 1")
+        fits = [plan_stage(config, own.gpus, own.memory - 2) for config in configs_of(given)]
+        if not all(fits):
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

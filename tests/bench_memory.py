@@ -24,6 +24,7 @@ import losses
 import train
 from llm import LLMConfig
 from plumbing.ranks import start_ranks
+from running import costs
 from running.options import configure
 
 MEDIUM = LLMConfig(vocab_size=2000, hidden_size=256, intermediate_size=704, num_hidden_layers=12,
@@ -40,7 +41,7 @@ def model_of(stage: str, checkpointing: str, contrastive: str, size: str, batch:
     batch, text = batch or (16 if is_medium else 64), text or (200 if is_medium else 8)
     config = configure(stage, {"preset": "tiny", "checkpointing": checkpointing, "batch": batch,
                                      "contrastive": contrastive} | options)
-    vit_config, llm_config = bench_step.shapes_of(config)
+    vit_config, llm_config = costs.shapes_of(config)
     shapes = vit_config, MEDIUM if is_medium else llm_config
     vlm = bench_step.random_model(config, shapes, device, torch.float32)
     optimizer, terms = train.build_optimizer(config, vlm, device)

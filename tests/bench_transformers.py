@@ -29,11 +29,12 @@ import train
 from llm import LLMConfig
 from plumbing.ranks import start_ranks
 from projector import VLM
-from running import order
+from running import costs, order
 from running.options import Config, configure
 from vit import ViTConfig
 
-SIZES = bench_step.SHAPES | {
+PRESETS = "small", "speedrun", "7b", "13b"
+SIZES = {preset: costs.shapes_of(configure("align", {"preset": preset})) for preset in PRESETS} | {
     "100m": (ViTConfig(224, 16, 384, 1536, 6, 6), LLMConfig(32000, 640, 1728, 12, 10, 10, 64)),
     "tiny": (ViTConfig(32, 8, 64, 128, 4, 4), LLMConfig(512, 128, 352, 4, 4, 4, 32))}
 TOKENIZER = str(Path(__file__).parent.parent / "lab/towers/tiny-llm")  # its words mean nothing here

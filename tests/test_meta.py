@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import losses
 import train
-from running import options, order, plan
+from running import costs, options, order, plan
 
 META, aten = torch.device("meta"), torch.ops.aten
 
@@ -103,17 +103,17 @@ def second_step(stage, preset, world=1, text=0, dtype=torch.bfloat16, is_first=F
     try:
         config = options.configure(stage, {"preset": preset} | given)
         with Watch() as watch:
-            vlm = bench_step.random_model(config, bench_step.shapes_of(config), META, dtype)
+            vlm = bench_step.random_model(config, costs.shapes_of(config), META, dtype)
             optimizer, terms = train.build_optimizer(config, vlm, META)
-            parts = order.split_batch(config, world)[1]
-            micro_batches = [bench_step.random_batch(config, vlm, part, text) for part in range(parts)]
+            micro_batches = bench_step.random_step(config, vlm, text)
             for _ in range(2):  # in the second the optimizer has its moments
                 watch.waits.clear()
                 watch.peak = watch.live
                 step = 0 if is_first else config.contrastive_first
                 train.train_step(vlm, terms, optimizer, micro_batches, config, 1e-3, step)
-        rows, length = micro_batches[0]["ids"].shape
-        return config, vlm, watch, sum(plan.memory_sum(config, vlm, dtype, rows, length).values())
+        largest = order.largest_micro_batch(*plan.typical_step(config, vlm, world, text))
+        outlined = costs.outline(config)
+        return config, vlm, watch, sum(plan.memory_sum(config, outlined, dtype, *largest, world).values())
     finally:
         if world > 1:
             dist.destroy_process_group()
@@ -124,7 +124,10 @@ SHORT = [  # stage, preset, ranks, tokens of text in each row (0: typical), opti
     ("align", "7b", 8, 0, {"checkpointing": "every-other", "micro_batch": 32}),
     ("instruct", "7b", 8, 0, {}), ("instruct", "7b", 8, 1471, {"checkpointing": "none"}),
     ("instruct", "7b", 8, 0, {"shard": False}), ("instruct", "small", 8, 0, {}),
-    ("align", "speedrun", 1, 0, {"batch": 64})]
+    ("align", "speedrun", 1, 0, {"batch": 64}), ("instruct", "speedrun", 16, 0, {}),
+    ("instruct", "speedrun", 4, 0, {"shard": True, "micro_batch": 8}),
+    ("instruct", "tiny", 1, 0, {}), ("instruct", "tiny", 8, 0, {}), ("instruct", "tiny", 16, 0, {}),
+    ("align", "small", 8, 0, {"features": "f", "batch": 128})]
 
 
 @pytest.mark.parametrize("stage, preset, world, text, options", SHORT)
@@ -151,30 +154,31 @@ def test_operations_are_those_that_pytorch_counts(kernels, stage, preset, option
         config, vlm, _, _ = second_step(stage, preset, **one | options)
     counted = Counter({op.__name__: n / 2 for op, n in counter.get_flop_counts()["Global"].items()})  # a step
     matrices = sum(n for name, n in counted.items() if "attention" not in name)
-    assert matrices + bench_step.attention_flops(config, vlm) == pytest.approx(
-        sum(bench_step.flops_per_step(config, vlm).values()), rel=0.02)
+    assert matrices + costs.attention_flops(config, vlm) == pytest.approx(
+        sum(costs.flops_per_step(config, vlm).values()), rel=0.02)
 
 
 WAYS = "every", "every-other", "none"
-LONG = [("align", "7b", 8, 0, {"contrastive": loss, "checkpointing": way, "micro_batch": 32})
-        for loss in losses.CONTRASTIVE for way in WAYS]
+LONG = [(stage, preset, world, 0, {})
+        for preset in options.PRESETS for stage in ("align", "instruct") for world in (1, 8, 16)]
+LONG += [("align", "7b", 8, 0, {"contrastive": loss, "checkpointing": way, "micro_batch": 32})
+         for loss in losses.CONTRASTIVE for way in WAYS]
 LONG += [("instruct", "7b", 8, text, {"checkpointing": way, "shard": shard})
          for text in (0, 1471) for way in WAYS for shard in (True, False)]
 LONG += [("align", "7b", 1, 0, {"contrastive": loss, "checkpointing": "every"})
          for loss in ("patch", "prompt")]
-LONG += [("instruct", "7b", 1, 0, {}), ("instruct", "7b", 8, 0, {"micro_batch": 8}),
-         ("align", "13b", 8, 0, {}), ("instruct", "13b", 8, 0, {}), ("instruct", "13b", 8, 1471, {})]
-LONG += [("align", "small", 1, 0, options) for options in (
-    {}, {"projector": "pixel_shuffle"}, {"contrastive": "both"}, {"checkpointing": "every"})]
-LONG += [("instruct", "small", 1, 0, {}), ("instruct", "small", 8, 0, {}), ("instruct", "small", 1, 1851, {}),
-         ("instruct", "small", 1, 1851, {"checkpointing": "every", "micro_batch": 4}),
-         ("align", "speedrun", 1, 0, {}), ("instruct", "speedrun", 1, 0, {"micro_batch": 8})]
+LONG += [("instruct", "7b", 8, 0, {"micro_tokens": 0}), ("instruct", "13b", 8, 1471, {}),
+         ("instruct", "7b", 8, 0, {"micro_batch": 4}), ("instruct", "7b", 4, 0, {"llm": "Qwen/Qwen3-0.6B"})]
+LONG += [("align", "small", 1, 0, given) for given in (
+    {"projector": "pixel_shuffle"}, {"contrastive": "both"}, {"checkpointing": "every"}, {"features": "f"})]
+LONG += [("instruct", "small", 1, 1851, {}), ("align", "7b", 8, 0, {"features": "f"}),
+         ("instruct", "small", 1, 1851, {"checkpointing": "every", "micro_batch": 4})]
 
 if __name__ == "__main__":  # the whole table, in some minutes
     with pytest.MonkeyPatch.context() as patch:
         use_gpu_kernels(patch)
-        for stage, preset, world, text, options in LONG:
-            _, _, watch, planned = second_step(stage, preset, world, text, **options)
+        for stage, preset, world, text, given in LONG:
+            _, _, watch, planned = second_step(stage, preset, world, text, **given)
             peak = watch.peak / 2**30
-            print(f"{stage:<9}{preset:<9} W={world} text {text:<5} peak {peak:7.2f} GiB, planned "
-                  f"{planned:7.2f}, ratio {peak / planned:.3f} {options}", flush=True)
+            print(f"{stage:<9}{preset:<9} W={world:<3} text {text:<5} peak {peak:8.4g} GiB, planned "
+                  f"{planned:8.4g}, ratio {peak / planned:.3f} {given or ''}", flush=True)

@@ -13,7 +13,7 @@ from exercise import EXERCISES
 
 import eval as evaluation
 import train
-from running import options, order, plan, watch
+from running import costs, options, order, plan, watch
 from running.options import Config
 
 FILES = ("vit.py", "llm.py", "projector.py", "losses.py", "data.py", "train.py", "eval.py")
@@ -124,7 +124,7 @@ def test_every_command_that_a_readme_names_can_be_called(words, tmp_path, monkey
     else:
         source = (ROOT / file).read_text()
         passed_on = set()
-        if program == "lab.compare":  # it takes train.py's options, too
+        if program in ("lab.compare", "running.plan"):  # they take train.py's options, too
             passed_on = {f"--{name}" for name in Config.__dataclass_fields__}
         flags = {option for option in given if option.startswith("--")}
         assert all(f'"{flag}"' in source for flag in flags - passed_on)
@@ -143,33 +143,29 @@ def test_the_commands_that_are_run_as_they_stand_are_four():
 
 
 def test_the_plan_in_the_readme_is_what_a_run_prints(capsys, monkeypatch):
-    monkeypatch.setattr(plan, "total_memory", lambda device: 23.5 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = options.configure("align", {"preset": "tiny"})
-    plan.print_plan(config, train.outline(config), torch.device("cpu"), torch.float32, 750, (64, 45))
+    plan.print_plan(config, train.outline(config), torch.float32, 750, (64, 45), 1, 23.5)
     printed = [line for line in capsys.readouterr().out.split("\n") if line]
-    assert f"    {printed[0]}\n" in README
+    assert f"    {printed[0]}" in README and printed[1] in README
     vocabulary = train.outline(config).llm.config.vocab_size
     assert f"a uniform guess {math.log(vocabulary):.2f}\n" in README
 
 
-@pytest.mark.parametrize("preset", bench_step.SHAPES)
+@pytest.mark.parametrize("preset", ["small", "speedrun", "7b", "13b"])
 def test_the_hours_are_those_of_the_arithmetic(preset):
     hours = bench_step.cost(preset).split("|")[-2].strip()
     assert f"`{preset}` {hours}" in README.replace("\n", " ")
 
 
 @pytest.mark.parametrize("preset, world", [("small", 1), ("speedrun", 1), ("7b", 8), ("13b", 8)])
-def test_the_memory_of_a_preset_is_that_of_its_plan(monkeypatch, preset, world):
-    for module in (plan, order):
-        monkeypatch.setattr(module, "world_size", lambda: world)
+def test_the_memory_of_a_preset_is_that_of_its_plan(preset, world):
     sums = []
     for stage in ("align", "instruct"):
         config = options.configure(stage, {"preset": preset})
-        vlm = bench_step.random_model(config, bench_step.shapes_of(config), bench_step.META, torch.bfloat16)
-        rows, _ = order.split_batch(config, world)
-        memory = plan.memory_sum(config, vlm, torch.bfloat16, rows, plan.row_length(config, vlm))
-        sums.append(sum(memory.values()))
+        vlm = costs.outline(config)
+        largest = order.largest_micro_batch(*plan.typical_step(config, vlm, world))
+        sums.append(sum(plan.memory_sum(config, vlm, torch.bfloat16, *largest, world).values()))
     assert f"`{preset}` {sums[0]:.1f} and {sums[1]:.1f}" in READMES["running"].replace("\n", " ")
 
 
