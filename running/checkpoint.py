@@ -245,8 +245,6 @@ def read_states(last: Path, config, made_of: dict) -> list:
         refuse_changes(allow_more_steps(first["config"], asdict(config), last), asdict(config), last)
         refuse_other(last, made_of)
         check_sums(last, first["ranks"])
-        if "buckets" not in first["optimizer"]:
-            raise ValueError(f"{last}: saved by an older version of this program, which has to go on with it")
         states = [first]
         if config.shard:
             states += [read_state(last, number) for number in range(1, first["ranks"])]
@@ -265,7 +263,10 @@ def allow_more_steps(saved: dict, now: dict, where) -> dict:
 
 def read_state(folder: Path, number: int) -> dict:
     """What rank `number` saved. Tensors stay on disk until they are used."""
-    return torch.load(folder / f"rank-{number}.pt", map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(folder / f"rank-{number}.pt", map_location="cpu", weights_only=True, mmap=True)
+    if "learns" not in state:
+        raise ValueError(f"{folder}: saved by an older version of this program, which has to go on with it")
+    return state
 
 
 def check_sums(folder: Path, files: int):

@@ -83,6 +83,9 @@ def test_what_is_no_unfinished_run_and_what_has_no_checkpoint(align_run, tmp_pat
     (finished / "checkpoint-0000012.partial").mkdir()
     last = unfinished.last_checkpoint(finished)
     assert last == finished / "checkpoint-0000010"
+    torch.save({"step": 10, "ranks": 1, "config": {}}, last / "rank-0.pt")
+    with pytest.raises(ValueError, match="^.*/checkpoint-0000010: saved by an older version of this program"):
+        evaluation.load_run(finished, CPU)
     (last / "rank-0.pt").write_text("cut short")
     with pytest.raises(ValueError, match="^.*/checkpoint-0000010: cannot be read: "):
         evaluation.load_run(finished, CPU)
