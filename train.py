@@ -40,15 +40,15 @@ from torch.optim.adamw import adamw
 
 import data
 import losses
-from llm import LLM, load_llm_config
-from plumbing.files import ROOT, named
+from llm import load_llm_config
+from plumbing.files import ROOT
 from plumbing.ranks import (all_gather, caught_signals, choose_dtype, command, peak_memory, rank,
                             reduce_scatter, say, start_ranks, sum_over_ranks, total_memory, world_size)
 from projector import VLM
-from running import checkpoint, features, held_out, options, order, plan
+from running import checkpoint, costs, features, held_out, options, order, plan
 from running.options import Config
 from running.watch import Watch, bars, draw_curves, figures, naming, origin, shown
-from vit import ViT, load_vit_config
+from vit import load_vit_config
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Data parallelism, mixed precision and AdamW
@@ -417,12 +417,7 @@ def choose_learning(config, vlm) -> VLM:
 
 def outline(config) -> VLM:
     """The model of this run without weights, on the meta device: for the plan, before anything is loaded."""
-    vit_config = load_vit_config(config.vit)
-    llm_config = load_llm_config(config.llm)
-    with named("the model"), torch.device("meta"):
-        vit = ViT(vit_config, config.feature_layer)
-        vlm = VLM(vit, LLM(llm_config), config.projector)
-    return choose_learning(config, vlm)
+    return costs.outline(config, (load_vit_config(config.vit), load_llm_config(config.llm)))
 
 
 def load_model(config, device, dtype) -> VLM:

@@ -196,15 +196,10 @@ def prepare_tokenizer(source: Path, template: str, system: str, v1) -> tuple:
 # ------------------------------------------------------------------------------------------------------------
 # Writing
 
-EXPORTED_TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2")
-
-
-def why_not_exported(projector: str, vit_model_type: str) -> str:
-    """Why a model with this projector and such a vision tower has no place in transformers' format, or ""."""
+def why_not_exported(projector: str) -> str:
+    """Why a model with this projector has no place in transformers' format, or "". Every tower has one."""
     if projector != "mlp2x_gelu":
         return f"transformers' LLaVA has no projector {projector!r}, only mlp2x_gelu"
-    if vit_model_type not in EXPORTED_TOWERS:
-        return f"a vision tower of type {vit_model_type!r} is not written, only {', '.join(EXPORTED_TOWERS)}"
     return ""
 
 
@@ -215,7 +210,7 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
     kind of "projector", "feature_layer", "image_tokens" of an image, "has_class_token", the "tokenizer"'s
     folder or id, the "template"'s name. `system` and `v1`: the strings of template v1.
     """
-    problem = why_not_exported(settings["projector"], vision["model_type"])
+    problem = why_not_exported(settings["projector"])
     if problem:
         raise ValueError(problem)
     folder = Path(folder)

@@ -46,9 +46,10 @@ def shapes_of(config) -> tuple:
     return vit, llm
 
 
-def outline(config) -> VLM:
-    """The model of this run without weights, on the meta device; what will learn asks for a gradient."""
-    vit_config, llm_config = shapes_of(config)
+def outline(config, shapes=None) -> VLM:
+    """The model of this run without weights, on the meta device; what will learn asks for a gradient.
+    `shapes`: (ViTConfig, LLMConfig) of its towers, if they are not those of `shapes_of`."""
+    vit_config, llm_config = shapes or shapes_of(config)
     with named("the model"), torch.device("meta"):
         vit = ViT(vit_config, config.feature_layer)
         vlm = VLM(vit, LLM(llm_config), config.projector)

@@ -108,7 +108,7 @@ def print_plan(config, vlm, dtype, steps: int, largest: tuple, world: int, has: 
         learning = count_weights(part, only_learning=True)
         say(f"{name:<12}{count_weights(part):>16,}{learning:>16,}  {getattr(config, name)}")
     say(f"{str(dtype).removeprefix('torch.')}; norms, softmax, losses and optimizer in float32")
-    why_not = why_not_exported(vlm.projector_kind, vlm.vit.config.model_type)
+    why_not = why_not_exported(vlm.projector_kind)
     if why_not:
         say(f"cannot be exported: {why_not}")
     memory = memory_sum(config, vlm, dtype, *largest, world)
