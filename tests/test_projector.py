@@ -286,15 +286,17 @@ def llm_of_family(family, folder):
 
 
 @pytest.fixture(scope="module", params=[("clip", "llama", -2), ("clip", "tied", -2), ("clip", "qwen2", -2),
-                                        ("dinov2", "llama", -1)], ids=lambda param: f"{param[0]}-{param[1]}")
+                                        ("siglip", "llama", -2), ("dinov2", "llama", -1)],
+                ids=lambda param: f"{param[0]}-{param[1]}")
 def exported(request, clip_folder, tmp_path_factory):
     """(our model, transformers' model of the folder that it was exported to, that folder)."""
     vision, family, layer = request.param
     folder = tmp_path_factory.mktemp("exported")
     llm = llm_of_family(family, folder / "llm")
-    if vision == "dinov2":
-        shaken(transformers.Dinov2Model(TOWERS[vision])).save_pretrained(folder / "vit")
-    vit = folder / "vit" if vision == "dinov2" else clip_folder
+    vit = clip_folder
+    if vision != "clip":
+        vit = folder / "vit"
+        shaken(transformers.AutoModel.from_config(TOWERS[vision])).save_pretrained(vit)
     vlm = VLM.from_towers(vit, llm, "mlp2x_gelu", layer).eval()
     vlm.export(folder / "out")
     theirs, loading = transformers.LlavaForConditionalGeneration.from_pretrained(
