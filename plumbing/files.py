@@ -4,6 +4,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 from collections import Counter
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ def named(what, problem: str = ""):
 
 @contextmanager
 def whole(path):
-    """Write to a temporary file and rename it, so that `path` is either complete or as it was before.
+    """Write to a temporary file and rename it, so that `path` is either complete, also on the disk, or as it
+    was before.
 
     Its mode is that of any new file, by the umask. safetensors' writer would keep others from reading it.
     """
@@ -49,6 +51,8 @@ def whole(path):
             mode = building.stat().st_mode
             yield building
             building.chmod(mode)
+            with open(building, "r+b") as file:
+                os.fsync(file.fileno())  # only now a network's disk tells that it is full
             building.replace(path)
     finally:
         building.unlink(missing_ok=True)

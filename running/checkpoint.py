@@ -160,8 +160,6 @@ def save(config, step: int, vlm, optimizer, terms, made_of: dict):
         state["optimizer"] = optimizer.state_dict()
     with whole(partial / f"rank-{rank()}.pt") as building, open(building, "wb") as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
     barrier()
     if rank() == 0:
         (partial / "made_of.json").write_text(json.dumps(made_of))

@@ -330,6 +330,29 @@ def test_a_finished_run_says_what_it_was_and_keeps_no_checkpoint(world):
     assert times == sorted(times) and datetime.fromisoformat(times[0]).tzinfo
 
 
+def test_a_run_that_does_not_reach_the_disk_keeps_its_checkpoints(world, monkeypatch, tmp_path):
+    """What was written is in memory, and only fsync tells that the disk takes no more."""
+    out = world[0] / "cached"
+    fsync = os.fsync
+    failed = []
+
+    def full(number):
+        if (out / "results.json").exists() and not failed:  # the next file is the projector
+            failed.append(number)
+            raise OSError("no space left")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(checkpoint.tempfile, "mkdtemp", lambda: str(tmp_path))
+    said = refusal(world, "--out", "cached")
+    assert said == ("train.py: cached/projector.safetensors: not written: no space left; the finished run is "
+                    f"in {tmp_path}")
+    assert VLM.from_pretrained(tmp_path) and len(checkpoint.checkpoints(out)) == 2
+    assert not (out / "projector.safetensors").exists() and not (out / "config.json").exists()
+    run(world, "--out", "cached", "--resume")
+    assert (out / "config.json").exists()
+
+
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def test_the_commit_is_this_projects_own(tmp_path):
     def git(*words):
