@@ -48,7 +48,8 @@ def closed(questions, by: str) -> list:
         if question.get("choices"):
             mark = f"{IMAGE}\n" if question["image"] else ""
             prompt = f"{mark}{question['open']}{SHORT_ANSWER}"
-            asked.append(question | {"prompt": prompt, "texts": question["choices"]})
+            texts = [choice.strip() for choice in question["choices"]]  # as answers are learned
+            asked.append(question | {"prompt": prompt, "texts": texts})
     return asked
 
 

@@ -1,6 +1,6 @@
 """Draws the curves of runs, finished or not, into one picture: `python -m running.curves RUN [RUN ..]`.
 
-A panel for each quantity of RUN/log.jsonl, a line for each run.
+A panel for each loss in RUN/log.jsonl, its balance, the rate and the norm; a line for each run.
 """
 
 import argparse

@@ -95,6 +95,11 @@ def test_a_question_by_words_names_no_choice(root, name):
         assert blind["prompt"] == question["prompt"].removeprefix(f"{data.IMAGE}\n")
 
 
+def test_spaces_around_a_choice_are_none_of_its_words():
+    question = {"image": None, "open": "What is it?", "choices": [" red", "blue "]}
+    assert closed([question], "words")[0]["texts"] == ["red", "blue"]
+
+
 def test_a_run_is_scored_and_a_missing_folder_is_one_line(vlm, toy, tmp_path, capsys):
     vlm.save(tmp_path / "run", {"template": "v1"}, with_llm=False)
     likelihood.main([str(tmp_path / "run"), "--data", str(toy / "ScienceQA"), "--split", "val"])
