@@ -1,7 +1,6 @@
 """Shared by all tests: repeatable arithmetic, the project on the path, a small toy world, tiny random models
 of transformers' own on disk, parity with these, and processes for the tests of several ranks."""
 
-import functools
 import math
 import os
 import pickle

@@ -210,6 +210,7 @@ MUTANTS = {
          "dist.broadcast(gradient, src=0, async_op=True)"),
         ("in bfloat16", "gradient = bucket.close()", "gradient = bucket.close().bfloat16().double()"),
         ("rank 1 sends nothing", "elif world_size() > 1:", "elif world_size() > 1 and rank() == 0:"),
+        ("on one rank, too", "elif world_size() > 1:", "else:"),
         ("it has no message", "self.messages.append((bucket, total, work, gradient))",
          "bucket.total = total\nif work is not None:\n    work.wait()"),
     ],
