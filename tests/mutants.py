@@ -155,6 +155,8 @@ MUTANTS = {
          "{role_of[min(start, len(text) - 1)]}", "{role_of[max(start - 1, 0)]}"),
         ("a token without characters is left out", "covered = {role_of[min(start, len(text) - 1)]}",
          "continue"),
+        ("a token without characters at the end has no next one",
+         "role_of[min(start, len(text) - 1)]", "role_of[start]"),
         ("everything carries loss", "return roles", "return [ANSWER for _ in roles]"),
         ("one character too many is looked at", "role_of[start:stop]", "role_of[start : stop + 1]"),
     ],

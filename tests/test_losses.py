@@ -47,8 +47,9 @@ def test_generative_loss_is_computed_in_fp32():
 @grades("contrastive_loss")
 def test_contrastive_loss_equals_the_triple_loop():
     """Over images, captions and the tokens of a caption, as the docstring of losses.py has it."""
-    B, T, scale = 4, 6, 9.0
-    patches, embeds, lengths = torch.randn(B, 5, 8), torch.randn(B, T, 8), [6, 2, 3, 1]
+    B, T, lengths = 4, 6, [6, 2, 3, 1]
+    leaves = [torch.randn(B, 5, 8), torch.randn(B, T, 8), torch.tensor(9.0)]
+    patches, embeds, scale = (x.requires_grad_() for x in leaves)
     mask = torch.arange(T)[None] < torch.tensor(lengths)[:, None]
     s = torch.zeros(B, B)
     for i in range(B):
@@ -58,10 +59,13 @@ def test_contrastive_loss_equals_the_triple_loop():
     image_to_text, text_to_image = (scale * s).log_softmax(1), (scale * s).log_softmax(0)
     expected = -sum(image_to_text[i, i] + text_to_image[i, i] for i in range(B)) / (2 * B)
     image, text = losses.pool_patches(patches), losses.pool_caption(embeds, mask)
-    loss, accuracy = losses.contrastive_loss(image, text, torch.tensor(scale), torch.arange(B)[:, None])
+    loss, accuracy = losses.contrastive_loss(image, text, scale, torch.arange(B)[:, None])
     assert torch.allclose(loss, expected), (
         "not the InfoNCE of the definition: one direction alone, the scale left out, or a sum in place of "
         "the mean over both directions and all rows")
+    found, right = (torch.autograd.grad(x, leaves, retain_graph=True) for x in (loss, expected))
+    assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(found, right)), (
+        "the loss is right, its gradient is not: images, captions and the scale learn from both directions")
     assert accuracy == sum(s[i].argmax() == i for i in range(B)) / B, (
         "the accuracy is the part of images whose most similar caption is their own")
     assert torch.allclose(image @ text.T, s, atol=1e-6)  # the identity that spares the triple loop
@@ -165,6 +169,7 @@ def test_max_pooling_takes_the_largest_of_each_channel():
 def inputs():
     torch.manual_seed(3)
     patches, embeds = torch.randn(8, 5, 8, dtype=torch.float64), torch.randn(8, 6, 8, dtype=torch.float64)
+    embeds += patches.mean(1, keepdim=True)  # so that some images find their captions
     mask = torch.arange(6)[None] < torch.randint(1, 7, (8, 1))
     keys = torch.tensor([[1, 2, 3, 4, 1, 6, 7, 3], [0, 1, 2, 3, 4, 5, 1, 7]]).T  # of captions and of images
     return patches, embeds, mask, keys
