@@ -587,7 +587,7 @@ def test_checkpointing_changes_no_bit(checkpointing):
 
 @grades("Recomputed.backward")
 def test_checkpointed_blocks_can_be_swept_more_than_once():
-    """With frozen blocks, as a held share sweeps them: by `autograd.grad`, which keeps the graph, and then
+    """With frozen blocks, as a held ratio sweeps them: by `autograd.grad`, which keeps the graph, and then
     with the captioning loss."""
     found = []
     for which in ("none", "every"):
