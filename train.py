@@ -202,8 +202,8 @@ class DataParallelAdamW:
     or three whole buckets exist at a time: less memory, paid with a message for each micro-batch.
 
     Small gradients vanish in float16. So losses are multiplied by `loss_scale` before backward, and gradients
-    are divided by it here. A step that overflows is skipped and halves the scale; 2000 good steps double it.
-    With other dtypes the scale is 1, and a gradient that is not finite is an error.
+    are divided by it here. A step that overflows is skipped and halves it; 2000 good steps double it. With
+    other dtypes it is 1, and a gradient that is not finite is an error.
     """
 
     def __init__(self, parameters, weight_decay=0.0, clip=0.0, betas=(0.9, 0.999), shard=False,
@@ -318,7 +318,7 @@ class DataParallelAdamW:
                 work.wait()
 
     def adjust_loss_scale(self, is_finite: bool):
-        """Halve the scale after a step that overflowed, double it after 2000 good ones in a row."""
+        """Halve the loss scale after a step that overflowed, double it after 2000 good ones in a row."""
         self.good_steps += 1
         if not is_finite:
             self.loss_scale *= 0.5
@@ -453,12 +453,12 @@ def learning_rate(step: int, steps: int, config) -> float:
 
     Contrast first is a run of its own: its steps have a warm-up and a cosine to themselves.
     """
-    first = config.contrastive_first
-    if step < first:
-        steps = first
+    alone = config.contrastive_first
+    if step < alone:
+        steps = alone
     else:
-        step -= first
-        steps -= first
+        step -= alone
+        steps -= alone
     warmup = math.ceil(config.warmup_ratio * steps)
     if step < warmup:
         return config.lr * step / warmup
@@ -468,6 +468,8 @@ def learning_rate(step: int, steps: int, config) -> float:
 
 # ------------------------------------------------------------------------------------------------------------
 # 4. One step
+#
+# lab/first_step.py is the same step without what is difficult here: ranks, micro-batches, precision, balance.
 
 def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict:
     """One update from the micro-batches of this rank. Returns the line of the log.
@@ -500,14 +502,14 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
     # 3. The contrastive losses, over all images and captions, and back: to the cut, or to `states`.
     at_cut = {}  # loss -> its gradient at the cut, (I, N, C) for each micro-batch
-    at_scale = {}
+    at_log_scale = {}
     for name in terms if with_llm else ["patch"]:
         image, text = losses.vectors(name, vlm, micro_batches, leaves, states)  # each (B, C)
         loss, shares[f"{name}_retrieval"] = losses.contrastive_loss(image, text, terms[name](), keys)
         shares[name] = loss.detach()
         reached = states if name == "prompt" else leaves
         ends = [*reached, terms[name].log_scale]
-        *at_cut[name], at_scale[name] = torch.autograd.grad(optimizer.loss_scale * loss, ends)
+        *at_cut[name], at_log_scale[name] = torch.autograd.grad(optimizer.loss_scale * loss, ends)
     at_states = at_cut.pop("prompt", [])  # (B, C) each: this loss is not at the cut yet
 
     # 4. Captioning, backward to the cut. The prompted loss takes part from `state` on, with its weight. Then
@@ -535,8 +537,8 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     losses.measure(sums, terms, optimizer.loss_scale)
     weights = {name: term.weight() if with_llm else 1.0 for name, term in terms.items()}  # alone: 1
     total = losses.weighted_sum(at_cut, weights)
-    total += [weights[name] * gradient for name, gradient in at_scale.items()]
-    log_scales = [terms[name].log_scale for name in at_scale]
+    total += [weights[name] * gradient for name, gradient in at_log_scale.items()]
+    log_scales = [terms[name].log_scale for name in at_log_scale]
     torch.autograd.backward([*patches, *log_scales], total)
     line = figures(sums, weights, optimizer.loss_scale, config.batch)
 
@@ -655,8 +657,8 @@ def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, 
 
 def run_all(given: dict, device):
     """Align, instruct, and eval.py's ScienceQA before, between and after: what each stage adds."""
-    first = options.configure("align", given)
-    root = Path(given.get("out") or f"runs/{first.preset}")
+    align = options.configure("align", given)
+    root = Path(given.get("out") or f"runs/{align.preset}")
     for stage in ("align", "instruct"):
         chosen = options.of_stage(stage, given) | {"out": str(root / stage)}
         if stage == "instruct":
@@ -667,7 +669,7 @@ def run_all(given: dict, device):
         with checkpoint.locked(config):
             train_stage(config, device)
     checkpoint.set_last_run(root / "instruct")
-    questions = Path(first.benchmarks) / "ScienceQA"
+    questions = Path(align.benchmarks) / "ScienceQA"
     if rank() > 0:
         return
     if not questions.is_dir():

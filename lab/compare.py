@@ -55,10 +55,10 @@ RECIPES = {
     "patch": {"contrastive": "patch"},
     "prompt": {"contrastive": "prompt"},
     "both": {"contrastive": "both"},
-    "share 0.3": {"contrastive": "patch", "contrastive_balance": 0.3},
-    "share 1": {"contrastive": "patch", "contrastive_balance": 1.0},
+    "ratio 0.3": {"contrastive": "patch", "contrastive_balance": 0.3},
+    "ratio 1": {"contrastive": "patch", "contrastive_balance": 1.0},
     "first": {"contrastive": "patch", "contrastive_weight": 0.0, "first": True},
-    "first, share 0.1": {"contrastive": "patch", "contrastive_balance": 0.1, "first": True},
+    "first, ratio 0.1": {"contrastive": "patch", "contrastive_balance": 0.1, "first": True},
 }
 PAPERS = ("none", "patch", "prompt", "both")  # the papers' recipes; the others are ours
 WEIGHED = ("patch", "prompt", "both")  # recipes whose weight is tuned
@@ -87,7 +87,7 @@ SIZES = {
     "full": Size(tuple(RECIPES), seeds=10, steps=240, lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
                  instruct_lr=(2e-4, 4e-4, 8e-4, 1.6e-3), epochs=4.0,
                  fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0)),
-    "claims": Size(("none", "none, longer", "patch", "prompt", "both", "share 0.3", "first"), seeds=10,
+    "claims": Size(("none", "none, longer", "patch", "prompt", "both", "ratio 0.3", "first"), seeds=10,
                    steps=120, lr=(4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)),
     "quick": Size(PAPERS, seeds=2, steps=60, lr=(2e-3,), instruct_lr=(4e-4,), epochs=1.0, tune=False),
     # 1,000 first steps take as long as some 11 captioning steps

@@ -207,8 +207,8 @@ def heat_map(runs, path, text, file, device) -> dict:
             write(draw, x + CELL / 2, y + CELL + 10, f"{least:.2f} to {most:.2f}", 11, color=GREY)
     strip = Image.new("RGB", (270 * ZOOM, 12 * ZOOM), "white")
     image.paste(tint(strip, torch.linspace(-1, 1, 27)[None]), (MARGIN * ZOOM, (foot + 6) * ZOOM))
-    for share in (-1, -0.5, 0, 0.5, 1):
-        write(draw, MARGIN + 135 * (1 + share), foot + 28, f"{share * largest:.2f}", 12)
+    for part in (-1, -0.5, 0, 0.5, 1):
+        write(draw, MARGIN + 135 * (1 + part), foot + 28, f"{part * largest:.2f}", 12)
     for number, sentence in enumerate(SAID):
         write(draw, MARGIN, foot + 48 + 16 * number, sentence, 12, "lm", GREY)
     save(image, file)

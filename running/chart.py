@@ -74,8 +74,8 @@ def dashed(points: list, dashes: list) -> list:
     for start, end in zip(points, points[1:]):
         length = math.dist(start, end)
         while length > left:
-            share = left / length
-            start = tuple(a + share * (b - a) for a, b in zip(start, end))
+            part = left / length
+            start = tuple(a + part * (b - a) for a, b in zip(start, end))
             length -= left
             parts[-1].append(start)
             left = dashes[len(parts) % len(dashes)]

@@ -59,8 +59,8 @@ class Config:
                               heading="the losses")
     contrastive_weight: float = option(1.0, "total = generative + weight * contrastive; with "
                                             "--contrastive_first and patch, 0 if it is not given")
-    contrastive_balance: float = option(0.0, "instead: the weight that makes the contrastive gradient this "
-                                        "share of the captioning loss's, behind the projector; 0: off")
+    contrastive_balance: float = option(0.0, "instead: the weight that holds the contrastive gradient at "
+                                        "this ratio to the captioning loss's, behind the projector; 0: off")
     contrastive_first: int = option(0, "steps of the patch loss alone, without the LLM, before all others")
     prompt: str = option("", f"before the caption, and the prompt loss's: {', '.join(PROMPTS)}, or "
                          "'after the image | after the caption' (empty: describe with that loss, else none)")

@@ -143,12 +143,12 @@ def epoch_order(n: int, seed: int, epoch: int) -> list:
 
 def split_batch(config, world: int) -> tuple:
     """(most samples in a micro-batch, fewest micro-batches in a step) of each of `world` ranks."""
-    share = config.batch // world
-    size = max(1, min(config.micro_batch, share))
-    if config.batch % world or share % size:
+    part = config.batch // world
+    size = max(1, min(config.micro_batch, part))
+    if config.batch % world or part % size:
         raise ValueError(f"a batch of {config.batch} does not divide into {world} ranks and micro-batches of "
                          f"{config.micro_batch}")
-    return size, share // size
+    return size, part // size
 
 
 def count_steps(config, n: int) -> int:
@@ -226,7 +226,7 @@ def spread_evenly(batch: list, lengths, size: int, budget: int, world: int) -> l
         fitting = budget // max(lengths[i] for i in batch)
         size = max(n for n in range(1, size + 1) if size % n == 0 and n <= max(1, fitting))
     dealt = spread(batch, lengths, size, 0, world)
-    assert len({sum(map(len, parts)) for parts in dealt}) == 1, "ranks with unequal shares"
+    assert len({sum(map(len, parts)) for parts in dealt}) == 1, "ranks with unequal parts"
     return dealt
 
 

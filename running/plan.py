@@ -45,11 +45,11 @@ def what_fits(config, vlm, dtype, largest: tuple, world: int, has: float) -> str
     sizes = [size // 2**k for k in range(size.bit_length())]
     shards = [config.shard, True]
     for W, way, size, shard in itertools.product(gpus, ways, sizes, shards):
-        share = config.batch // W
-        if config.batch % W or share % min(size, share):
+        part = config.batch // W
+        if config.batch % W or part % min(size, part):
             continue
         changed = replace(config, checkpointing=way, micro_batch=size, shard=shard)
-        needs = sum(memory_sum(changed, vlm, dtype, min(rows, size, share), tokens, W).values())
+        needs = sum(memory_sum(changed, vlm, dtype, min(rows, size, part), tokens, W).values())
         if needs <= has:
             words = [f"{W} GPUs"] if W > world else []
             return f"{', '.join(words + differences(config, changed))}: {needs:.3g} GiB"

@@ -9,7 +9,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import partial, wraps
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -37,10 +37,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "kills: twenty runs that are killed and resumed; run with -m kills")
     config.addinivalue_line("markers", "compiler: compiles for a minute, with g++; run with -m compiler")
     config.addinivalue_line("markers", "exercise: grades an extension to be written; run with -m exercise")
+    config.addinivalue_line("markers", "mutants: wrong answers to the exercises; run with -m mutants")
 
 
 def pytest_collection_modifyitems(config, items):
-    names = "real", "kills", "compiler", "exercise"
+    names = "real", "kills", "compiler", "exercise", "mutants"
     opt_in = [name for name in names if name not in config.option.markexpr]
     items[:] = [item for item in items if not any(map(item.get_closest_marker, opt_in))]
 
@@ -57,6 +58,35 @@ def checkpoints_kept():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "remove_checkpoints", lambda config: None)
         yield
+
+
+# ---- exercises ---------------------------------------------------------------------------------------------
+
+
+def grades(what: str):
+    """For a test that grades an exercise: whatever `what` raises is said in one sentence, and where."""
+    def decorate(test):
+        @wraps(test)
+        def graded(*args, **named):
+            __tracebackhide__ = True
+            try:
+                test(*args, **named)
+            except AssertionError:
+                raise
+            except Exception as error:
+                said = f"{what} raised {type(error).__name__}: {error}"
+                raise AssertionError(said).with_traceback(error.__traceback__) from None
+        return graded
+    return decorate
+
+
+def refusal(function, *args) -> str:
+    """What the ValueError of a call says; of a call that ends well, nothing."""
+    try:
+        function(*args)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 # ---- on disk -----------------------------------------------------------------------------------------------
@@ -224,14 +254,15 @@ class Ranks:
             awaited = [connection for connection in connections if connection not in results]
             ready = wait(awaited, max(0, deadline - time.monotonic()))
             if not ready:
-                raise TimeoutError(f"no answer of ranks {[connections.index(c) for c in awaited]}")
+                late = [connections.index(connection) for connection in awaited]
+                raise TimeoutError(f"no answer of ranks {late}: what they wait for, another does not send")
             for connection in ready:
                 try:
                     is_error, results[connection] = pickle.loads(connection.recv_bytes())
                 except EOFError:
                     is_error, results[connection] = True, "it has died"
                 if is_error:
-                    raise RuntimeError(f"rank {connections.index(connection)} failed:\n{results[connection]}")
+                    raise RuntimeError(f"rank {connections.index(connection)} failed: {results[connection]}")
         return [results[connection] for connection in connections]
 
     def start(self, world):
@@ -264,6 +295,6 @@ def serve(rank, connection):
             dist.barrier()  # nobody leaves while another still listens: gloo may abort then
             leave_ranks()
             answer = pickle.dumps((False, result))
-        except BaseException:
-            answer = pickle.dumps((True, traceback.format_exc()))
+        except BaseException as error:
+            answer = pickle.dumps((True, f"{error!r}\n{traceback.format_exc()}"))
         connection.send_bytes(answer)

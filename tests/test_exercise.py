@@ -1,48 +1,24 @@
 """Each exercise is red, in words, when its body is out, and green when it is back; all in a copy."""
 
-import io
-import multiprocessing
+import os
 import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 from exercise import EXERCISES, ROOT, expected_red, with_body
+from mutants import ANSWERS, MUTANTS, copy_project, first_line, grader, is_sentence, look, mutated
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git brings the bodies back")
 
-MISTAKES = {  # of those without a body, what people write, and what the tests say to it
-    "splice": ("""
-        is_image = ids == self.image_token_id
-        embeds = self.llm.embed(ids.masked_fill(is_image, 0)).clone()
-        embeds[is_image] = patches.transpose(0, 1).flatten(0, 1)[: is_image.sum()]
-        return embeds
-        """, "patches are not where their placeholders are"),
-    "contrastive_loss": ("""
-        scores = scale * image @ text.T
-        own = torch.arange(len(image))
-        return F.cross_entropy(scores, own), (scores.argmax(1) == own).float().mean()
-        """, "not the InfoNCE of the definition: one direction alone"),
-    "step": ("""
-        for bucket in self.buckets:
-            if bucket.gradient is not None:
-                self.send(bucket)
-        while self.messages:
-            self.receive()
-        norm = self.gradient_norm()
-        self.update(lr, norm)
-        return norm
-        """, "a step kept the gradient of the one before"),
-    "rotate": ("""
-        first, second = x[..., 0::2], x[..., 1::2]
-        return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
-        """, "or other pairs: dimension i goes with i + half"),
-    "max_pooling": ("return unit(patches.mean(dim=1))", "not the largest number of each channel: still the"),
+WORDS = {  # what the tests say to the first mutant of those without a body
+    "splice": "patches are not where their placeholders are",
+    "contrastive_loss": "not the InfoNCE of the definition: one direction alone",
+    "step": "have no total: one that nobody used is sent, too",
+    "rotate": "or other pairs: dimension i goes with i + half",
+    "max_pooling": "not the largest number of each channel: still the",
 }
-MAX_POOLING = "return unit(patches.amax(dim=1))"  # the one answer that git does not have
 
 
 def run(folder, *command) -> tuple:
@@ -53,11 +29,9 @@ def run(folder, *command) -> tuple:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The files that the exercises touch and their tests need, under git."""
+    """The project, under git."""
     folder = tmp_path_factory.mktemp("exercises")
-    for file in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("tests/*.*")):
-        (folder / file.relative_to(ROOT).parent).mkdir(exist_ok=True)
-        shutil.copy(file, folder / file.relative_to(ROOT))
+    copy_project(folder)
     who = "-c", "user.name=nobody", "-c", "user.email=nobody", "-c", "commit.gpgsign=false"
     for command in (("init", "-q"), ("add", "."), (*who, "commit", "-q", "-m", "all")):
         assert run(folder, "git", *command) == (0, "")
@@ -66,26 +40,14 @@ def copy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def grade(copy):
-    """`grade(command)`: (exit status, what is printed) of a pytest command in the copy. One process runs them
-    all, as PyTorch and transformers take seconds to import."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        yield lambda command: pool.submit(graded, str(copy), command).result(timeout=100)
+    with grader(copy) as grade:
+        yield grade
 
 
-def graded(folder, command) -> tuple:
-    for name, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(folder):
-            del sys.modules[name]  # it has changed since
-    sys.dont_write_bytecode = True  # a file may change twice within a second
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(out), pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        status = pytest.main([*shlex.split(command)[3:], "-p", "no:cacheprovider"])
-    return int(status), out.getvalue()
-
-
-def command_in(printed) -> str:
-    """The command that the exercise says grades it."""
-    return next(line.partition(": ")[2].strip() for line in printed.splitlines() if "pytest" in line)
+def graders_in(printed) -> str:
+    """What the exercise says grades it, behind `python -m pytest` and its options."""
+    line = next(line for line in printed.splitlines() if "pytest" in line)
+    return line[line.index("tests/") :]
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -96,13 +58,13 @@ def test_an_exercise_is_red_in_words(copy, grade, name):
     try:
         status, printed = run(copy, sys.executable, "tests/exercise.py", name)
         assert status == 0 and EXERCISES[name].idea in printed and expected_red(name) in printed
-        status, said = grade(command_in(printed))
-        assert status == 1 and f"E   {expected_red(name)}" in said, said
-        if name in MISTAKES:
-            body, words = MISTAKES[name]
-            file.write_text(with_body(whole, EXERCISES[name].function, body))
-            status, said = grade(command_in(printed))
-            assert status == 1 and words in said, said
+        status, said = grade(graders_in(printed))
+        assert status == 1 and expected_red(name) in first_line(said), said
+        if name in WORDS:
+            _, *change = MUTANTS[name][0]
+            file.write_text(mutated(whole, name, change))
+            status, said = grade(graders_in(printed))
+            assert status == 1 and WORDS[name] in first_line(said), said
         back = printed.splitlines()[-1].partition(": ")[2].split()
         assert back[:2] == ["git", "checkout"] and run(copy, *back)[0] == 0
         assert file.read_text() == whole
@@ -128,7 +90,7 @@ def test_all_are_green_with_their_bodies_back(copy, grade):
         asked.setdefault((file, option), []).append(f"({names})")
     del asked["tests/test_losses.py", "-m"]  # max pooling's, which git does not have
     for (file, option), names in asked.items():
-        status, said = grade(f"python -m pytest -x -q {file} {option} '{' or '.join(names)}'")
+        status, said = grade(f"{file} {option} '{' or '.join(names)}'")
         assert status == 0, said
 
 
@@ -136,10 +98,38 @@ def test_max_pooling_is_green_where_it_is_written(copy, grade):
     exercise = EXERCISES["max_pooling"]
     file = copy / exercise.file
     whole = file.read_text()
-    file.write_text(with_body(whole, exercise.function, MAX_POOLING))
-    status, said = grade(f"python -m pytest -x -q {exercise.tests}")
+    file.write_text(with_body(whole, exercise.function, ANSWERS["max_pooling"]))
+    status, said = grade(exercise.tests)
     file.write_text(whole)
     assert status == 0, said
+
+
+@pytest.mark.mutants
+@pytest.mark.parametrize("name", EXERCISES)
+def test_every_mutant_is_red_in_a_sentence(copy, grade, name):
+    """At least eight of each exercise; `python tests/mutants.py` prints the table."""
+    found = list(look(name, copy, grade))
+    assert len(found) >= 8
+    assert [(wrong, said) for wrong, is_red, said in found if not (is_red and is_sentence(said))] == []
+
+
+WAITING = sys.executable, "-c", "input()"  # with a run's words behind it, it looks like one
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/cwd"), reason="seen in /proc alone")
+@pytest.mark.parametrize("words, is_seen", [
+    ([*WAITING, "train.py", "--stage", "align"], True), ([*WAITING, "{}/eval.py"], True),
+    ([*WAITING, "-m", "pytest"], True), ([*WAITING, "../train.py"], False),
+    ([*WAITING, "lab/train.py"], False), (["tail", "-f", "train.py"], False)])
+def test_nothing_is_taken_out_while_a_run_uses_the_files(copy, words, is_seen):
+    """A run of another folder is none, nor is another program that has the file open."""
+    with subprocess.Popen([word.format(copy) for word in words], cwd=copy, stdin=subprocess.PIPE,
+                          stdout=subprocess.DEVNULL) as process:
+        status, said = run(copy, sys.executable, "tests/exercise.py", "rotate")
+        process.kill()
+    refused = f"exercise.py: process {process.pid} runs these files; wait until it is done\n"
+    assert (status, said) == (1, refused) if is_seen else status == 0
+    assert run(copy, "git", "checkout", "-q", "llm.py") == (0, "")
 
 
 def test_changes_and_unknown_names_are_refused(copy):

@@ -44,7 +44,7 @@ OPTIONS = {  # of each golden file
 }
 HALF = "align-patch-float16"
 HALF_SCALE = 2.0**24  # of the loss at its start: too large for the first steps
-# Steps that are kept and compared, where not all: with the prompted loss, what a share is measured by is not
+# Steps that are kept and compared, where not all: with the prompted loss, what a ratio is measured by is not
 # measured at each step, and how often may change.
 FEWER_STEPS = {"align-both-share": 1}
 WAYS = [  # file, ranks, samples in a micro-batch, checkpointing, sharded
@@ -138,7 +138,7 @@ def run_rank(rank, world, *way):
 
 def compared(name, line) -> dict:
     """Those of a log line's keys that are kept and compared. The norms are none of the losses' business. The
-    prompted loss and captioning go through the LLM in one sweep, unmeasured, unless a share is to be held."""
+    prompted loss and captioning go through the LLM in one sweep, unmeasured, unless a ratio is to be held."""
     left_out = {"projected_norm", "word_norm"}
     contrastive = OPTIONS[name].get("contrastive")
     if contrastive in ("prompt", "both") and "contrastive_balance" not in OPTIONS[name]:

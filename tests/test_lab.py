@@ -217,7 +217,7 @@ def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_
     """Every cell is there, and a second call trains the one cell that was lost."""
     monkeypatch.chdir(tmp_path)
     towers = clip_folder, llama_folder
-    recipes = ("none", "patch", "both", "share 0.3", "first, share 0.1")
+    recipes = ("none", "patch", "both", "ratio 0.3", "first, ratio 0.1")
     setting = comparison("c", world, towers, recipes, lr=(1e-3, 2e-3))
     text = compare.compare(setting)
     results = json.loads(Path("c/results.json").read_text())
@@ -227,10 +227,10 @@ def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_
     assert len(trained) == len(set(trained)) == 5 * 2 + len(results["cells"])  # two rates are tried for each
     assert Path("c/accuracy_by_data.png").exists() and "| + both |" in text and "(p " in text
     assert not list(Path("c/runs").glob("*instruct*")) and not Path("runs/last").exists()
-    for run, loss in (("none", "none"), ("both", "both"), ("share-0.3", "patch")):
+    for run, loss in (("none", "none"), ("both", "both"), ("ratio-0.3", "patch")):
         config = json.loads(next(Path("c/runs").glob(f"{run}-2-seed0-*/config.json")).read_text())
         assert config["contrastive"] == loss
-    log = next(Path("c/runs").glob("first-share-0.1-2-seed0-*/log.jsonl")).read_text().splitlines()
+    log = next(Path("c/runs").glob("first-ratio-0.1-2-seed0-*/log.jsonl")).read_text().splitlines()
     assert len(log) == 2 + 2 and "generative" not in log[1] and "patch_ratio" in log[2]
 
     cells = Path("c/cells.jsonl").read_text().splitlines(True)
@@ -265,7 +265,7 @@ def test_a_weight_is_tuned_and_a_share_is_not(world, tmp_path, monkeypatch):
     best = compare.tune(setting, "patch")
     assert best == {"lr": 2e-3, "weight": 10.0, "instruct_lr": 2e-4} and len(tried) == 2 + 5 + 2 * 2
     tried.clear()
-    best = compare.tune(setting._replace(size=setting.size._replace(instruct_lr=(1e-4,))), "share 0.3")
+    best = compare.tune(setting._replace(size=setting.size._replace(instruct_lr=(1e-4,))), "ratio 0.3")
     assert best == {"lr": 2e-3, "weight": None, "instruct_lr": 1e-4} and len(tried) == 2
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, assert_close, first_wrong, layer_by_layer, llama_config, shaken
+from conftest import ROOT, assert_close, first_wrong, grades, layer_by_layer, llama_config, shaken
 from safetensors.torch import save_file
 
 from llm import LLM, NO_TOKEN, KVCache, choose, load_llm_config, rope_tables, rotate, visible_positions
@@ -55,19 +55,24 @@ def test_logits_and_gradients_equal_transformers(tmp_path, family):
     assert not gradients
 
 
+@grades("rotate")
 def test_rotate_turns_pairs_half_a_head_apart():
     """As complex numbers: dimension i is the real part and i + half the imaginary one."""
-    x, positions = torch.randn(2, 5, 3, 8), torch.arange(5)[None]
-    frequencies = torch.tensor([1.0, 0.3, 0.1, 0.02])
+    x, positions = torch.randn(2, 5, 3, 8), torch.arange(5) + torch.tensor([[0], [7]])  # (B, S)
+    frequencies, before = torch.tensor([1.0, 0.3, 0.1, 0.02]), x.clone()
     turned = rotate(x, *rope_tables(positions, frequencies, torch.float32))
-    assert turned.shape == x.shape
-    assert torch.allclose(turned[:, 0], x[:, 0]), "position 0 has an angle of 0: nothing turns"
+    assert turned.shape == x.shape, f"{tuple(turned.shape)} is not (B, S, H, head_dim)"
+    assert torch.equal(x, before), "x itself has changed: what is returned is to be a tensor of its own"
+    assert torch.allclose(turned[0, 0], x[0, 0]), "position 0 has an angle of 0: nothing turns"
     assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1)), (
         "lengths change: this is no rotation, a sign or one of the two products is wrong")
-    angles = (positions[..., None] * frequencies)[:, :, None]  # (1, S, 1, half)
+    angles = (positions[..., None] * frequencies)[:, :, None]  # (B, S, 1, half)
     expected = torch.view_as_real(torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(()), angles))
     assert torch.allclose(turned, torch.cat([expected[..., 0], expected[..., 1]], dim=-1), atol=1e-6), (
-        "turned the wrong way round, or other pairs: dimension i goes with i + half, not 2 i with 2 i + 1")
+        "turned the wrong way round, or other pairs: dimension i goes with i + half, not 2 i with 2 i + 1; "
+        "or by other angles: each row has its positions, each pair its speed")
+    half = rotate(x.bfloat16(), *rope_tables(positions, frequencies, torch.bfloat16))
+    assert half.dtype == torch.bfloat16, "what is turned has lost its dtype"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import grades
 
 import data
 import losses
@@ -43,10 +44,12 @@ def test_generative_loss_is_computed_in_fp32():
     assert losses.generative_loss(hidden, labels, weight, places(labels)).dtype == torch.float32
 
 
+@grades("contrastive_loss")
 def test_contrastive_loss_equals_the_triple_loop():
     """Over images, captions and the tokens of a caption, as the docstring of losses.py has it."""
-    B, T, scale = 4, 6, 9.0
-    patches, embeds, lengths = torch.randn(B, 5, 8), torch.randn(B, T, 8), [6, 2, 3, 1]
+    B, T, lengths = 4, 6, [6, 2, 3, 1]
+    leaves = [torch.randn(B, 5, 8), torch.randn(B, T, 8), torch.tensor(9.0)]
+    patches, embeds, scale = (x.requires_grad_() for x in leaves)
     mask = torch.arange(T)[None] < torch.tensor(lengths)[:, None]
     s = torch.zeros(B, B)
     for i in range(B):
@@ -56,10 +59,13 @@ def test_contrastive_loss_equals_the_triple_loop():
     image_to_text, text_to_image = (scale * s).log_softmax(1), (scale * s).log_softmax(0)
     expected = -sum(image_to_text[i, i] + text_to_image[i, i] for i in range(B)) / (2 * B)
     image, text = losses.pool_patches(patches), losses.pool_caption(embeds, mask)
-    loss, accuracy = losses.contrastive_loss(image, text, torch.tensor(scale), torch.arange(B)[:, None])
+    loss, accuracy = losses.contrastive_loss(image, text, scale, torch.arange(B)[:, None])
     assert torch.allclose(loss, expected), (
         "not the InfoNCE of the definition: one direction alone, the scale left out, or a sum in place of "
         "the mean over both directions and all rows")
+    found, right = (torch.autograd.grad(x, leaves, retain_graph=True) for x in (loss, expected))
+    assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(found, right)), (
+        "the loss is right, its gradient is not: images, captions and the scale learn from both directions")
     assert accuracy == sum(s[i].argmax() == i for i in range(B)) / B, (
         "the accuracy is the part of images whose most similar caption is their own")
     assert torch.allclose(image @ text.T, s, atol=1e-6)  # the identity that spares the triple loop
@@ -78,17 +84,24 @@ def test_the_losses_read_where_the_batch_says():
     assert batch["text_at"].tolist() == [3, 4 + 1, 8 + 2]
 
 
+@grades("contrastive_loss")
 def test_equal_captions_are_not_negatives():
     """Rows 0 and 2 share a caption: the loss is that of the score matrix without the two false negatives."""
-    image, text, keys = torch.randn(4, 8), torch.randn(4, 8), torch.tensor([[7], [8], [7], [9]])
+    image, text, keys = torch.randn(4, 8), torch.randn(4, 8), torch.tensor([[7], [8], [7], [9]]) + 2**55
     text[2] = text[0]
+    image[2] = 9 * text[2]
     s = image @ text.T
     s[0, 2] = s[2, 0] = -math.inf
     expected = (F.cross_entropy(s, torch.arange(4)) + F.cross_entropy(s.T, torch.arange(4))) / 2
-    assert torch.allclose(losses.contrastive_loss(image, text, torch.tensor(1.0), keys)[0], expected), (
-        "an equal caption counts as a negative, or a pair's own place, the positive, was masked with it")
+    loss, accuracy = losses.contrastive_loss(image, text, torch.tensor(1.0), keys)
+    assert torch.allclose(loss, expected), (
+        "an equal caption counts as a negative, or a pair's own place, the positive, was masked with it; "
+        "or keys that differ are taken as equal: they have 56 bits")
+    assert accuracy == (s.argmax(1) == torch.arange(4)).float().mean(), (
+        "whose caption comes twice finds it twice: in the accuracy, too, the other one does not count")
 
 
+@grades("contrastive_loss")
 def test_one_picture_with_two_captions_is_no_negative_of_itself():
     """Rows 1 and 3 show one image: as with one caption, the loss can fall to nothing."""
     image, text = torch.randn(4, 8), torch.randn(4, 8)
@@ -132,6 +145,7 @@ def test_one_batch_can_be_learned():
 
 
 @pytest.mark.exercise
+@grades("pool_patches")
 def test_max_pooling_takes_the_largest_of_each_channel():
     """Grades an exercise: `pool_patches` with the maximum in place of the mean, and all else as it was."""
     patches = torch.randn(2, 5, 8, requires_grad=True)
@@ -155,6 +169,7 @@ def test_max_pooling_takes_the_largest_of_each_channel():
 def inputs():
     torch.manual_seed(3)
     patches, embeds = torch.randn(8, 5, 8, dtype=torch.float64), torch.randn(8, 6, 8, dtype=torch.float64)
+    embeds += patches.mean(1, keepdim=True)  # so that some images find their captions
     mask = torch.arange(6)[None] < torch.randint(1, 7, (8, 1))
     keys = torch.tensor([[1, 2, 3, 4, 1, 6, 7, 3], [0, 1, 2, 3, 4, 5, 1, 7]]).T  # of captions and of images
     return patches, embeds, mask, keys
@@ -183,15 +198,17 @@ def gradients_of_rank(rank, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
+@grades("the loss, or its backward,")
 def test_any_number_of_ranks_gives_the_gradient_of_one(ranks, world):
     loss, accuracy, patches, embeds, log_scale = gradients(slice(None))
-    shares = list(zip(*ranks(world, gradients_of_rank)))
+    shares = list(zip(*ranks(world, gradients_of_rank, seconds=60)))
     assert torch.allclose(sum(shares[0]), loss, rtol=1e-6), (
         "the ranks' losses do not add up to that of one process: local rows meet the columns of all ranks, "
         "own pairs stand rank * B further on, and the sum is divided by the rows of all ranks")
-    assert torch.allclose(sum(shares[1]), accuracy)
+    assert torch.allclose(sum(shares[1]), accuracy), "the ranks' accuracies are no shares of one process's"
     for found, expected in ((shares[2], patches), (shares[3], embeds)):
         assert torch.allclose(torch.cat(found), expected, rtol=1e-5, atol=1e-8), (
             f"beside one process's, the ranks' gradient has {compared(torch.cat(found), expected)}: a row "
             "enters the loss of every rank, and its gradient is the sum of what all of them say about it")
-    assert torch.allclose(sum(shares[4]), log_scale, rtol=1e-6)
+    assert torch.allclose(sum(shares[4]), log_scale, rtol=1e-6), (
+        "the ranks' gradients of the scale do not add up to that of one process")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import assert_close, first_wrong, layer_by_layer, llama_config, shaken
+from conftest import assert_close, first_wrong, grades, layer_by_layer, llama_config, refusal, shaken
 from PIL import Image
 from torch import nn
 
@@ -100,6 +100,7 @@ def test_fewer_tokens_than_patches(clip_folder, llama_folder, tmp_path, kind):
 # ---- the model ---------------------------------------------------------------------------------------------
 
 
+@grades("splice")
 def test_splice_equals_a_plain_loop(vlm):
     ids = torch.tensor([row(2, 1, 3), row(5, 0, 9), row(1, 1, 1), row(1, 2, 0)])
     patches = torch.randn(4, 16, 32)
@@ -109,29 +110,39 @@ def test_splice_equals_a_plain_loop(vlm):
             if ids[b, s] == IMAGE_TOKEN_ID:
                 expected[b, s] = patches[image // 16, image % 16]
                 image += 1
-    assert torch.equal(vlm.splice(ids, patches), expected), (
+    spliced = vlm.splice(ids, patches)
+    assert spliced.shape == expected.shape, f"{tuple(spliced.shape)} is not (B, S, C) of the whole batch"
+    assert torch.equal(spliced, expected), (
         "patches are not where their placeholders are, in reading order: row by row, image by image, patch "
         "by patch; or another token has lost its embedding")
+    rounded = vlm.splice(ids, patches.bfloat16())
+    assert torch.equal(rounded, vlm.splice(ids, patches.bfloat16().float())), (
+        "patches of another dtype are to become embeddings of the LLM's")
 
 
+@grades("splice")
 def test_splice_with_known_places_equals_splice(vlm):
     """Of two images, and of a batch of text."""
     for ids in (torch.tensor([row(2, 1, 3), row(5, 0, 9), row(1, 1, 1)]), torch.tensor([row(5, 0, 9)])):
         image_at = (ids == IMAGE_TOKEN_ID).flatten().nonzero()[:, 0]
         patches = torch.randn(2, 16, 32)
-        assert torch.equal(vlm.splice(ids, patches, image_at), vlm.splice(ids, patches))
+        assert torch.equal(vlm.splice(ids, patches, image_at), vlm.splice(ids, patches)), (
+            "with `image_at` given it is another answer than with the places found")
 
 
+@grades("splice")
 def test_splice_refuses_wrong_counts(vlm):
     """A row with a part of an image, other images than placeholders, and these with known places."""
-    with pytest.raises(ValueError, match="16, 15"):
-        vlm.splice(torch.tensor([row(2, 1, 3), row(2, 1, 3)[:17] + [0] * 43]), torch.randn(2, 16, 32))
+    ids = torch.tensor([row(2, 1, 3), row(2, 1, 3)[:17] + [0] * 43])
+    said = refusal(vlm.splice, ids, torch.randn(2, 16, 32))
+    assert "16, 15" in said, "a row with a part of an image is not refused"
     ids = torch.tensor([row(2, 1, 3), row(2, 1, 3)])
     for image_at in (None, (ids == IMAGE_TOKEN_ID).flatten().nonzero()[:, 0]):
-        with pytest.raises(ValueError, match="32 placeholders; 3 images of 16 tokens"):
-            vlm.splice(ids, torch.randn(3, 16, 32), image_at)
+        said = refusal(vlm.splice, ids, torch.randn(3, 16, 32), image_at)
+        assert "32 placeholders; 3 images of 16 tokens" in said, "images without placeholders are not refused"
 
 
+@grades("splice")
 def test_text_only_batch_gives_the_projector_a_zero_gradient(vlm):
     """Not None: a rank whose batch has no image must still take part in the sums."""
     vlm.llm.requires_grad_()
@@ -140,6 +151,8 @@ def test_text_only_batch_gives_the_projector_a_zero_gradient(vlm):
     assert all(p.grad is not None and (p.grad == 0).all() for p in vlm.projector.parameters()), (
         "a batch of text leaves the projector no gradient of zero: its patches must be in the graph though "
         "none of them is used, or the other ranks would wait for this one")
+    learned = vlm.llm.model.embed_tokens.weight.grad
+    assert learned is not None and learned.any(), "the words' embeddings get no gradient: the LLM learns, too"
 
 
 def test_encode_gives_the_frozen_vit_no_gradient(vlm):

@@ -28,7 +28,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, checkpoints_kept
+from conftest import ROOT, checkpoints_kept, grades, refusal
 from safetensors.torch import load_file
 from torch import nn
 
@@ -86,7 +86,7 @@ def test_presets_name_existing_fields():
     ({}, 1000, 0.0, 0.0),  # contrast first, captioning alone after it
     ({"contrastive": "patch"}, 0, 1.0, 0.0), ({"contrastive": "prompt"}, 0, 1.0, 0.0),  # the papers'
     ({"contrastive": "none"}, 0, 1.0, 0.0), ({"contrastive_first": 0}, 0, 1.0, 0.0),
-    ({"contrastive_balance": 0.1}, 1000, 0.0, 0.1),  # and a share held after it
+    ({"contrastive_balance": 0.1}, 1000, 0.0, 0.1),  # and a ratio held after it
     ({"contrastive_weight": 2.0}, 1000, 2.0, 0.0),
     ({"contrastive": "both", "contrastive_first": 9}, 9, 1.0, 0.0)])
 def test_full_scale_puts_contrast_first_and_a_named_loss_is_a_plain_sum(given, first, weight, balance):
@@ -130,15 +130,15 @@ def test_learning_rate_of_llava():
 
 
 class Odd(nn.Module):
-    """What goes wrong in data parallelism: odd sizes, a module used twice, a parameter that nobody uses, one
-    that is frozen among others that learn."""
+    """What goes wrong in data parallelism: odd sizes, a module used twice, a parameter that nobody uses, in a
+    bucket of its own, one that is frozen among others that learn."""
 
     def __init__(self):
         super().__init__()
         self.table = nn.Parameter(torch.randn(577, 3))
         self.twice = nn.Linear(3, 3)
         self.out = nn.Linear(3, 5)
-        self.unused = nn.Parameter(torch.randn(7))
+        self.unused = nn.Parameter(torch.randn(97))
         self.twice.bias.data.fill_(0.1)  # the same for all: only what learns comes from rank 0
         self.twice.bias.requires_grad_(False)
 
@@ -152,6 +152,25 @@ class Odd(nn.Module):
 def flat(tensors):
     """All numbers of the tensors in a row: a copy."""
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+class Witness(DataParallelAdamW):
+    """Notes of each message its micro-batch, its bucket, and how many parameters backward has yet to reach;
+    sees that no total is missing."""
+
+    micro = 0
+
+    def send(self, bucket):
+        awaited = sum(len(other.waiting) for other in self.buckets)
+        self.sent = getattr(self, "sent", []) + [(self.micro, self.buckets.index(bucket), awaited)]
+        super().send(bucket)
+
+    def gradient_norm(self):
+        missing = [number for number, bucket in enumerate(self.buckets) if bucket.total is None]
+        assert not missing, (
+            f"the norm is asked for, and buckets {missing} have no total: one that nobody used is sent, too, "
+            "and all that was sent is to be received")
+        return super().gradient_norm()
 
 
 def odd_batch(step):
@@ -180,7 +199,7 @@ def odd_run(rank, world, shard, micro, steps=10):
     torch.manual_seed(rank)
     model = Odd().double()
     before = flat(model.parameters())
-    optimizer = DataParallelAdamW(model.learning(), weight_decay=0.1, clip=0.5, shard=shard, bucket_size=100)
+    optimizer = Witness(model.learning(), weight_decay=0.1, clip=0.4, shard=shard, bucket_size=100)
     weights, norms = [flat(model.parameters())], []
     for step in range(steps):
         norms.append(odd_step(rank, world, model, optimizer, step, micro))
@@ -189,7 +208,8 @@ def odd_run(rank, world, shard, micro, steps=10):
 
 
 def torch_run(steps=10):
-    """The same with torch.optim.AdamW and clip_grad_norm_: (weights before and after each step, norms)."""
+    """The same with torch.optim.AdamW and clip_grad_norm_: (weights before and after each step, norms). Five
+    of the ten steps are clipped."""
     torch.manual_seed(0)
     model, norms = Odd().double(), []
     matrices = [p for p in model.learning() if p.ndim > 1]
@@ -202,7 +222,7 @@ def torch_run(steps=10):
         optimizer.zero_grad(set_to_none=False)
         nn.functional.cross_entropy(model(x), y, reduction="sum").div(8).backward()
         model.unused.grad = torch.zeros_like(model.unused)
-        norms.append(nn.utils.clip_grad_norm_(model.learning(), 0.5).item())
+        norms.append(nn.utils.clip_grad_norm_(model.learning(), 0.4).item())
         optimizer.step()
         weights.append(flat(model.parameters()))
     return weights, norms
@@ -210,10 +230,11 @@ def torch_run(steps=10):
 
 @pytest.mark.parametrize("world, shard, micro", [(1, False, 8), (1, True, 3), (2, False, 4), (2, True, 2),
                                                  (4, False, 1), (4, True, 2)])
+@grades("the optimizer")
 def test_equals_torch_adamw_on_any_number_of_ranks(ranks, world, shard, micro):
     """Weights after every step and all gradient norms, whatever the ranks, shards and micro-batches, in fp64.
     The ranks have the same weights, bit for bit, from the start: those of rank 0."""
-    found = [odd_run(0, 1, shard, micro)] if world == 1 else ranks(world, odd_run, shard, micro)
+    found = [odd_run(0, 1, shard, micro)] if world == 1 else ranks(world, odd_run, shard, micro, seconds=60)
     weights, norms = torch_run()
     assert [was_changed for was_changed, _, _ in found] == [False] + [True] * (world - 1)
     for _, our_weights, our_norms in found:
@@ -311,18 +332,50 @@ def test_of_a_checkpoint_only_the_own_slice_is_read(start, stop, read):
     assert [part.read for part in parts] == read, "each rank reads the shards of all from disk"
 
 
-class Witness(DataParallelAdamW):
-    """Notes of each message its micro-batch, its bucket, and how many parameters backward has yet to
-    reach."""
+class Letter:
+    """A message between two ranks with equal gradients: the sum is there when it is waited for."""
 
-    micro = 0
+    def __init__(self, total, gradient):
+        self.total, self.gradient, self.has_arrived = total, weakref.ref(gradient), False
 
-    def send(self, bucket):
-        awaited = sum(len(other.waiting) for other in self.buckets)
-        self.sent = getattr(self, "sent", []) + [(self.micro, self.buckets.index(bucket), awaited)]
-        super().send(bucket)
+    def wait(self):
+        assert self.gradient() is not None, "a gradient must live until it has arrived, in its message"
+        if not self.has_arrived:
+            self.total.copy_(2 * self.gradient()[: len(self.total)])
+        self.has_arrived = True
 
 
+@pytest.mark.parametrize("shard", [False, True])
+@grades("send")
+def test_what_is_sent_arrives_when_it_is_waited_for(monkeypatch, shard):
+    """On rank 0 of two. The other one, and the way there, are made up."""
+    letters = []
+
+    def post(total, gradient=None, async_op=False, **_):
+        letters.append(Letter(total, total if gradient is None else gradient))
+        return letters[-1] if async_op else letters[-1].wait()
+
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    monkeypatch.setattr(train, "reduce_scatter", post)
+    monkeypatch.setattr(dist, "all_reduce", post)
+    monkeypatch.setattr(dist, "broadcast", lambda *_, **__: None)
+    optimizer = DataParallelAdamW([nn.Parameter(torch.ones(4)) for _ in range(4)], shard=shard, bucket_size=4)
+    for bucket in optimizer.buckets:
+        bucket.open()
+        bucket.gradient += 1
+        optimizer.send(bucket)
+        assert not letters[-1].has_arrived, "it waits for what it has sent, and backward waits with it"
+        assert bucket.gradient is None and bucket.is_sent, "`close` empties a bucket that is sent"
+    most = 2 if shard else 4
+    assert len(letters) == 4 and len(optimizer.messages) == most, (
+        f"of 4 buckets {len(letters)} messages were sent, and {len(optimizer.messages)} are on their way: "
+        f"each is sent once, and {most} stay on their way")
+    while optimizer.messages:
+        optimizer.receive()
+    assert all((bucket.total == 2).all() for bucket in optimizer.buckets), "`receive` waits for nothing"
+
+
+@grades("send")
 def test_buckets_leave_while_backward_goes_on():
     """The first is sent when the last layer is done and all others wait; on one rank as on many."""
     model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(6)))
@@ -349,32 +402,40 @@ class Uneven(nn.Module):
         return self.layers(x @ self.sometimes if is_used else x).square().sum()
 
 
-def uneven_step(rank, world, shard):
-    """(messages, norm, weights) of a step of three micro-batches. Of two ranks only the first uses
+def uneven_steps(rank, world, shard):
+    """(messages, norms, weights) of two steps of three micro-batches. Of two ranks only the first uses
     `sometimes`, in the last of its micro-batches. One process does what both would."""
     torch.manual_seed(0)
     model = Uneven().double()
     optimizer = Witness(model.parameters(), shard=shard, bucket_size=32)
     inputs = torch.randn(3, 2, 5, 4, dtype=torch.float64)  # micro-batch, rank
-    for optimizer.micro in range(3):
-        if optimizer.micro == 2:
-            optimizer.last_backward()
-        mine = [rank] if world == 2 else [0, 1]
-        sum(model(inputs[optimizer.micro, r], optimizer.micro == 2 and r == 0) for r in mine).backward()
-    optimizer.micro = "step"
-    norm = optimizer.step(1e-2)
-    return [(micro, number) for micro, number, _ in optimizer.sent], norm, flat(model.parameters())
+    norms = []
+    for _ in range(2):
+        for optimizer.micro in range(3):
+            if optimizer.micro == 2:
+                optimizer.last_backward()
+            mine = [rank] if world == 2 else [0, 1]
+            sum(model(inputs[optimizer.micro, r], optimizer.micro == 2 and r == 0) for r in mine).backward()
+        optimizer.micro = "step"
+        norms.append(optimizer.step(1e-2))
+    return [(micro, number) for micro, number, _ in optimizer.sent], norms, flat(model.parameters())
 
 
 @pytest.mark.parametrize("shard", [False, True])
+@grades("the optimizer")
 def test_a_bucket_is_sent_once_a_step_and_sharded_once_a_backward(ranks, shard):
     """When it is full, however many parameters it has; in `step`, where a rank has left one unused."""
-    one, (first, second) = uneven_step(0, 1, False), ranks(2, uneven_step, shard)
+    wrong = ("in one of two steps a bucket leaves too early, twice or never: `step` sends what backward has "
+             "not sent, used or not, and then forgets what was sent, and that the last backward had come")
+    one = uneven_steps(0, 1, False)
+    assert one[0] == 2 * [(2, 0), (2, 1), (2, 2), ("step", 3)], wrong
+    first, second = ranks(2, uneven_steps, shard, seconds=60)
     early = [(0, 0), (0, 1), (1, 0), (1, 1)] * shard
-    assert first[0] == early + [(2, 0), (2, 1), (2, 2), ("step", 3)]
-    assert second[0] == early + [(2, 0), (2, 1), ("step", 2), ("step", 3)]
-    for _, norm, weights in (first, second):
-        assert norm == pytest.approx(one[1], rel=1e-12) and torch.allclose(weights, one[2], rtol=1e-10)
+    assert first[0] == 2 * (early + [(2, 0), (2, 1), (2, 2), ("step", 3)]), wrong
+    assert second[0] == 2 * (early + [(2, 0), (2, 1), ("step", 2), ("step", 3)]), wrong
+    for _, norms, weights in (first, second):
+        assert norms == pytest.approx(one[1], rel=1e-12) and torch.allclose(weights, one[2], rtol=1e-10), (
+            "where one rank did not use a parameter, two ranks make other steps than one process")
 
 
 def naive_and_ours(rank, world):
@@ -418,11 +479,13 @@ def test_an_optimizer_out_of_scope_is_freed():
         layer(torch.ones(1, 2)).sum().backward()
 
 
+@grades("step")
 def test_second_step_remembers_no_gradient():
     layer = nn.Linear(3, 3)
     optimizer = DataParallelAdamW(layer.parameters())
+    optimizer.good_steps = 1999
     layer(torch.ones(1, 3)).sum().backward()
-    assert optimizer.step(1e-2) > 0
+    assert optimizer.step(1e-2) > 0 and optimizer.loss_scale == 1, "the loss scale is for float16 alone"
     (0 * layer(torch.ones(1, 3)).sum()).backward()
     assert optimizer.step(1e-2) == 0, "the step has not forgotten the gradients of the one before"
 
@@ -444,6 +507,7 @@ def test_small_updates_survive_bfloat16():
     assert (alone == torch.tensor(0.02).bfloat16()).all()  # not one of the ten came through
 
 
+@grades("step")
 def test_float16_skips_a_step_that_overflows():
     weight = nn.Parameter(torch.ones(4).half())
     optimizer = DataParallelAdamW([weight])
@@ -454,17 +518,27 @@ def test_float16_skips_a_step_that_overflows():
     assert optimizer.loss_scale == 2.0**15 and is_unchanged, (
         "a float16 step that overflows halves the loss scale, and changes no weight and no moment")
     (optimizer.loss_scale * (weight.float() * 1e-9).sum()).backward()  # 1e-9 alone is zero in float16
-    assert optimizer.step(1e-2) == pytest.approx(2e-9, rel=1e-2)
-    assert (weight < 1).all()
+    assert optimizer.step(1e-2) == pytest.approx(2e-9, rel=1e-2), (
+        "the norm is that of the gradient without the loss scale; of a step that was skipped nothing is left")
+    assert (weight < 1).all(), "after a step that was skipped, the next one is none"
+    optimizer.good_steps = 1999
+    (optimizer.loss_scale * weight.float().sum() * 1e-9).backward()
+    optimizer.step(1e-2)
+    assert optimizer.loss_scale == 2.0**16, "2000 good steps in a row double the loss scale"
+    optimizer.loss_scale = 1.0
+    (weight.float().sum() * math.inf).backward()
+    assert "not finite" in refusal(optimizer.step, 1e-2), (
+        "a loss scale of 1 cannot be halved: what overflows then is an error, in float16, too")
 
 
-def test_gradients_that_are_not_finite_change_nothing():
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@grades("step")
+def test_gradients_that_are_not_finite_change_nothing(number):
     layer = nn.Linear(2, 2)
     before = layer.weight.clone()
     optimizer = DataParallelAdamW(layer.parameters())
-    (layer(torch.ones(1, 2)).sum() * math.nan).backward()
-    with pytest.raises(ValueError, match="not finite"):
-        optimizer.step(1e-2)
+    (layer(torch.ones(1, 2)).sum() * number).backward()
+    assert "not finite" in refusal(optimizer.step, 1e-2), f"a gradient of {number} is an error, and is none"
     assert torch.equal(layer.weight, before), "the norm is looked at before the update"
 
 
@@ -496,12 +570,14 @@ def chain(checkpointing, learns=True):
 
 
 @pytest.mark.parametrize("checkpointing", ["every", "every-other"])
+@grades("Recomputed.backward")
 def test_checkpointing_changes_no_bit(checkpointing):
     """The output, the gradients of input and weights; hooks fire once."""
     found = []
     for which in ("none", checkpointing):
         x, y, parameters, fired = chain(which)
         y.square().sum().backward()
+        assert x.grad is not None, "the input of a checkpointed block gets no gradient"
         assert len(fired) == len(parameters), (
             "the weights of a checkpointed block get no gradient, or get it twice")
         found.append([y, x.grad, *(p.grad for p in parameters)])
@@ -510,19 +586,22 @@ def test_checkpointing_changes_no_bit(checkpointing):
         "other gradients: those of the second run are not handed on, or go to the wrong ones")
 
 
+@grades("Recomputed.backward")
 def test_checkpointed_blocks_can_be_swept_more_than_once():
-    """With frozen blocks, as a held share sweeps them: by `autograd.grad`, which keeps the graph, and then
+    """With frozen blocks, as a held ratio sweeps them: by `autograd.grad`, which keeps the graph, and then
     with the captioning loss."""
     found = []
     for which in ("none", "every"):
         x, y, parameters, _ = chain(which, learns=False)
         swept, = torch.autograd.grad(y[:5], x, torch.ones(5, 16), retain_graph=True)
         y.square().sum().backward()
-        assert all(p.grad is None for p in parameters)
+        assert all(p.grad is None for p in parameters), "blocks that are frozen got a gradient"
         found.append((swept, x.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*found)) and not torch.equal(*found[0])
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and not torch.equal(*found[0]), (
+        "a second backward through the same blocks finds other gradients than through plain ones")
 
 
+@grades("Recomputed.backward")
 def test_checkpointed_weights_are_never_silently_left_without_a_gradient():
     """If the input needs none, autograd would not call backward. Frozen blocks, and no_grad, may do so."""
     for learns in (True, False):
@@ -534,6 +613,26 @@ def test_checkpointed_weights_are_never_silently_left_without_a_gradient():
                 block(torch.ones(2, 16), 0.5)
         with torch.set_grad_enabled(not learns):
             assert torch.equal(block(torch.ones(2, 16), 0.5), expected)
+
+
+@grades("Recomputed.backward")
+def test_checkpointed_blocks_run_once_more_and_keep_nothing():
+    """Two in a row: at the end neither is left in memory, though the output and its graph are."""
+    layers, runs = [Layer(), Layer()], []
+
+    def run(forward, *args):
+        y = forward(*args)
+        runs.append(weakref.ref(y))
+        return y
+
+    for layer in layers:
+        layer.forward = partial(run, layer.forward)
+    train.checkpoint_blocks(layers, "every")
+    y = layers[1](layers[0](torch.randn(2, 16, requires_grad=True), 0.5), 0.5)
+    assert len(runs) == 2
+    y.sum().backward()
+    assert len(runs) == 4, f"backward runs a block {(len(runs) - 2) / 2:g} times; once is enough"
+    assert not any(output() is not None for output in runs[2:]), "the second run is kept after its backward"
 
 
 def saved_bytes(llm, ids):
@@ -550,6 +649,7 @@ def saved_bytes(llm, ids):
     return sum(storages.values()), [p.grad.clone() for p in llm.parameters() if p.grad is not None]
 
 
+@grades("Recomputed.backward")
 def test_checkpointing_saves_memory_in_the_llm(llama_folder):
     ids, held, gradients = torch.randint(0, 75, (4, 64)), {}, {}
     for which in ("none", "every-other", "every"):
@@ -779,19 +879,20 @@ def test_the_log_shows_the_gradients_at_the_cut(linear_vlm, llama_folder, contra
         assert line[f"{name}_relative"] == line[name] / math.log(8)
 
 
-def test_the_share_is_met(linear_vlm, llama_folder):
+@grades("weight")
+def test_the_ratio_is_met(linear_vlm, llama_folder):
     """Exactly at the first step, where there is nothing to average; roughly later."""
     lines, _ = first_steps(linear_vlm, llama_folder, 8, contrastive="both", contrastive_balance=0.3)
     for name in ("patch", "prompt"):
         assert lines[0][f"{name}_ratio"] == pytest.approx(0.3, rel=1e-6), (
-            "the weighted gradient is not the share of the captioning loss's: the weight is the share times "
-            "the ratio of their norms, the roots of `squares`, and not the share alone")
-        assert lines[0][f"{name}_weight"] != pytest.approx(1, rel=0.01)
+            "the weighted gradient is not at the ratio to the captioning loss's: the weight is that ratio "
+            "times the quotient of their norms, the roots of `squares`, and not the ratio alone")
+        assert lines[0][f"{name}_weight"] != pytest.approx(1, rel=0.01), "a weight of 1 meets no ratio"
     found = [line["patch_ratio"] for line in lines if "patch_ratio" in line]
-    assert all(0.2 < ratio < 0.45 for ratio in found), "the share is met at first and lost in later steps"
+    assert all(0.2 < ratio < 0.45 for ratio in found), "the ratio is met at first and lost in later steps"
 
 
-def test_the_share_is_met_whenever_captioning_begins(linear_vlm, llama_folder):
+def test_the_ratio_is_met_whenever_captioning_begins(linear_vlm, llama_folder):
     """Behind contrast first both losses are measured in the first captioning step, whatever its number."""
     lines, _ = first_steps(linear_vlm, llama_folder, 5, contrastive="both", contrastive_balance=0.3,
                            contrastive_first=3)
@@ -800,14 +901,16 @@ def test_the_share_is_met_whenever_captioning_begins(linear_vlm, llama_folder):
         assert lines[3][f"{name}_ratio"] == pytest.approx(0.3, rel=1e-6)
 
 
-def test_without_a_share_or_a_measurement_the_fixed_weight_is_the_weight_and_a_share_is_met_else():
+@grades("weight")
+def test_without_a_ratio_or_a_measurement_the_fixed_weight_is_the_weight_and_a_ratio_is_met_else():
     plain, held = losses.ContrastiveTerm(0.7), losses.ContrastiveTerm(0.7, balance=0.3)
     assert plain.weight() == held.weight() == 0.7, (
         "before anything was measured there is no ratio of norms: `fixed_weight` is the weight")
     for term in (plain, held):
-        term.measure(4.0, 1.0)
-    assert plain.weight() == 0.7, "without a share, `fixed_weight` is the weight"
-    assert held.weight() == pytest.approx(0.3 * 2)
+        term.measure(100.0, 4.0)
+    assert plain.weight() == 0.7, "without a ratio, `fixed_weight` is the weight"
+    assert held.weight() == held.weight() == pytest.approx(0.3 * 5), (
+        "norms of 10 and 2 at a ratio of 0.3 are a weight of 1.5, however often it is asked for")
 
 
 def test_the_weight_follows_the_gradients_within_some_ten_steps():
