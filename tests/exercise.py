@@ -86,8 +86,8 @@ EXERCISES = {
         "train.py", "DataParallelAdamW.send",
         "Gradients are summed over the ranks while backward goes on. Now each rank keeps its own.",
         "`close` the bucket; `all_reduce`, or with `shard` `reduce_scatter` into one like its master, async; "
-        "one rank alone has no work. `messages` gets (bucket, sum, work or None, gradient). Sharded, if there "
-        "are more than two, `receive` one.",
+        "one rank alone has no work. `messages` gets (bucket, sum, work or None, gradient). Sharded, if more "
+        "than two are there, `receive` one.",
         "tests/test_train.py -k 'torch_adamw and (2-False or 2-True) or buckets_leave or is_sent'",
         "self.messages.append((bucket, bucket.close(), None, None))",
         "the gradient is not that of one process with the whole batch"),
@@ -96,7 +96,7 @@ EXERCISES = {
         "One update: send what is left, wait, look at the norm, update, forget the gradients.",
         "`send` what has a gradient or not `is_sent`, used or not; `receive` while there are `messages`; "
         "`gradient_norm`, `update`. Not finite: float16 with a scale above 1 returns None, all else is a "
-        "ValueError. float16 ends with `adjust_loss_scale`, all with `total`, `is_sent` and `is_last` as they "
+        "ValueError. float16 ends with `adjust_loss_scale`, all with `total`, `is_sent`, `is_last` as they "
         "began.",
         "tests/test_train.py -k 'torch_adamw and (1- or 2-True) or once_a_step or second_step or not_finite "
         "or overflows'"),
