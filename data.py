@@ -467,7 +467,7 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
     ids (B, S)            each image marker grown to N placeholders, padded with `pad_id`
     mask (B, S)           False at padding
     labels (B, S)         the id where it carries loss, else -100
-    pixels (I, 3, H, W)   in reading order; one black dummy if the batch has no image (see VLM.splice); or
+    pixels (I, 3, H, W)   in reading order; one dummy of zeros if the batch has no image (see VLM.splice); or
                           features (I, P, D), if the samples have these
     caption_ids, caption_mask (B, T)   the answer's tokens alone, for the contrastive loss
     keys (B, 2)           a number for each distinct caption, and one for each distinct image

@@ -151,7 +151,8 @@ def causal(start: int, S: int, device):
 def with_padding(visible, mask):
     """Hide padding: `visible` (S, keys), `mask` (B, keys) False at padding -> (B, 1, S, keys).
 
-    Every position still sees itself, padding included: softmax over no key at all gives NaN.
+    Every position still sees itself, padding included: over no key at all, some kernels of attention give
+    NaN, others 0.
     """
     S, keys = visible.shape
     start = keys - S

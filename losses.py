@@ -27,6 +27,9 @@ each rank returns its *share*: `generative_loss` a sum, to be divided by the tok
 micro-batches, `contrastive_loss` the part of its own rows. Shares add up to the loss of one process with the
 whole batch. So gradients are summed over ranks, never averaged, whatever their number (lab/three_ideas.py).
 
+W ranks speak in three ways. All-gather: (B, C) of each becomes (WB, C) on all. All-reduce: all get the sum of
+what each has. Reduce-scatter: each gets its part (B, C) of the sum of what each has, (WB, C).
+
 Why contrast first may work: a hypothesis. A fresh projector's output is nowhere near the words, and the LLM
 reads noise. Its gradient at the cut is large and says little of them: on real towers, at a right angle to the
 patch loss's. That loss needs no LLM. The embedding table is frozen, so the image alone moves, to its
@@ -140,8 +143,9 @@ class GatherWithGradient(torch.autograd.Function):
 
     Rank r's rows enter the loss of *every* rank: its captions are negatives in all of them. So their gradient
     is the sum of what all ranks say, and the backward of an all-gather is a reduce-scatter with SUM. Two
-    common shortcuts are wrong. A gather without gradient loses about half of it: all terms in which our row
-    is a column. To return only the own slice of the own gradient loses what the other ranks' losses say.
+    common shortcuts are wrong. A gather without gradient loses all terms in which our row is a column. To
+    return only the own slice of the own gradient loses those in the other ranks' losses. (It is right where
+    every rank computes all WB x WB products, as OpenCLIP does by default. Here each computes B x WB.)
     """
 
     @staticmethod

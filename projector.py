@@ -145,8 +145,8 @@ class VLM(nn.Module):
         `image_at` (I N,) says where the placeholders stand in the flattened ids. data.collate finds that on
         the CPU, so that a GPU does not have to synchronise. The images come in reading order.
 
-        A batch of text alone still runs the projector, on one black image, and takes none of its rows. So its
-        gradient is zero, but it is there: the ranks add gradients up, and none must wait for another's.
+        A batch of text alone still runs the projector, on one image of zeros, and takes none of its rows. So
+        its gradient is zero, but it is there: the ranks add gradients up, and none must wait for another's.
         """
         B, S = ids.shape
         I, N, C = patches.shape

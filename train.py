@@ -194,12 +194,13 @@ class DataParallelAdamW:
     fp32 buffer. 2. During the last backward (`last_backward()` was called) a full bucket is sent at once,
     while backward goes on with earlier layers. 3. `step` sends what is left, waits, clips by the global norm,
     and updates the fp32 masters. The weights are rounded copies of these: in bfloat16 alone, an update of
-    2e-5 of a weight of 0.02 mostly rounds to nothing.
+    2e-5 to a weight of 0.02 is lost, because the next number is 1.2e-4 away.
 
-    With `shard` (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054) the sum is a reduce-scatter. Each rank
-    keeps gradients, masters and moments of only its 1/W of every bucket, and an all-gather returns the new
-    weights. A bucket is then sent in *every* backward as soon as it is full, and its buffer is freed, so two
-    or three whole buckets exist at a time: less memory, paid with a message for each micro-batch.
+    With `shard` (ZeRO's stage 2, Rajbhandari et al. 2020, arXiv 1910.02054) the sum is a reduce-scatter. Each
+    rank keeps gradients, masters and moments of only its 1/W of every bucket, and an all-gather returns the
+    new weights, which all have. A bucket is then sent in *every* backward as soon as it is full, and its
+    buffer is freed, so two or three whole buckets exist at a time: less memory, paid with a message for each
+    micro-batch.
 
     Small gradients vanish in float16. So losses are multiplied by `loss_scale` before backward, and gradients
     are divided by it here. A step that overflows is skipped and halves it; 2000 good steps double it. With
@@ -235,9 +236,9 @@ class DataParallelAdamW:
         if not bucket.waiting and (self.is_last or self.shard):
             self.send(bucket)
 
-    def last_backward(self):
-        """From here on, the next gradient of each parameter is its last of this step."""
-        self.is_last = True
+    def last_backward(self, is_last: bool = True):
+        """From here on, the next gradient of a parameter is its last of this step; with False, maybe not."""
+        self.is_last = is_last
         for bucket in self.buckets:
             bucket.waiting = set(bucket.parameters)
 
@@ -389,7 +390,7 @@ def recomputed(forward, learns: bool, x, *rest):
 
 
 def checkpoint_blocks(blocks, which: str):
-    """Recompute "every" block, "every-other" (half the time, half the saving), or "none"."""
+    """Recompute "every" block, "every-other" (half the extra time, half the saving), or "none"."""
     every = {"none": 0, "every": 1, "every-other": 2}[which]
     for number, block in enumerate(blocks):
         if every and number % every == 0:
@@ -476,8 +477,8 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
     The gradient is that of one process with the whole batch in one piece: every loss is divided by a count
     over all ranks and micro-batches, and a contrastive loss sees all their images. The graph is cut behind
-    the projector. Each loss leaves its gradient there, and the projector's backward runs once for all
-    (gradient caching, Gao et al. 2021, arXiv 2101.06983).
+    the projector. Each loss leaves its gradient there, and the projector's backward takes their sum (gradient
+    caching, Gao et al. 2021, arXiv 2101.06983). Read it first without "prompt": then `states` is empty.
     """
     device = vlm.llm.head_weight.device
     with_llm = step >= config.contrastive_first  # the first steps: the patch loss alone, without the LLM
@@ -507,8 +508,7 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
         image, text = losses.vectors(name, vlm, micro_batches, leaves, states)  # each (B, C)
         loss, shares[f"{name}_retrieval"] = losses.contrastive_loss(image, text, terms[name](), keys)
         shares[name] = loss.detach()
-        reached = states if name == "prompt" else leaves
-        ends = [*reached, terms[name].log_scale]
+        ends = [*(states if name == "prompt" else leaves), terms[name].log_scale]
         *at_cut[name], at_log_scale[name] = torch.autograd.grad(optimizer.loss_scale * loss, ends)
     at_states = at_cut.pop("prompt", [])  # (B, C) each: this loss is not at the cut yet
 
@@ -518,34 +518,35 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     for number, (loss, state) in enumerate(passes):
         shares["generative"] = shares.get("generative", 0.0) + loss.detach() / tokens
         if number == len(micro_batches) - 1:
-            optimizer.last_backward()
+            optimizer.last_backward()  # the LLM's parameters get one more gradient
         ends = [optimizer.loss_scale * loss / tokens]
-        starts = [None]  # a scalar starts with 1
+        gradients = [None]  # a scalar's is 1
         if is_mixed:
             ends.append(state)
-            starts.append(terms["prompt"].weight() * at_states[number])
+            gradients.append(terms["prompt"].weight() * at_states[number])
         elif states:
             swept = torch.autograd.grad(state, leaves[number], at_states[number], retain_graph=True)
             at_cut.setdefault("prompt", []).extend(swept)
-        torch.autograd.backward(ends, starts)
+        torch.autograd.backward(ends, gradients)
     if with_llm:
         at_cut["generative + prompt" if is_mixed else "generative"] = [leaf.grad for leaf in leaves]
 
-    # 5. The cut: measure the gradients over all ranks, weight them, add them up, go on through the projector.
+    # 5. The cut: measure the gradients over all ranks, weight them, add them up, go on through the projector,
+    #    one micro-batch at a time: autograd would add up their gradients in bfloat16, the buckets do in fp32.
     shares |= losses.products(at_cut)
     sums = dict(zip(shares, sum_over_ranks(list(shares.values()), device).tolist()))
     losses.measure(sums, terms, optimizer.loss_scale)
     weights = {name: term.weight() if with_llm else 1.0 for name, term in terms.items()}  # alone: 1
-    total = losses.weighted_sum(at_cut, weights)
-    total += [weights[name] * gradient for name, gradient in at_log_scale.items()]
-    log_scales = [terms[name].log_scale for name in at_log_scale]
-    torch.autograd.backward([*patches, *log_scales], total)
+    optimizer.last_backward(False)
+    for projected, gradient in zip(patches, losses.weighted_sum(at_cut, weights)):
+        projected.backward(gradient)
+    for name, gradient in at_log_scale.items():
+        terms[name].log_scale.backward(weights[name] * gradient)
     line = figures(sums, weights, optimizer.loss_scale, config.batch)
 
     # 6. Sum over ranks, clip, update.
     norm = optimizer.step(lr)
-    line |= losses.clamp_scales(terms)
-    return line | {"lr": lr, "grad_norm": norm, "tokens": int(sums["tokens"])}
+    return line | losses.clamp_scales(terms) | {"lr": lr, "grad_norm": norm, "tokens": int(sums["tokens"])}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -35,14 +35,15 @@ EXERCISES = {
     "splice": Exercise(
         "projector.py", "VLM.splice",
         "An image enters the sentence: its projected patches replace its N placeholders.",
-        "`find_placeholders` without `image_at`; embed row 0 where they stand, flatten, `index_copy_` as "
+        "`find_placeholders` without `image_at`. Id 0 where they stand, embed all, flatten, `index_copy_` as "
         "many patches, in that dtype. ValueError('32 placeholders; 3 images of 16 tokens') if not 0 or I N.",
         "tests/test_projector.py -k 'splice or text_only'"),
     "contrastive_loss": Exercise(
         "losses.py", "contrastive_loss",
         "Symmetric InfoNCE: each image picks its caption among those of all ranks, each caption its image.",
         "`gather` all three: local rows meet gathered columns, own pairs stand at rank() * B + row; -inf "
-        "where any key is shared, but not there; sums of both ways by twice all rows, images found by all.",
+        "where any key is shared, but not there. Returns (sum over both ways / twice the rows of all ranks, "
+        "images that find their caption / rows of all ranks).",
         "tests/test_losses.py -k 'triple_loop or captions or gradient_of_one[2]'"),
     "gather": Exercise(
         "losses.py", "GatherWithGradient.backward",
@@ -85,7 +86,8 @@ EXERCISES = {
         "train.py", "DataParallelAdamW.send",
         "Gradients are summed over the ranks while backward goes on. Now each rank keeps its own.",
         "`close` the bucket; `all_reduce`, or with `shard` `reduce_scatter` into one like its master, async; "
-        "`messages` gets (bucket, sum, work, gradient). Sharded, if there are more than two, `receive` one.",
+        "one rank alone has no work. `messages` gets (bucket, sum, work or None, gradient). Sharded, if more "
+        "than two are there, `receive` one.",
         "tests/test_train.py -k 'torch_adamw and (2-False or 2-True) or buckets_leave or is_sent'",
         "self.messages.append((bucket, bucket.close(), None, None))",
         "the gradient is not that of one process with the whole batch"),
@@ -93,8 +95,9 @@ EXERCISES = {
         "train.py", "DataParallelAdamW.step",
         "One update: send what is left, wait, look at the norm, update, forget the gradients.",
         "`send` what has a gradient or not `is_sent`, used or not; `receive` while there are `messages`; "
-        "`gradient_norm`, `update`. Not finite: ValueError, in float16 None, but not at a scale of 1. "
-        "float16 ends with `adjust_loss_scale`, all with `total`, `is_sent` and `is_last` as they began.",
+        "`gradient_norm`, `update`. Not finite: float16 with a scale above 1 returns None, all else is a "
+        "ValueError. float16 ends with `adjust_loss_scale`, all with `total`, `is_sent`, `is_last` as they "
+        "began.",
         "tests/test_train.py -k 'torch_adamw and (1- or 2-True) or once_a_step or second_step or not_finite "
         "or overflows'"),
     "rotate": Exercise(
