@@ -491,8 +491,8 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     patches = [vlm.encode(m["pixels"]) for m in micro_batches]  # each (I, N, C)
     leaves = [p.detach().requires_grad_() for p in patches]
 
-    # 2. Captioning, forward. `passes` is lazy: a micro-batch waits for its turn in 4. The prompted loss
-    #    compares what the LLM makes of *all* images of the step, so with it all passes come first.
+    # 2. Captioning, forward. `passes` is lazy: a micro-batch waits for its turn in 4. The prompted loss needs
+    #    what the LLM makes of *all* images, so with it all passes come first, and live at once.
     passes = []
     states = []
     if with_llm:
@@ -532,7 +532,7 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
         at_cut["generative + prompt" if is_mixed else "generative"] = [leaf.grad for leaf in leaves]
 
     # 5. The cut: measure the gradients over all ranks, weight them, add them up, go on through the projector,
-    #    one micro-batch at a time: autograd would add up their gradients in bfloat16, the buckets do in fp32.
+    #    one micro-batch at a time: autograd would add up in bfloat16, the buckets do in fp32. 6 sends these.
     shares |= losses.products(at_cut)
     sums = dict(zip(shares, sum_over_ranks(list(shares.values()), device).tolist()))
     losses.measure(sums, terms, optimizer.loss_scale)
