@@ -82,7 +82,11 @@ def write_predictions(file, scores: dict, questions, answers, choices):
     file = Path(f"{file}.json")
     before = read_json(file) if file.exists() else None
     if before and before.get("predictions") == json.loads(json.dumps(predictions)):
-        scores = before["scores"] | scores  # an earlier command may have asked for floors
+        older = before["scores"]  # an earlier command may have asked for floors, or by another --score
+        floors = older.get("floors", {}) | scores.get("floors", {})
+        scores = older | scores
+        if floors:
+            scores["floors"] = floors
     elif before:
         names = [Path(f"{file}.old{number}") for number in ("", *range(2, 1000))]
         old = next(name for name in names if not name.exists())

@@ -108,6 +108,9 @@ def in_words(result: dict) -> str:
             words.append(f"by {by} {with_error(result[by], 'accuracy')}")
     if "unparsed" in result:
         words.append(f"{counted(result['unparsed'], 'answer')} that the rule cannot read")
+    for name, floor in result.get("floors", {}).items():
+        name = name.replace("_picture", " the picture").replace("_", " ")
+        words.append(f"{name} {floor['accuracy']}")
     return ", ".join(words)
 
 

@@ -583,8 +583,13 @@ def test_likelihood_and_floors_stand_beside_the_score(own_run, root, capsys, mon
     assert scores["floors"][f"without_picture_by_{by}"] == scores["floors"]["always D"]
     assert all(("texts" in question) == (by == "words") for question in asked[0] + asked[1])
     said = (f"accuracy 0.0 (standard error 0.0), by {by} 100.0 (standard error 0.0), "
-            "6 answers that the rule cannot read")
-    assert said in capsys.readouterr().out
+            "6 answers that the rule cannot read, without the picture 0.0, chance ")
+    out = capsys.readouterr().out
+    blind = scores["floors"][f"without_picture_by_{by}"]["accuracy"]
+    assert said in out and f", without the picture by {by} {blind}\n" in out
+    other, = {"likelihood", "words"} - {by}
+    both = scored(own_run, *argv[:4], other, "--floors")["scores"]  # the first floors stay
+    assert scores["floors"].items() < both["floors"].items() and len(both["floors"]) == 5
 
 
 def test_one_question_has_a_score_and_no_error(own_run, root, capsys):
