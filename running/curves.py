@@ -18,6 +18,8 @@ PANELS = {  # key of the log: its unit
     "generative": "captioning loss, nats a token",
     "patch": "contrastive loss, nats",
     "prompt": "contrastive loss, nats",
+    "patch_relative": "contrastive loss over ln(batch)",
+    "prompt_relative": "contrastive loss over ln(batch)",
     "patch_retrieval": "part that finds its caption",
     "prompt_retrieval": "part that finds its caption",
     "patch_ratio": "gradient over captioning's",
@@ -31,6 +33,10 @@ PANELS = {  # key of the log: its unit
     "lr": "learning rate",
     "grad_norm": "norm before clipping",
 }
+IN_NATS = ("patch", "prompt")  # runs of several batch sizes start at several values: there RELATIVE is drawn
+RELATIVE = ("patch_relative", "prompt_relative")
+UNSAID = ("stage", "preset", "out", "steps", "contrastive_first",  # these the legend says anyway
+          "resume", "save_every", "val", "val_every", "benchmarks", "cache", "micro_batch")
 LINEAR = ("_retrieval", "_cosine", "lr")  # endings of keys whose zero matters; others may have a log axis
 POINTS = 200  # of a line, at most: more would be a blot
 COLUMNS, WIDTH, HEIGHT = 3, 390, 248  # panels in a row; pixels of one with all that stands around it
@@ -74,17 +80,42 @@ def first_captioning(lines: list) -> int:
     return next((entry["step"] for entry in lines if "generative" in entry), 0)
 
 
-def title_of(run, lines: list) -> str:
-    """What the legend says of a run: its name, stage, preset and steps."""
-    folder = Path(run).resolve()
-    name = "/".join(folder.parts[-2:])[-60:]
-    said = "unfinished"
-    if (folder / "config.json").exists():  # written last
-        config = read_json(folder / "config.json")
-        said = f"{config.get('stage')}, preset {config.get('preset')}"
+def options_of(run, lines: list) -> dict:
+    """A run's config.json, which is written last; before, the batch size, if the log tells it."""
+    if (Path(run) / "config.json").exists():
+        return read_json(Path(run) / "config.json")
+    for entry in lines:
+        if entry.get("patch_relative"):
+            return {"batch": round(math.exp(entry["patch"] / entry["patch_relative"]))}
+    return {}
+
+
+def differing(options: list) -> list:
+    """The options that are not the same in all runs that tell them, but for UNSAID."""
+    last = {}
+    for told in options:
+        last |= told
+    changed = [key for key in last if any(told.get(key, last[key]) != last[key] for told in options)]
+    return [key for key in changed if key not in UNSAID]
+
+
+def title_of(run, lines: list, differ=()) -> str:
+    """What the legend says of a run: its name, stage, preset, steps, and the first four that `differ`."""
+    name = "/".join(Path(run).resolve().parts[-2:])[-60:]
+    options = options_of(run, lines)
+    said = f"{options['stage']}, preset {options.get('preset')}" if "stage" in options else "unfinished"
     title = f"{name}: {said}, {lines[-1]['step'] + 1:,} steps"
     first = first_captioning(lines)
-    return f"{title}, the first {first:,} contrast alone" if first else title
+    if first:
+        title += f", the first {first:,} contrast alone"
+    told = [f"{key} {str(options[key])[-30:] or 'none'}" for key in differ if key in options]
+    return ", ".join([title, *told[:4]])
+
+
+def is_worth_a_panel(key: str, curves: list) -> bool:
+    """Whether there are values, and not only zeros where zero says nothing."""
+    known = [point for points, held_out in curves for point in points + held_out if point]
+    return any(largest or key.endswith(LINEAR) for *_, largest in known)
 
 
 def draw(runs: list, file):
@@ -92,10 +123,12 @@ def draw(runs: list, file):
     logs = [read_log(run) for run in runs]
     longest = max(len(lines) for lines in logs)
     window = max(1, int(chart.round_up(longest / POINTS)))
+    differ = differing([options_of(run, lines) for run, lines in zip(runs, logs)])
+    left_out = IN_NATS if "batch" in differ else RELATIVE
     panels = {}  # key: [(points, those of held-out data) of each run]
     for key in PANELS:
         curves = [(points_of(lines, key, window), points_of(lines, f"val_{key}")) for lines in logs]
-        if any(any(points + held_out) for points, held_out in curves):
+        if key not in left_out and is_worth_a_panel(key, curves):
             panels[key] = curves
     head = 40 + 22 * len(runs)
     foot = head + HEIGHT * math.ceil(len(panels) / COLUMNS)
@@ -104,7 +137,7 @@ def draw(runs: list, file):
         y = 24 + 22 * number
         color, dashes = chart.style(number)
         chart.line(pen, [(64, y), (114, y)], color, LINE, dashes)
-        chart.write(pen, 124, y, title_of(run, lines), 14, "lm")
+        chart.write(pen, 124, y, title_of(run, lines, differ), 14, "lm")
     starts = [first_captioning(lines) for lines in logs]
     last = max(5, *(lines[-1]["step"] for lines in logs))
     for number, (key, curves) in enumerate(panels.items()):
@@ -135,7 +168,8 @@ def draw_panel(pen, left: int, top: int, key: str, curves: list, starts: list, l
     chart.frame(pen, panel, steps, rules, 12)
     chart.write(pen, panel.right, panel.bottom + 21, "steps", 12, "ra", chart.GREY)
     chart.write(pen, panel.left, top + 10, key, 14, "ls")
-    chart.write(pen, panel.right, top + 10, PANELS[key], 12, "rs", chart.GREY)
+    unit = f"{PANELS[key]}, log" if is_log else PANELS[key]
+    chart.write(pen, panel.right, top + 10, unit, 12, "rs", chart.GREY)
     for number, start in enumerate(starts):
         if start:
             draw_start(pen, panel, start, chart.style(number)[0])
@@ -175,7 +209,7 @@ def main():
         draw(args.runs, file)
     except (OSError, ValueError) as error:
         sys.exit(f"running.curves: {error}")
-    print(file)
+    print(f"wrote {file}")
 
 
 if __name__ == "__main__":

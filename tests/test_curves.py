@@ -1,6 +1,7 @@
 """Curves of runs: what is drawn is what the log says, gaps are gaps, and a folder without a log is told."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -92,7 +93,7 @@ def test_one_run_goes_to_its_own_folder_and_lies_where_it_should(tmp_path, monke
     run = run_of(tmp_path / "run", [{"lr": step / 10} for step in range(11)])
     monkeypatch.setattr(sys, "argv", ["running.curves", str(run)])
     curves.main()
-    assert capsys.readouterr().out == f"{run}/curves.png\n"
+    assert capsys.readouterr().out == f"wrote {run}/curves.png\n"
     image = Image.open(run / "curves.png")
     assert image.size == (3 * 390, 62 + 248 + 34)
     for share in (0.25, 0.5, 0.75):  # of the way from (64, 254) to (354, 102)
@@ -116,3 +117,36 @@ def test_several_runs_of_all_kinds(tmp_path, monkeypatch):
     title = curves.title_of(runs[0], curves.read_log(runs[0]))
     assert title.endswith("/a: align, preset tiny, 7 steps, the first 3 contrast alone")
     assert curves.title_of("c", curves.read_log("c")).endswith("/c: unfinished, 900 steps")
+
+
+def contrast_run(folder, batch, is_finished=True, **options):
+    """A run whose loss is that of knowing nothing, ln(batch)."""
+    line = {"patch": math.log(batch), "patch_relative": 1.0, "patch_weight": 0.0, "patch_retrieval": 0.0}
+    config = {"stage": "align", "preset": "tiny", "batch": batch, "out": str(folder)} | options
+    return run_of(folder, [line, line | {"patch": 0.1}], config if is_finished else None)
+
+
+@pytest.mark.parametrize("batches, key", [([16], "patch"), ([16, 16], "patch"), ([16, 8], "patch_relative")])
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_runs_of_several_batch_sizes_share_no_axis_in_nats(tmp_path, monkeypatch, batches, key, is_finished):
+    """A weight that is 0 throughout has no panel, a retrieval of 0 has. A log axis says so."""
+    runs = [contrast_run(tmp_path / f"{n}", batch, is_finished) for n, batch in enumerate(batches)]
+    texts = []
+    monkeypatch.setattr(chart, "write", lambda pen, x, y, text, *more: texts.append(text))
+    curves.draw(runs, tmp_path / "curves.png")
+    assert [text for text in texts if text in curves.PANELS] == [key, "patch_retrieval"]
+    assert ("contrastive loss, nats, log" in texts) == (key == "patch")
+
+
+def test_the_legend_says_what_differs(tmp_path):
+    """By config.json's order, without paths of the run; of an unfinished run what its log tells."""
+    options = [{"projector": "pixel_shuffle", "init": ""}, {"projector": "linear", "init": "runs/x"}]
+    runs = [contrast_run(tmp_path / f"{n}", 16 - 8 * n, **more) for n, more in enumerate(options)]
+    runs.append(contrast_run(tmp_path / "2", 4, is_finished=False))
+    logs = [curves.read_log(run) for run in runs]
+    known = [curves.options_of(run, log) for run, log in zip(runs, logs)]
+    differ = curves.differing(known)
+    ends = [curves.title_of(run, log, differ).split(" steps, ")[1] for run, log in zip(runs, logs)]
+    assert ends == ["batch 16, projector pixel_shuffle, init none", "batch 8, projector linear, init runs/x",
+                    "batch 4"]
+    assert curves.differing(known[:1] * 2) == []
