@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -420,6 +421,17 @@ def test_a_batch_in_a_pipeline_answers_as_each_question_alone(served):
     how = {"max_new_tokens": 8, "return_full_text": False}
     together = [answer[0]["generated_text"] for answer in pipeline(text=chats, batch_size=4, **how)]
     assert together == [pipeline(text=chat, **how)[0]["generated_text"] for chat in chats]
+
+
+def test_the_readmes_lines_of_python_answer(served, tmp_path, monkeypatch, capsys):
+    folder, pictures = served
+    folder.rename(tmp_path / "served")
+    Path(pictures[0]).rename(tmp_path / "x.png")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "plumbing/README.md").read_text()
+    _, code = text.split("harmless:\n\n")
+    exec(textwrap.dedent(code.split("\n\nAny server")[0]), {})
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize("form", ["path", "image", "data URL", "base64"])
