@@ -186,14 +186,13 @@ def contrastive_loss(image, text, scale, keys):
     all_image = gather(image)  # (WB, C)
     all_text = gather(text)  # (WB, C)
     all_keys = gather(keys)  # (WB, K)
-    rows = torch.arange(B, device=image.device)
-    own = rank() * B + rows  # (B,) where our own pairs stand among all
+    own = rank() * B + torch.arange(B, device=image.device)  # (B,) where our own pairs stand among all
     image_to_text = scale * image @ all_text.T  # (B, WB)
     text_to_image = scale * text @ all_image.T  # (B, WB)
 
     # An equal caption or image elsewhere in the batch is no negative. A pair's own place stays: the positive.
     false_negative = (keys[:, None] == all_keys[None]).any(-1)  # (B, WB)
-    false_negative[rows, own] = False
+    false_negative.scatter_(1, own[:, None], False)
     image_to_text = image_to_text.masked_fill(false_negative, -torch.inf)
     text_to_image = text_to_image.masked_fill(false_negative, -torch.inf)
 

@@ -137,7 +137,7 @@ class Bucket:
 
     def state_dict(self) -> dict:
         state = {"master": self.master, "m": self.m, "v": self.v, "steps": self.steps}
-        return {name: x.clone() for name, x in state.items()}  # a slice would be saved with its whole tensor
+        return {name: x.to("cpu", copy=True) for name, x in state.items()}  # a slice alone; a GPU may be full
 
     def load_state_dict(self, *states):
         """Take this rank's part out of the parts that all ranks saved, however many they were."""

@@ -197,7 +197,8 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 def sum_over_ranks(values, device):
     """Sum n numbers or scalar tensors over all ranks, each for itself: (n,) in fp64 on `device`."""
-    total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.stack([zero + value for value in values])  # a number is copied to a GPU without a wait
     if world_size() > 1:
         dist.all_reduce(total)
     return total
