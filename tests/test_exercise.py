@@ -1,4 +1,4 @@
-"""Each exercise is red, in words, when its body is out; all in a copy. When it is back, the suite is green."""
+"""Each exercise is red, in words, when its body is out; all in a copy. Green with it is the suite itself."""
 
 import os
 import shutil
