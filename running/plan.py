@@ -19,6 +19,7 @@ import torch
 from plumbing.llava import why_not_exported
 from plumbing.ranks import command, on_every_rank, rank, say
 from running import costs, options
+from running.checkpoint import GO_ON
 from running.costs import count_weights
 from running.memory import GIB, memory_sum
 from running.order import count_steps, deal, largest_micro_batch, split_batch, subset
@@ -162,7 +163,7 @@ def disk_sum(config, vlm, dtype, steps: int) -> dict:
 
 
 def check_disk(config, vlm, dtype, steps: int):
-    """ValueError if the disk cannot hold the run."""
+    """ValueError if the disk cannot hold the run. Says how its checkpoints are used."""
     out = Path(config.out).absolute()
     existing = next(path for path in (out, *out.parents) if path.exists())
     has = shutil.disk_usage(existing).free / GIB
@@ -172,6 +173,8 @@ def check_disk(config, vlm, dtype, steps: int):
     if needs > has:
         raise ValueError(f"{config.out}: the run and its checkpoints take {needs:.3g} GiB, and its disk has "
                          f"{has:.3g}: another --out, or a larger --save_every (0: no checkpoints)")
+    if config.save_every:
+        say(f"a checkpoint every {config.save_every} steps: if the run is stopped, {GO_ON}")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -315,7 +315,8 @@ def test_a_signal_is_caught_once(name):
 
 def test_a_finished_run_says_what_it_was_and_keeps_no_checkpoint(world):
     with checkpoints_kept():  # it is killed before it removes them
-        run(world, "--out", "was")
+        said = run(world, "--out", "was")
+    assert f"\na checkpoint every 2 steps: if the run is stopped, {checkpoint.GO_ON}\n" in said
     out = world[0] / "was"
     assert len(checkpoint.checkpoints(out)) == 2
     for said in ("was is finished; its checkpoints are removed\n", "was: this run is finished; nothing"):
