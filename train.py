@@ -628,7 +628,7 @@ def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, 
             line = {"step": step} | train_step(vlm, terms, optimizer, micro_batches, config, lr, step)
         took = time.perf_counter() - step_began
         line |= {"ms": round(1000 * took, 1), "wait_ms": round(1000 * waited, 1)}
-        line |= held_out.measure(config, vlm, terms, held, step, steps)
+        line |= held_out.measure(config, vlm, terms, held, step, steps, signals)
         line["memory_mib"] = peak_memory(device)
         line["time"] = datetime.now().astimezone().isoformat(timespec="seconds")
         line["seconds"] = round(time.time() - began, 1)  # of all parts of the run
