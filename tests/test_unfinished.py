@@ -90,6 +90,8 @@ def test_what_is_no_unfinished_run_and_what_has_no_checkpoint(align_run, tmp_pat
     (last / "rank-0.pt").write_text("cut short")
     with pytest.raises(ValueError, match="^.*/checkpoint-0000010: cannot be read: "):
         evaluation.load_run(finished, CPU)
+    with pytest.raises(ValueError, match=f"^{finished}: this run is not finished; .*{checkpoint.GO_ON}$"):
+        options.configure("instruct", {"preset": "tiny", "init": str(finished)})
     assert unfinished.last_checkpoint(last) == last
     for folder in finished.glob("checkpoint-*"):
         shutil.rmtree(folder)
