@@ -695,8 +695,6 @@ def main(argv=None):
         device = start_ranks()
         stage = given.get("stage", "all")
         if stage == "all":
-            for name in given.keys() & {"annotations", "val"}:
-                raise ValueError(f"--{name} is one stage's list: first --stage align, then --stage instruct")
             run_all(given, device)
         else:
             config = options.configure(stage, given)

@@ -152,7 +152,10 @@ OF_INSTRUCT = ("data_fraction", "init")
 
 
 def of_stage(stage: str, given: dict) -> dict:
-    """The options without those that belong to the other stage, for a run of both."""
+    """The options without those that belong to the other stage, for a run of both. ValueError for a list of
+    records: the stages do not share one."""
+    for name in given.keys() & {"annotations", "val"}:
+        raise ValueError(f"--{name} is one stage's list: first --stage align, then --stage instruct")
     others = OF_INSTRUCT if stage == "align" else OF_ALIGN
     return {key: value for key, value in given.items() if key not in others}
 

@@ -186,8 +186,6 @@ def configs_of(given: dict) -> list:
     given = given | {"resume": False}
     if stage != "all":
         return [options.configure(stage, given)]
-    if "annotations" in given:
-        raise ValueError("--annotations is one stage's list: --stage align, or --stage instruct")
     return [options.configure(name, options.of_stage(name, given)) for name in ("align", "instruct")]
 
 
