@@ -3,7 +3,7 @@
     python -m running.plan --preset 7b --gpus 8 --memory 80
 
 plans for GPUs that are not here, with every option of train.py and neither weights nor data: the towers of
-the presets are known by their shapes, and a list that is missing has as many records as LLaVA's. Its largest
+the presets are known by their shapes, and a list of theirs that is missing by LLaVA's count. The largest
 micro-batch is one of typical samples; a run's own plan knows its records, and so its longest rows.
 """
 
@@ -181,10 +181,14 @@ def check_disk(config, vlm, dtype, steps: int):
 # A plan without hardware, weights and data
 
 def configs_of(given: dict) -> list:
-    """The configuration of each stage that is asked for."""
+    """The configuration of each stage that is asked for. FileNotFoundError for a list that is typed and
+    missing."""
     stage = given.get("stage", "all")
     given = given | {"resume": False}
+    typed = given.get("annotations")
     if stage != "all":
+        if typed and not Path(typed).exists():
+            raise FileNotFoundError(f"{typed}: no such file; without --annotations, the preset's is counted")
         return [options.configure(stage, given)]
     return [options.configure(name, options.of_stage(name, given)) for name in ("align", "instruct")]
 
