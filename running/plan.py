@@ -130,12 +130,17 @@ def print_passes(config, records: int, steps: int):
     used = len(subset(records, config.data_fraction, config.seed))
     first = config.contrastive_first * config.batch / used
     after = steps * config.batch / used - first
-    words = f"{used:,} records: {after:.3g} passes"
+    words = f"{used:,} records: {in_digits(after)} passes"
     if first:
-        words += f" behind {first:.3g} of contrast first"
+        words += f" behind {in_digits(first)} of contrast first"
     if first > 10:
-        words += ", many for so few: see --contrastive_first"
+        words += ", many for so few records (--contrastive_first)"
     say(words)
+
+
+def in_digits(number: float) -> str:
+    """A number to three figures: 1,060 and not 1.06e+03."""
+    return f"{float(f'{number:.3g}'):,g}"
 
 
 def print_costs(config, vlm, steps: int, gpus: int):
