@@ -56,7 +56,8 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
             good[number] = found
     print(f"{len(good):,} of {len(records):,} records are good")
     if good:
-        print_summary(good, records, "words" if tokenizer is None else "tokens", max_length)
+        counted = f"tokens, with {image_tokens} of the image (--image_tokens)"
+        print_summary(good, records, "words" if tokenizer is None else counted, max_length)
     bad = len(records) - len(good)
     if bad:
         clean = Path(file).with_suffix(".clean.json")
@@ -137,7 +138,7 @@ def print_summary(good: dict, records: Records, unit: str, max_length: int):
           f"{copies:,} are copies of others")
     lengths = sorted(found["length"] for found in good.values())
     print(f"{unit}: {lengths[0]:,} to {lengths[-1]:,}, median {statistics.median_low(lengths):,}")
-    if unit == "tokens":
+    if unit != "words":
         print(f"{sum(length > max_length for length in lengths):,} are cut at {max_length:,} tokens")
     ids = [repr(found["id"]) for found in good.values() if found["id"] is not None]
     if len(set(ids)) < len(ids):

@@ -159,7 +159,8 @@ def test_what_the_good_records_are_is_told(tmp_path, toy, llama_folder, check):
     _, printed = check(file, tmp_path, "--llm", llama_folder, "--image_tokens", "16", "--max_length", "29")
     samples = data.Conversations(load_records(file), tmp_path, load_tokenizer(llama_folder), "v1", None, "")
     lengths = sorted(samples.count_tokens(range(5), 16))
-    assert f"tokens: {lengths[0]} to {lengths[4]}, median {lengths[2]}\n" in printed
+    counted = f"{lengths[0]} to {lengths[4]}, median {lengths[2]}\n"
+    assert f"\ntokens, with 16 of the image (--image_tokens): {counted}" in printed
     assert lengths[2:] == [lengths[2], 30, 30] and "\n2 are cut at 29 tokens\n" in printed
 
 
