@@ -1,8 +1,9 @@
 """Check a list of records before it is trained on: `python -m running.check annotations.json images/`.
 
-It prints bad records and unreadable pictures, writes annotations.clean.json without them, and says what the
-good ones are: their pictures, how long they are, what is there twice. With --llm it also makes every row as
-training would, prints those without a word of an answer, and counts tokens in place of words.
+It prints the first bad records and unreadable pictures, counts the others, writes annotations.clean.json
+without all of them, and says what the good ones are: their pictures, how long they are, what is there twice.
+With --llm it also makes every row as training would, finds those without a word of an answer, and counts
+tokens in place of words.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from running.order import cores_of_a_rank, leave_group
 from running.records import Records, parse_records
 
 CHUNK = 32  # records that a process looks at before it tells what it found
+NAMED = 20  # bad records that are named; a wrong folder makes all of them bad
 LOOKS_SPECIAL = r"</?s>|<(unk|pad|bos|eos|image)>|<\|[^<>|]*\|>|\[/?INST\]"  # in most tokenizers
 
 
@@ -48,23 +50,35 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
                                          worker_init_fn=leave_group)
     everything = itertools.chain.from_iterable(loader)
     good = {}
+    problems = Counter()
     for number, found in enumerate(tqdm(everything, desc="check", total=len(records), unit=" records")):
-        if found["problem"]:
-            line = f"record {number} (id {found['id']!r}): {found['problem']}"
-            tqdm.write(line.encode(errors="backslashreplace").decode())
-        else:
+        if not found["problem"]:
             good[number] = found
+            continue
+        problems[re.sub(r"^.*?\.\w+: ", "", found["problem"])] += 1  # without the name of its picture
+        if number - len(good) < NAMED:
+            tqdm.write(in_utf8(f"record {number} (id {found['id']!r}): {found['problem']}"))
+    bad = len(records) - len(good)
+    if bad > NAMED:
+        (problem, times), = problems.most_common(1)
+        print(in_utf8(f"and {bad - NAMED:,} more; of all {bad:,}, {times:,} say: {problem}"))
     print(f"{len(good):,} of {len(records):,} records are good")
     if good:
         counted = f"tokens, with {image_tokens} of the image (--image_tokens)"
         print_summary(good, records, "words" if tokenizer is None else counted, max_length)
-    bad = len(records) - len(good)
-    if bad:
+    else:
+        print("no list is written: it would be empty")
+    if good and bad:
         clean = Path(file).with_suffix(".clean.json")
         with whole(clean) as building:
             building.write_text(json.dumps([records[number] for number in good]))
         print(f"wrote {clean}")
     return bad
+
+
+def in_utf8(text: str) -> str:
+    """The text with halves of a character, which cannot be printed, as their numbers."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def packed(records: list) -> Records:

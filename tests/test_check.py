@@ -58,6 +58,16 @@ def test_bad_records_are_listed_and_the_good_ones_written(toy, tmp_path, check):
     assert {path.name for path in tmp_path.iterdir()} == {"d.json", "d.clean.json"}
 
 
+def test_a_wrong_folder_is_told_in_a_few_lines(tmp_path, check):
+    file = write_records(tmp_path / "d.json", *[pictured(f"{n}.png") for n in range(24)], {})
+    status, printed = check(file, tmp_path / "none", "--workers", "0")
+    lines = printed.splitlines()
+    assert status == 1 and lines[19] == f"record 19 (id 'r'): {tmp_path}/none/19.png: no such image"
+    assert lines[20:] == ["and 5 more; of all 25, 24 say: no such image", "0 of 25 records are good",
+                          "no list is written: it would be empty"]
+    assert not (tmp_path / "d.clean.json").exists()
+
+
 def test_what_is_no_list_ends_in_a_line(tmp_path, check):
     for content, message in ((None, "d.json: no such file"), ("[", "d.json: not JSON"), ("{}", "not a JSON")):
         if content:
