@@ -143,20 +143,35 @@ def answers_of(turns: list) -> list:
     return [text for role, text in turns if role == "gpt"]
 
 
+def count_repeated(keys: dict) -> tuple:
+    """(how many have the key of one before them, the first of these in words). `keys`: {name: key}."""
+    first = {}
+    pairs = []
+    for name, key in keys.items():
+        if key in first:
+            pairs.append(f" (first: {first[key]} and {name})")
+        else:
+            first[key] = name
+    return len(pairs), pairs[0] if pairs else ""
+
+
 def print_summary(good: dict, records: Records, unit: str, max_length: int):
     """Print what the good records, {number: what is found}, are, and what is there more than once."""
-    bytes_of = {found["image"]: found["bytes"] for found in good.values() if found["image"]}
-    with_image = sum(found["image"] is not None for found in good.values())
-    copies = len(bytes_of) - len(set(bytes_of.values()))
-    print(f"{with_image:,} have an image, {len(good) - with_image:,} have none; of {len(bytes_of):,} images, "
-          f"{copies:,} are copies of others")
+    pictured = {number: found for number, found in good.items() if found["image"]}
+    bytes_of = {repr(found["image"]): found["bytes"] for found in pictured.values()}
+    copies, pair = count_repeated(bytes_of)
+    print(f"{len(pictured):,} have an image, {len(good) - len(pictured):,} have none; of {len(bytes_of):,} "
+          f"images, {copies:,} are copies of others{pair}")
     lengths = sorted(found["length"] for found in good.values())
     print(f"{unit}: {lengths[0]:,} to {lengths[-1]:,}, median {statistics.median_low(lengths):,}")
     if unit != "words":
         print(f"{sum(length > max_length for length in lengths):,} are cut at {max_length:,} tokens")
-    ids = [repr(found["id"]) for found in good.values() if found["id"] is not None]
-    if len(set(ids)) < len(ids):
-        print(f"{len(ids) - len(set(ids)):,} have the id of another before them")
+    ids = {f"record {n}": repr(found["id"]) for n, found in good.items() if found["id"] is not None}
+    contents = {f"record {n}": (found["bytes"], found["answers"]) for n, found in pictured.items()}
+    for what, keys in (("id", ids), ("picture and the answers", contents)):
+        count, pair = count_repeated(keys)
+        if count:
+            print(f"{count:,} have the {what} of another before them{pair}")
     (answers, times), = Counter(found["answers"] for found in good.values()).most_common(1)
     if times > max(1, len(good) / 100):
         number = next(number for number, found in good.items() if found["answers"] == answers)
