@@ -41,7 +41,7 @@ def read_records(file, stage=None) -> list:
         if problem:
             name = record.get("id") if isinstance(record, dict) else None
             raise ValueError(f"{file}: record {number} (id {name!r}) {problem}; `python -m running.check` "
-                             "lists all")
+                             "finds all")
     return [tidy(record) for record in records]
 
 
