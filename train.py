@@ -628,7 +628,7 @@ def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, 
             line = {"step": step} | train_step(vlm, terms, optimizer, micro_batches, config, lr, step)
         took = time.perf_counter() - step_began
         line |= {"ms": round(1000 * took, 1), "wait_ms": round(1000 * waited, 1)}
-        line |= held_out.measure(config, vlm, terms, held, step, steps)
+        line |= held_out.measure(config, vlm, terms, held, step, steps, signals)
         line["memory_mib"] = peak_memory(device)
         line["time"] = datetime.now().astimezone().isoformat(timespec="seconds")
         line["seconds"] = round(time.time() - began, 1)  # of all parts of the run
@@ -648,7 +648,7 @@ def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, 
                 checkpoint.save(config, step + 1, vlm, optimizer, terms, made_of)
             if is_stopped:
                 draw_curves(config.out)
-                said = f"train.py: stopped, and saved at step {step + 1}: the same command and --resume go on"
+                said = f"train.py: stopped, and saved at step {step + 1}: {checkpoint.GO_ON}"
                 sys.exit(1 if rank() else said)
     return line
 
@@ -691,12 +691,10 @@ def main(argv=None):
     given = options.parse_args(argv)
     if given.get("dry_run"):  # a benchmark, and so a script beside the others
         os.execv(sys.executable, [sys.executable, str(ROOT / "tests/bench_step.py"), *map(str, argv)])
-    with command("train.py", "interrupted; --resume goes on from the last checkpoint, if there is one"):
+    with command("train.py", f"interrupted; if there is a checkpoint, {checkpoint.GO_ON}"):
         device = start_ranks()
         stage = given.get("stage", "all")
         if stage == "all":
-            for name in given.keys() & {"annotations", "val"}:
-                raise ValueError(f"--{name} is one stage's list: first --stage align, then --stage instruct")
             run_all(given, device)
         else:
             config = options.configure(stage, given)

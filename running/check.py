@@ -1,8 +1,9 @@
 """Check a list of records before it is trained on: `python -m running.check annotations.json images/`.
 
-It prints bad records and unreadable pictures, writes annotations.clean.json without them, and says what the
-good ones are: their pictures, how long they are, what is there twice. With --llm it also makes every row as
-training would, prints those without a word of an answer, and counts tokens in place of words.
+It prints the first bad records and unreadable pictures, counts the others, writes annotations.clean.json
+without all of them, and says what the good ones are: their pictures, how long they are, what is there twice.
+With --llm it also makes every row as training would, finds those without a word of an answer, and counts
+tokens in place of words.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from running.order import cores_of_a_rank, leave_group
 from running.records import Records, parse_records
 
 CHUNK = 32  # records that a process looks at before it tells what it found
+NAMED = 20  # bad records that are named; a wrong folder makes all of them bad
 LOOKS_SPECIAL = r"</?s>|<(unk|pad|bos|eos|image)>|<\|[^<>|]*\|>|\[/?INST\]"  # in most tokenizers
 
 
@@ -48,22 +50,35 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
                                          worker_init_fn=leave_group)
     everything = itertools.chain.from_iterable(loader)
     good = {}
+    problems = Counter()
     for number, found in enumerate(tqdm(everything, desc="check", total=len(records), unit=" records")):
-        if found["problem"]:
-            line = f"record {number} (id {found['id']!r}): {found['problem']}"
-            tqdm.write(line.encode(errors="backslashreplace").decode())
-        else:
+        if not found["problem"]:
             good[number] = found
+            continue
+        problems[re.sub(r"^.*?\.\w+: ", "", found["problem"])] += 1  # without the name of its picture
+        if number - len(good) < NAMED:
+            tqdm.write(in_utf8(f"record {number} (id {found['id']!r}): {found['problem']}"))
+    bad = len(records) - len(good)
+    if bad > NAMED:
+        (problem, times), = problems.most_common(1)
+        print(in_utf8(f"and {bad - NAMED:,} more; of all {bad:,}, {times:,} say: {problem}"))
     print(f"{len(good):,} of {len(records):,} records are good")
     if good:
-        print_summary(good, records, "words" if tokenizer is None else "tokens", max_length)
-    bad = len(records) - len(good)
-    if bad:
+        counted = f"tokens, with {image_tokens} of the image (--image_tokens)"
+        print_summary(good, records, "words" if tokenizer is None else counted, max_length)
+    else:
+        print("no list is written: it would be empty")
+    if good and bad:
         clean = Path(file).with_suffix(".clean.json")
         with whole(clean) as building:
             building.write_text(json.dumps([records[number] for number in good]))
         print(f"wrote {clean}")
     return bad
+
+
+def in_utf8(text: str) -> str:
+    """The text with halves of a character, which cannot be printed, as their numbers."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def packed(records: list) -> Records:
@@ -128,20 +143,35 @@ def answers_of(turns: list) -> list:
     return [text for role, text in turns if role == "gpt"]
 
 
+def count_repeated(keys: dict) -> tuple:
+    """(how many have the key of one before them, the first of these in words). `keys`: {name: key}."""
+    first = {}
+    pairs = []
+    for name, key in keys.items():
+        if key in first:
+            pairs.append(f" (first: {first[key]} and {name})")
+        else:
+            first[key] = name
+    return len(pairs), pairs[0] if pairs else ""
+
+
 def print_summary(good: dict, records: Records, unit: str, max_length: int):
     """Print what the good records, {number: what is found}, are, and what is there more than once."""
-    bytes_of = {found["image"]: found["bytes"] for found in good.values() if found["image"]}
-    with_image = sum(found["image"] is not None for found in good.values())
-    copies = len(bytes_of) - len(set(bytes_of.values()))
-    print(f"{with_image:,} have an image, {len(good) - with_image:,} have none; of {len(bytes_of):,} images, "
-          f"{copies:,} are copies of others")
+    pictured = {number: found for number, found in good.items() if found["image"]}
+    bytes_of = {repr(found["image"]): found["bytes"] for found in pictured.values()}
+    copies, pair = count_repeated(bytes_of)
+    print(f"{len(pictured):,} have an image, {len(good) - len(pictured):,} have none; of {len(bytes_of):,} "
+          f"images, {copies:,} are copies of others{pair}")
     lengths = sorted(found["length"] for found in good.values())
     print(f"{unit}: {lengths[0]:,} to {lengths[-1]:,}, median {statistics.median_low(lengths):,}")
-    if unit == "tokens":
+    if unit != "words":
         print(f"{sum(length > max_length for length in lengths):,} are cut at {max_length:,} tokens")
-    ids = [repr(found["id"]) for found in good.values() if found["id"] is not None]
-    if len(set(ids)) < len(ids):
-        print(f"{len(ids) - len(set(ids)):,} have the id of another before them")
+    ids = {f"record {n}": repr(found["id"]) for n, found in good.items() if found["id"] is not None}
+    contents = {f"record {n}": (found["bytes"], found["answers"]) for n, found in pictured.items()}
+    for what, keys in (("id", ids), ("picture and the answers", contents)):
+        count, pair = count_repeated(keys)
+        if count:
+            print(f"{count:,} have the {what} of another before them{pair}")
     (answers, times), = Counter(found["answers"] for found in good.values()).most_common(1)
     if times > max(1, len(good) / 100):
         number = next(number for number, found in good.items() if found["answers"] == answers)

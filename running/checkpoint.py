@@ -29,6 +29,8 @@ from data import find_image, key_of
 from plumbing.files import named, read_json, read_text, whole
 from plumbing.ranks import barrier, launch, on_every_rank, rank, say, world_size
 
+GO_ON = "the same command and --resume go on with it"
+
 # Options that a resumed run may change: they do not touch its weights.
 MAY_DIFFER = {"resume", "save_every", "val", "val_every", "workers", "cache", "out"}
 
@@ -196,6 +198,13 @@ def refuse_changes(saved: dict, now: dict, where):
             raise ValueError(f"{where}: saved with {name} {saved.get(name)!r}, resumed with {now[name]!r}")
 
 
+def refuse_unfinished(run):
+    """ValueError for the folder of a run that is not finished."""
+    run = Path(run)
+    if (run / "log.jsonl").exists() and not (run / "config.json").exists():
+        raise ValueError(f"{run}: this run is not finished; with train.py, {GO_ON}")
+
+
 def is_finished(config) -> bool:
     """Whether the run to be resumed is finished: rank 0 looks. ValueError if there is none, or of other
     options."""
@@ -203,7 +212,8 @@ def is_finished(config) -> bool:
         if rank() > 0:
             return None
         if not (Path(config.out) / "log.jsonl").exists():
-            raise ValueError(f"{config.out}: no run to resume; without --resume one begins there")
+            raise ValueError(f"{config.out}: no run to resume; type the command that began it, with all its "
+                             "options, and --resume; without --resume a run begins there")
         finished = Path(config.out) / "config.json"
         if finished.exists():
             with named(finished):

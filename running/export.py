@@ -10,14 +10,14 @@ from plumbing.files import resolve_model
 from plumbing.llava import describe, find_projector, read_projector
 from plumbing.ranks import command
 from projector import VLM
+from running.checkpoint import refuse_unfinished
 
 
 def export(run, folder):
     """Export a run, or any model that VLM.from_pretrained opens, to a folder that is new or empty."""
     folder = Path(folder)
     source = resolve_model(run)
-    if (source / "log.jsonl").exists() and not (source / "config.json").exists():
-        raise ValueError(f"{run}: this run is not finished; train.py --resume goes on with it")
+    refuse_unfinished(source)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not empty; nothing is written over what is there")
     describe(run)  # tells what is wrong with a folder of something else

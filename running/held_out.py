@@ -1,7 +1,7 @@
 """`--val FILE`: the losses on held-out records, which no step trains on, measured while a run trains.
 
-    held = load(config, samples, vlm)                          # None without --val
-    line |= measure(config, vlm, terms, held, step, steps)     # {"val_generative": .., "val_patch": .., ..}
+    held = load(config, samples, vlm)                                # None without --val
+    line |= measure(config, vlm, terms, held, step, steps, signals)  # {"val_generative": .., ..}
 
 The price that contrast has in captioning does not show in the training loss. So all held-out records are
 captioned, also while contrast comes first and training does without the LLM.
@@ -70,8 +70,9 @@ def identity(record: dict) -> str:
 
 
 @torch.no_grad()
-def measure(config, vlm, terms, held, step: int, steps: int) -> dict:
-    """The keys of the log, from the weights that this step left. {} if nothing is held out or due.
+def measure(config, vlm, terms, held, step: int, steps: int, signals) -> dict:
+    """The keys of the log, from the weights that this step left. {} if nothing is held out or due, or once a
+    rank has one of the `signals` to stop: a job has seconds to end, and these take minutes.
 
     val_generative       nats a token: over all held-out records, sum of the losses / number of tokens
     val_NAME             a contrastive loss in nats, mean over the batches
@@ -88,6 +89,8 @@ def measure(config, vlm, terms, held, step: int, steps: int) -> dict:
     compared = {name: [] for name in terms}  # loss -> [(loss, retrieval) of each batch]
     bar = tqdm(cuts, desc="held out", unit=" batches", delay=2, leave=False, disable=rank() > 0)
     for cut, micro_batches in zip(bar, loader):
+        if sum_over_ranks([len(signals)], device).any():  # on any rank
+            return {}
         micro_batches = [data.to_device(m, device) for m in micro_batches]
         patches = [vlm.encode(m["pixels"]) for m in micro_batches]  # each (I, N, C)
         states = []  # each (B, C)

@@ -19,6 +19,7 @@ from losses import CONTRASTIVE
 from plumbing.files import ROOT, named, read_text
 from plumbing.llava import describe, find_projector
 from plumbing.ranks import barrier, launch, rank, say
+from running.checkpoint import refuse_unfinished
 
 def option(default, help, choices=None, heading=None):
     return field(default=default, metadata={"help": help, "choices": choices, "heading": heading})
@@ -151,7 +152,10 @@ OF_INSTRUCT = ("data_fraction", "init")
 
 
 def of_stage(stage: str, given: dict) -> dict:
-    """The options without those that belong to the other stage, for a run of both."""
+    """The options without those that belong to the other stage, for a run of both. ValueError for a list of
+    records: the stages do not share one."""
+    for name in given.keys() & {"annotations", "val"}:
+        raise ValueError(f"--{name} is one stage's list: first --stage align, then --stage instruct")
     others = OF_INSTRUCT if stage == "align" else OF_ALIGN
     return {key: value for key, value in given.items() if key not in others}
 
@@ -194,6 +198,7 @@ def follow_init(config: Config, given: dict):
     """
     if Path(config.init).resolve() == Path(config.out).resolve():
         raise ValueError(f"--out {config.out} is what the run starts from; name another")
+    refuse_unfinished(config.init)
     with named(config.init, "cannot be started from"):
         if find_projector(config.init).name == "mm_projector.bin":
             return  # a projector alone: it fits these towers or is refused

@@ -3,7 +3,7 @@
     python -m running.plan --preset 7b --gpus 8 --memory 80
 
 plans for GPUs that are not here, with every option of train.py and neither weights nor data: the towers of
-the presets are known by their shapes, and a list that is missing has as many records as LLaVA's. Its largest
+the presets are known by their shapes, and a list of theirs that is missing by LLaVA's count. The largest
 micro-batch is one of typical samples; a run's own plan knows its records, and so its longest rows.
 """
 
@@ -19,6 +19,7 @@ import torch
 from plumbing.llava import why_not_exported
 from plumbing.ranks import command, on_every_rank, rank, say
 from running import costs, options
+from running.checkpoint import GO_ON
 from running.costs import count_weights
 from running.memory import GIB, memory_sum
 from running.order import count_steps, deal, largest_micro_batch, split_batch, subset
@@ -129,12 +130,17 @@ def print_passes(config, records: int, steps: int):
     used = len(subset(records, config.data_fraction, config.seed))
     first = config.contrastive_first * config.batch / used
     after = steps * config.batch / used - first
-    words = f"{used:,} records: {after:.3g} passes"
+    words = f"{used:,} records: {in_digits(after)} passes"
     if first:
-        words += f" behind {first:.3g} of contrast first"
+        words += f" behind {in_digits(first)} of contrast first"
     if first > 10:
-        words += ", many for so few: see --contrastive_first"
+        words += ", many for so few records (--contrastive_first)"
     say(words)
+
+
+def in_digits(number: float) -> str:
+    """A number to three figures: 1,060 and not 1.06e+03."""
+    return f"{float(f'{number:.3g}'):,g}"
 
 
 def print_costs(config, vlm, steps: int, gpus: int):
@@ -162,7 +168,7 @@ def disk_sum(config, vlm, dtype, steps: int) -> dict:
 
 
 def check_disk(config, vlm, dtype, steps: int):
-    """ValueError if the disk cannot hold the run."""
+    """ValueError if the disk cannot hold the run. Says how its checkpoints are used."""
     out = Path(config.out).absolute()
     existing = next(path for path in (out, *out.parents) if path.exists())
     has = shutil.disk_usage(existing).free / GIB
@@ -172,19 +178,23 @@ def check_disk(config, vlm, dtype, steps: int):
     if needs > has:
         raise ValueError(f"{config.out}: the run and its checkpoints take {needs:.3g} GiB, and its disk has "
                          f"{has:.3g}: another --out, or a larger --save_every (0: no checkpoints)")
+    if config.save_every:
+        say(f"a checkpoint every {config.save_every} steps: if the run is stopped, {GO_ON}")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # A plan without hardware, weights and data
 
 def configs_of(given: dict) -> list:
-    """The configuration of each stage that is asked for."""
+    """The configuration of each stage that is asked for. FileNotFoundError for a list that is typed and
+    missing."""
     stage = given.get("stage", "all")
     given = given | {"resume": False}
+    typed = given.get("annotations")
     if stage != "all":
+        if typed and not Path(typed).exists():
+            raise FileNotFoundError(f"{typed}: no such file; without --annotations, the preset's is counted")
         return [options.configure(stage, given)]
-    if "annotations" in given:
-        raise ValueError("--annotations is one stage's list: --stage align, or --stage instruct")
     return [options.configure(name, options.of_stage(name, given)) for name in ("align", "instruct")]
 
 

@@ -15,7 +15,7 @@ from plumbing.ranks import barrier, on_every_rank, rank
 def parse_records(file) -> list:
     """The records of a file as they are: a JSON list, or JSON lines. ValueError names file and record."""
     text = read_text(file)
-    with named(file, "not JSON"):
+    with named(file, "not JSON (a list, or a record a line)"):
         try:
             records = json.loads(text)
         except json.JSONDecodeError as error:
@@ -25,8 +25,10 @@ def parse_records(file) -> list:
             records = [json.loads(line) for line in text.split("\n") if line.strip()]
     if isinstance(records, dict) and "conversations" in records:
         records = [records]  # a single line
-    if not isinstance(records, list) or not records:
+    if not isinstance(records, list):
         raise ValueError(f"{file}: not a JSON list of records")
+    if not records:
+        raise ValueError(f"{file}: holds no records")
     return records
 
 
@@ -39,7 +41,7 @@ def read_records(file, stage=None) -> list:
         if problem:
             name = record.get("id") if isinstance(record, dict) else None
             raise ValueError(f"{file}: record {number} (id {name!r}) {problem}; `python -m running.check` "
-                             "lists all")
+                             "finds all")
     return [tidy(record) for record in records]
 
 

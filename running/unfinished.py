@@ -8,7 +8,7 @@ import torch
 from plumbing.files import named
 from plumbing.ranks import choose_dtype, on_every_rank, rank, say
 from projector import VLM
-from running.checkpoint import check_sums, checkpoints, read_state
+from running.checkpoint import GO_ON, check_sums, checkpoints, read_state
 from running.options import Config
 from running.order import count_steps
 
@@ -27,7 +27,7 @@ def open_run(run: Path, device) -> tuple | None:
         counted = np.load(folder.parent / "lengths.npy")  # a key, then a number for each record
     steps = count_steps(config, len(counted) - 1)
     what = "projector and LLM are those" if config.stage == "instruct" else "projector is that"
-    say(f"{run} is not finished: its {what} of step {first['step']} of {steps}")
+    say(f"{run} is not finished: its {what} of step {first['step']} of {steps}; with train.py, {GO_ON}")
     dtype = choose_dtype(device, config.dtype)
     vlm = VLM.from_towers(config.vit, config.llm, config.projector, config.feature_layer, dtype, device)
     parameters = dict(vlm.named_parameters())

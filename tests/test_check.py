@@ -58,6 +58,16 @@ def test_bad_records_are_listed_and_the_good_ones_written(toy, tmp_path, check):
     assert {path.name for path in tmp_path.iterdir()} == {"d.json", "d.clean.json"}
 
 
+def test_a_wrong_folder_is_told_in_a_few_lines(tmp_path, check):
+    file = write_records(tmp_path / "d.json", *[pictured(f"{n}.png") for n in range(24)], {})
+    status, printed = check(file, tmp_path / "none", "--workers", "0")
+    lines = printed.splitlines()
+    assert status == 1 and lines[19] == f"record 19 (id 'r'): {tmp_path}/none/19.png: no such image"
+    assert lines[20:] == ["and 5 more; of all 25, 24 say: no such image", "0 of 25 records are good",
+                          "no list is written: it would be empty"]
+    assert not (tmp_path / "d.clean.json").exists()
+
+
 def test_what_is_no_list_ends_in_a_line(tmp_path, check):
     for content, message in ((None, "d.json: no such file"), ("[", "d.json: not JSON"), ("{}", "not a JSON")):
         if content:
@@ -154,13 +164,19 @@ def test_what_the_good_records_are_is_told(tmp_path, toy, llama_folder, check):
     file = write_records(tmp_path / "d.json", *many)
     status, printed = check(file, tmp_path)
     assert (status, printed.splitlines()) == (0, [
-        "5 of 5 records are good", "2 have an image, 3 have none; of 2 images, 1 are copies of others",
-        "words: 2 to 5, median 4", "1 have the id of another before them", "4 have the same answers: 'red'"])
+        "5 of 5 records are good",
+        "2 have an image, 3 have none; of 2 images, 1 are copies of others (first: 'a.png' and 'b.png')",
+        "words: 2 to 5, median 4", "1 have the id of another before them (first: record 1 and record 2)",
+        "1 have the picture and the answers of another before them (first: record 0 and record 1)",
+        "4 have the same answers: 'red'"])
     _, printed = check(file, tmp_path, "--llm", llama_folder, "--image_tokens", "16", "--max_length", "29")
     samples = data.Conversations(load_records(file), tmp_path, load_tokenizer(llama_folder), "v1", None, "")
     lengths = sorted(samples.count_tokens(range(5), 16))
-    assert f"tokens: {lengths[0]} to {lengths[4]}, median {lengths[2]}\n" in printed
+    counted = f"{lengths[0]} to {lengths[4]}, median {lengths[2]}\n"
+    assert f"\ntokens, with 16 of the image (--image_tokens): {counted}" in printed
     assert lengths[2:] == [lengths[2], 30, 30] and "\n2 are cut at 29 tokens\n" in printed
+    _, printed = check(write_records(file, many[0], pictured("b.png", answer="blue")), tmp_path)
+    assert "1 are copies" in printed and "of another before" not in printed
 
 
 def test_two_processes_find_what_one_finds(tmp_path, toy, check):

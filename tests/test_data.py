@@ -288,7 +288,7 @@ def test_one_rank_of_a_machine_parses_the_records_and_all_have_them(ranks, tmp_p
 
 
 @pytest.mark.parametrize("text, message", [
-    ("[]", "not a JSON list of records"), ("{}", "not a JSON list of records"),
+    ("[]", "holds no records"), ("{}", "not a JSON list of records"),
     ("[1 2]", "not JSON|no conversation"),
     ('[{"id": 1}', "not JSON|has no conversation"), ("", "not JSON"), ("[1,]", "not JSON|no conversation")])
 def test_what_is_no_list_of_records_is_refused(tmp_path, text, message):
@@ -299,7 +299,7 @@ def test_what_is_no_list_of_records_is_refused(tmp_path, text, message):
 
 def test_what_stands_behind_the_list_is_refused(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([TEXT]) + " [1]")
-    with pytest.raises(ValueError, match="d.json: not JSON: Extra data"):
+    with pytest.raises(ValueError, match=r"d.json: not JSON \(a list, or a record a line\): Extra"):
         load_records(tmp_path / "d.json")
 
 

@@ -59,7 +59,7 @@ def test_one_json_line_is_a_list_of_one(tmp_path):
 
 def test_a_trailing_comma_is_named_by_record(tmp_path):
     (tmp_path / "a.json").write_text("[" + json.dumps(pictured()) + "," + json.dumps(pictured()) + ",]")
-    with pytest.raises(ValueError, match="a.json: not JSON: behind 2 records: "):
+    with pytest.raises(ValueError, match=r"a.json: not JSON \(.*\): behind 2 records: "):
         read_records(tmp_path / "a.json")
 
 

@@ -315,7 +315,8 @@ def test_a_signal_is_caught_once(name):
 
 def test_a_finished_run_says_what_it_was_and_keeps_no_checkpoint(world):
     with checkpoints_kept():  # it is killed before it removes them
-        run(world, "--out", "was")
+        said = run(world, "--out", "was")
+    assert f"\na checkpoint every 2 steps: if the run is stopped, {checkpoint.GO_ON}\n" in said
     out = world[0] / "was"
     assert len(checkpoint.checkpoints(out)) == 2
     for said in ("was is finished; its checkpoints are removed\n", "was: this run is finished; nothing"):
@@ -504,6 +505,45 @@ def test_two_ranks_measure_what_one_measures(world, ranks, tmp_path, stage, coun
     assert len(one) == 2 and ("val_patch" in one[0]) == (stage == "align")
     for ours, theirs in zip(two, one, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def measure_signalled(number, ranks, folder, argv) -> tuple:
+    """(what is measured, captioned micro-batches) of this rank. The last gets a signal in its first batch."""
+    os.chdir(folder)
+    config = configure("align", parse_args([str(arg) for arg in argv]))
+    vlm = VLM.from_towers(config.vit, config.llm, config.projector, config.feature_layer)
+    samples = order.load_samples(config, vlm)
+    signals = []
+    captioned = []
+    real = losses.caption_pass
+
+    def caption(*args):
+        captioned.append(args)
+        if number == ranks - 1:
+            signals.append(signal.SIGTERM)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "caption_pass", caption)
+        held = held_out.load(config, samples, vlm)
+        return held_out.measure(config, vlm, {}, held, 0, 2, signals), len(captioned)
+
+
+def test_a_signal_ends_the_measurement_on_all_ranks_behind_the_batch(world, ranks):
+    """Not behind all three; of a step in between, so the run is saved and ends."""
+    options = [*world[1], "--val", "data/toy/align.json"]
+    assert ranks(2, measure_signalled, world[0], options) == 2 * [({}, 1)]
+    step = train.train_step
+
+    def signalled(*args):
+        if args[-1] == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", signalled)
+        said = refusal(world, "--val", "data/toy/align.json", "--val_every", "2", "--out", "soon")
+    assert "saved at step 2" in said and [line["step"] for line in held_part(log(world[0] / "soon"))] == [0]
 
 
 def test_held_out_records_that_cannot_be_are_refused(world, ranks, tmp_path):

@@ -1268,7 +1268,8 @@ def test_both_stages_do_not_share_a_list_and_need_no_questions(world, tmp_path):
 
 
 @pytest.mark.parametrize("records, words", [
-    (2000, "2,000 records: 1.02 passes behind 128 of contrast first, many for so few: see"),
+    (2000, "2,000 records: 1.02 passes behind 128 of contrast first, many for so few records "),
+    (241, "241 records: 1.06 passes behind 1,060 of contrast first, many for so few records (--contr"),
     (558128, "558,128 records: 1 passes behind 0.459 of contrast first")])
 def test_the_plan_says_how_often_a_record_comes_by(records, words, capsys):
     config = options.configure("align", {"preset": "small"})

@@ -66,7 +66,8 @@ def test_eval_has_the_weights_that_training_had(ranks, align_run, clip_folder, l
     what = "projector is that" if stage == "align" else "projector and LLM are those"
     steps = 40 * {"align": 12, "instruct": 4}[stage] // 8
     said = capsys.readouterr().out
-    assert said == f"{tmp_path / 'run'} is not finished: its {what} of step 2 of {steps}\n"
+    assert said == (f"{tmp_path / 'run'} is not finished: its {what} of step 2 of {steps}; with train.py, "
+                    f"{checkpoint.GO_ON}\n")
     argv = ["--bench", "scienceqa", "--data", str(toy / "ScienceQA"), "--limit", "2", "--out", str(tmp_path)]
     evaluation.main([*argv, "--ckpt", str(tmp_path / "run/checkpoint-0000002")])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 2
@@ -89,6 +90,8 @@ def test_what_is_no_unfinished_run_and_what_has_no_checkpoint(align_run, tmp_pat
     (last / "rank-0.pt").write_text("cut short")
     with pytest.raises(ValueError, match="^.*/checkpoint-0000010: cannot be read: "):
         evaluation.load_run(finished, CPU)
+    with pytest.raises(ValueError, match=f"^{finished}: this run is not finished; .*{checkpoint.GO_ON}$"):
+        options.configure("instruct", {"preset": "tiny", "init": str(finished)})
     assert unfinished.last_checkpoint(last) == last
     for folder in finished.glob("checkpoint-*"):
         shutil.rmtree(folder)
