@@ -8,7 +8,7 @@ resemble the *input embeddings* of its caption's tokens more than those of other
     L_con = - 1/(2B) sum_i [ log softmax_j(scale * s_ij)[j = i] + log softmax_j(scale * s_ji)[j = i] ]
 
 The paper states: adapter output against the LLM's embedding layer, pooled patches, averaged similarities, a
-batch loss as in CLIP, the captioning loss beside it. Ours: mean pooling, a learnable temperature, weight 1.
+batch loss as in CLIP, a plain sum with the captioning loss. Ours: mean pooling, a learnable temperature.
 
 Cosine is linear in the unit token vector, so the average moves inside: s_ij = unit(v_i) . mean_t unit(e_jt).
 Ranks exchange two (B, C) matrices, and the LLM does not run.
@@ -31,11 +31,12 @@ W ranks speak in three ways. All-gather: (B, C) of each becomes (WB, C) on all. 
 what each has. Reduce-scatter: each gets its part (B, C) of the sum of what each has, (WB, C).
 
 Why contrast first may work: a hypothesis. A fresh projector's output is nowhere near the words, and the LLM
-reads noise. Its gradient at the cut is large and says little of them: on real towers, at a right angle to the
-patch loss's. That loss needs no LLM. The embedding table is frozen, so the image alone moves, to its
-caption's mean word, and captioning starts among words. An equal gain from shuffled captions, or from a
-projector that is only rescaled, would refute it; on emoji there is none, with one seed each (lab/README.md).
-That proves little. It may be mere exposure: contrast first saw each pair 8.5 times, captioning alone 0.6.
+reads noise. Its gradient at the cut is large, and on real towers at a right angle to the patch loss's (which
+so many dimensions make likely in any case). That loss needs no LLM. The embedding table is frozen, so the
+image alone moves, to its caption's mean word, and captioning starts among words. An equal gain from shuffled
+captions, or from a projector that is only rescaled, would refute it; on emoji there is none, with one seed
+each (lab/README.md). That proves little. It may be mere exposure: contrast first saw each pair 8.5 times,
+captioning alone 0.6.
 
 Read next: lab/first_step.py, which adds the losses up, then train.py, which does so for many ranks.
 """
@@ -149,7 +150,7 @@ class GatherWithGradient(torch.autograd.Function):
     Two common shortcuts are wrong, and neither the loss nor the retrieval shows it, nor any test on one rank.
     A gather without gradient loses all terms in which our row is a column. To return only the own slice of
     the own gradient loses those in the other ranks' losses. (It is right where every rank computes all
-    WB x WB products, as OpenCLIP does by default. Here each computes B x WB.)
+    WB x WB products, as OpenCLIP does by default, up to the 1/W of a mean. Here each computes B x WB.)
     """
 
     @staticmethod
@@ -206,7 +207,7 @@ def contrastive_loss(image, text, scale, keys):
 # ------------------------------------------------------------------------------------------------------------
 # The balance
 #
-# Both papers write a plain sum, but a weight that suits one pair of towers may not suit another. All losses
+# CG-VLM writes a plain sum, but a weight that suits one pair of towers may not suit another. All losses
 # reach the projector through the projected patches alone. train_step stops each backward there, at the *cut*:
 # gradients of one shape are measured, weighted and added up. This is ours, and the balance that can be held.
 
@@ -216,7 +217,7 @@ class ContrastiveTerm(nn.Module):
     The temperature is CLIP's (section 2.5): a learnable scale of the similarities, exp(log_scale), from
     1/0.07 and at most 100. The parameter is the logarithm, in fp32, and takes no weight decay.
 
-    The weight is `weight`, as the papers write it. With a `balance` above 0 it follows the gradients: it is
+    The weight is `weight`, of a plain sum. With a `balance` above 0 it follows the gradients: it is
     whatever makes the norm of this loss's gradient so many times that of the captioning loss's.
     """
 

@@ -5,10 +5,11 @@ stages.
     torchrun --nproc_per_node=8 train.py --stage align     # with GPUs: patch loss, then LLaVA's stage 1
     torchrun --nproc_per_node=8 train.py --stage instruct  # stage 2: projector and LLM on instructions
 
-Two stages on LLaVA's recipe (arXiv 2310.03744). Align: image-caption pairs; only the projector learns, from
-the captioning loss and a contrastive loss. Instruct: conversations; the projector and the LLM learn, from the
-next-token loss alone. The ViT is frozen throughout. Align may put *contrast first*: its first steps then have
-the patch loss alone, and the LLM does not run. After them that loss has weight 0, unless a weight is given.
+Two stages on LLaVA's recipe (arXiv 2310.03744). Align: image-caption pairs; only the projector learns (and a
+temperature), from the captioning loss and a contrastive loss. Instruct: conversations; the projector and the
+LLM learn, from the next-token loss alone. The ViT is frozen throughout. Align may put *contrast first*: its
+first steps then have the patch loss alone, and the LLM does not run. After them that loss has weight 0,
+unless a weight is given.
 
 A step is one update from a batch over all ranks. Each rank takes its part of the batch in micro-batches: as
 many samples as fit through the LLM at once.

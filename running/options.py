@@ -80,7 +80,7 @@ class Config:
 
 
 # tiny: rates chosen on the toy world's validation split. 7b, 13b: LLaVA-1.5's, after 1,000 steps of
-# the patch loss. On real towers that helped most (lab/README.md); the papers' plain sum: --contrastive patch.
+# the patch loss. On real towers that helped most (lab/README.md); the plain sum: --contrastive patch.
 LLAVA = {
     "common": dict(vit="openai/clip-vit-large-patch14-336", llm="lmsys/vicuna-7b-v1.5", benchmarks="data",
                    workers=4, checkpointing="every", save_every=500),
@@ -165,7 +165,7 @@ def configure(stage: str, given: dict) -> Config:
     default_preset = "7b" if torch.cuda.is_available() else "tiny"
     preset = given.get("preset") or default_preset
     values = PRESETS[preset]["common"] | PRESETS[preset].get(stage, {})
-    if "contrastive" in given:  # a loss that is named is the papers' plain sum
+    if "contrastive" in given:  # a loss that is named is a plain sum
         values.pop("contrastive_first", None)
     values |= given | {"stage": stage, "preset": preset}
     if values.get("contrastive") == "patch" and values.get("contrastive_first"):

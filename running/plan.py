@@ -79,7 +79,7 @@ def check_memory(config, vlm, dtype, largest: tuple, world: int, has: float):
 # What is printed
 
 def contrastive_words(config) -> str:
-    """The contrastive loss, and its weight if it is not the papers' plain sum."""
+    """The contrastive loss, and its weight if it is no plain sum."""
     words = [config.contrastive]
     if config.contrastive_first:
         words.append(f"alone in the first {config.contrastive_first} steps")

@@ -167,7 +167,7 @@ class Watch:
             self.stuck_steps = 0
         if self.stuck_steps == STUCK:
             say(f"warning: the {stuck[0]} loss has stayed above 0.98 ln(batch) for {STUCK} steps: it learns "
-                "nothing. See its _ratio in log.jsonl, --contrastive_balance and --contrastive_first")
+                "nothing. See --contrastive_balance and --contrastive_first")
 
     def look_for_waiting(self, number: int, line: dict):
         """Step 0 starts the loader, so it does not count. With a cache only the first pass waits."""
