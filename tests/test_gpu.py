@@ -46,14 +46,13 @@ def test_every_row_is_measured_and_leaves_no_model_behind(printed, monkeypatch):
     gc.collect()
     assert len(models) == 11 and not any(model() for model in models)
     assert len(rows) == len(gpu.ROWS) and "failed" not in str(rows)
-    exact, plain, align, instruct, *pairs, _, compiled = rows.values()
+    exact, plain, align, instruct, *pairs = rows.values()
     for row in (exact, plain):
         assert all(0.999 < float(cosine) < 1 for cosine in row["cosines"])
     for row in (align, instruct):
-        assert row["mfu"] == row["waits"] == "no GPU" and row["tokens_per_s"] > 0
-    for row in pairs[:-1]:
+        assert row["waits"] == {} and row["tokens_per_s"] > 0
+    for row in pairs:
         assert min(row["ours / theirs"]) > 0 and len(row["rows/s"]) == 2
-    assert "no GPU" in compiled["compiled"]
 
 
 def test_what_fails_says_so_and_what_is_too_large_is_tried_with_fewer_layers(printed):
