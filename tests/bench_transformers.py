@@ -222,11 +222,11 @@ def generation(task: str, batch: int, vlm) -> list:
 
 
 def loading(task: str, batch: int, vlm) -> list:
-    vlm.sources, folder = {"vit": TOKENIZER, "llm": TOKENIZER}, tempfile.mkdtemp(prefix="bench-")
-    vlm.export(folder)
+    vlm.sources, folder = {"vit": TOKENIZER, "llm": TOKENIZER}, tempfile.TemporaryDirectory()
+    vlm.export(folder.name)
     head, open_theirs = vlm.llm.head_weight, transformers.LlavaForConditionalGeneration.from_pretrained
-    return [partial(seconds, lambda: VLM.from_pretrained(folder, head.dtype, head.device)),
-            partial(seconds, lambda: open_theirs(folder, dtype=head.dtype).to(head.device))]
+    return [partial(seconds, lambda: VLM.from_pretrained(folder.name, head.dtype, head.device)),
+            partial(seconds, lambda: open_theirs(folder.name, dtype=head.dtype).to(head.device))]
 
 
 def preprocessing(task: str, batch: int, vlm) -> list:

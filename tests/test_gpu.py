@@ -1,4 +1,5 @@
-"""tests/gpu.py without a GPU: all rows on the tiny preset, rows that fail, and the count of waits."""
+"""tests/gpu.py without a GPU: all rows on the tiny preset, rows that fail, the count of waits; and the limit
+of tests/bench_transformers.py."""
 
 import gc
 import json
@@ -11,6 +12,9 @@ import bench_step
 import gpu
 import pytest
 import torch
+import torch.nn.functional as F
+from bench_transformers import Limit
+from torch.utils.flop_counter import FlopCounterMode
 
 from running import costs
 
@@ -95,3 +99,21 @@ def test_waits_for_a_gpu_are_counted_by_their_place(printed, monkeypatch):
     place, = row["waits"]
     assert place.startswith("test_gpu.py:") and row["waits"][place] == 2 * row["steps"] == 6
     assert row["of the plan"] == pytest.approx(row["peak_memory_gib"] / row["predicted_gib"], abs=1e-3)
+
+
+def test_the_limit_repeats_every_product_forward_and_backward_and_nothing_else():
+    layer, x = torch.nn.Linear(8, 4), torch.randn(2, 3, 8, requires_grad=True)
+
+    def step():
+        q = layer(x)[:, None]  # (B, 1, S, 4)
+        (F.scaled_dot_product_attention(q, q, q).tanh() @ q.mT).sum().backward()
+
+    with FlopCounterMode(display=False) as first:
+        step()
+    limit = Limit(step)
+    with FlopCounterMode(display=False) as again:
+        limit()
+    assert again.get_total_flops() == first.get_total_flops() > 0
+    names = [function.__name__.split(".")[0] for function, *_ in limit.calls]
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert names == ["addmm", attention, "bmm", "bmm", "bmm", f"{attention}_backward", "mm", "mm"]
