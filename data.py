@@ -59,9 +59,9 @@ def preprocess(image: Image.Image, tower, fit: str) -> torch.Tensor:
     height = int(size * image.height / short)
     image = image.resize((width, height), tower.resample)
     image = cut_centre(image, size, size)
-    pixels = np.asarray(image, dtype=np.float32) / 255  # (size, size, 3)
-    pixels = (pixels - np.float32(tower.image_mean)) / np.float32(tower.image_std)
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, size, size)
+    pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1).copy() / 255  # (3, size, size)
+    mean, std = np.float32([tower.image_mean, tower.image_std])[..., None, None]  # each (3, 1, 1)
+    return torch.from_numpy((pixels - mean) / std)  # (3, size, size)
 
 
 def pad_to_square(image: Image.Image, mean) -> Image.Image:

@@ -75,7 +75,7 @@ def random_step(config, vlm, text: int = 0) -> list:
     return [random_batch(config, vlm, number, text, len(part)) for number, part in mine]
 
 
-def dry_run(config, device):
+def dry_run(config, device) -> dict:
     """Print the plan, take three steps, print what they took: the fastest of those after the first. Before
     them three of contrast first, where the run has such."""
     dtype, outlined = choose_dtype(device, config.dtype), costs.outline(config)
@@ -109,11 +109,13 @@ def dry_run(config, device):
     peak = next((peak for part, peak in costs.PEAK_FLOPS.items() if part in name), None)
     mfu = round(total / fastest / world_size() / peak, 3) if peak else None
     predicted = sum(plan.memory_sum(config, outlined, dtype, *largest, world_size()).values())
-    say(json.dumps({
+    found = {
         "dry_run": f"{config.preset} {config.stage}", "device": name, "ranks": world_size(),
         "ms_per_step_fastest_of_2": round(1000 * fastest, 1), "tokens_per_s": round(tokens / fastest),
         "mfu": mfu, "ms_of_contrast_first": round(1000 * min(first), 1) if first else None,
-        "peak_memory_gib": round(peak_memory(device) / 1024, 2), "predicted_gib": round(predicted, 2)}))
+        "peak_memory_gib": round(peak_memory(device) / 1024, 2), "predicted_gib": round(predicted, 2)}
+    say(json.dumps(found))
+    return found
 
 
 def cost(preset: str) -> str:

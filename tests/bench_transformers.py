@@ -3,23 +3,29 @@ generation, loading, preprocessing. What both compute is compared first, then th
 
     python tests/bench_transformers.py [--size 100m] [--pairs 7] [--device cpu] [--tasks align,instruct,...]
 
-Prints a Markdown table of the ratios ours / theirs (median, smallest and largest of the pairs), and the same
-as one line of JSON. "mixed" are rows of lengths like those of mix665k: theirs in micro-batches as they come,
-ours spread by length, with the same gradient. Not a test: machines vary.
+Prints a Markdown table of ratios (median, smallest and largest of the pairs), and the same as one line of
+JSON: ours / theirs, and ours / limit, the matrix products and attention of ours with nothing in between.
+"mixed" are rows of lengths like those of mix665k: theirs in micro-batches as they come, ours spread by
+length, with the same gradient. Not a test: machines vary.
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -27,6 +33,7 @@ import bench_step
 import data
 import train
 from llm import LLMConfig
+from plumbing import clip, llama, llava
 from plumbing.ranks import start_ranks
 from projector import VLM
 from running import costs, order
@@ -38,18 +45,20 @@ SIZES = {preset: costs.shapes_of(configure("align", {"preset": preset})) for pre
     "100m": (ViTConfig(224, 16, 384, 1536, 6, 6), LLMConfig(32000, 640, 1728, 12, 10, 10, 64)),
     "tiny": (ViTConfig(32, 8, 64, 128, 4, 4), LLMConfig(512, 128, 352, 4, 4, 4, 32))}
 TOKENIZER = str(Path(__file__).parent.parent / "lab/towers/tiny-llm")  # its words mean nothing here
+PRODUCTS = re.compile("(add|b|badd)?mm|convolution|_scaled_dot_product")  # PyTorch's names, of backward, too
 
 
-def both(size: str, dtype, device) -> tuple:
-    """(a folder in transformers' format, our model, theirs), of random weights."""
-    from transformers import LlavaForConditionalGeneration
-    config = configure("align", {"preset": "tiny", "seed": 0})
-    ours = bench_step.random_model(config, SIZES[size], torch.device("cpu"), dtype)
-    ours.sources = {"vit": TOKENIZER, "llm": TOKENIZER}
-    folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    ours.export(folder)
-    theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device)
-    return folder, VLM.from_pretrained(folder, dtype, device), theirs
+def theirs_of(vlm):
+    """transformers' LLaVA with the weights of ours, from memory: a file of 7B would take minutes."""
+    vlm.image_token_id = 2  # transformers wants a row of the table for it
+    family, head = vlm.vit.config.family, vlm.llm.head_weight
+    config = transformers.LlavaConfig(
+        vision_config=clip.config_json(vlm.vit.config), text_config=llama.config_json(vlm.llm.config, ""),
+        vision_feature_select_strategy="default" if family.class_token else "full",
+        image_token_index=vlm.image_token_id)
+    weights = {llava.their_name(name): p.detach() for name, p in vlm.named_parameters()}
+    return transformers.LlavaForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=weights, dtype=head.dtype).to(head.device)
 
 
 def samples_of(vlm, lengths, stage: str) -> list:
@@ -57,7 +66,7 @@ def samples_of(vlm, lengths, stage: str) -> list:
     rng, size = torch.Generator().manual_seed(0), vlm.vit.config.image_size
     samples = []
     for number, length in enumerate(lengths):
-        ids = torch.randint(200, vlm.llm.config.vocab_size, (length,), generator=rng).tolist()
+        ids = torch.randint(3, vlm.llm.config.vocab_size, (length,), generator=rng).tolist()
         samples.append({"ids": [1, data.IMAGE_MARKER, *ids],
                         "roles": [data.CONTEXT] * 2 + [data.ANSWER] * length,
                         "pixels": torch.randn(3, size, size, generator=rng), "name": f"{stage} {number}"})
@@ -68,18 +77,18 @@ def collate(vlm, samples) -> dict:
     return data.collate(samples, vlm.num_image_tokens, vlm.image_token_id, 0, vlm.vit.config.image_size)
 
 
-def our_step(vlm, samples, lengths, stage: str, micro: int, budget: int, device):
+def our_step(vlm, samples, lengths, stage: str, micro: int, budget: int):
     """A function that takes a step and returns its loss."""
     config = Config(stage=stage, batch=len(samples), micro_batch=micro, micro_tokens=budget)
     train.choose_learning(config, vlm)
-    optimizer, terms = train.build_optimizer(config, vlm, device)
+    optimizer, terms = train.build_optimizer(config, vlm, vlm.llm.head_weight.device)
     rows = [length + 1 + vlm.num_image_tokens for length in lengths]
     parts, = order.spread(list(range(len(samples))), rows, micro, budget, 1)
     batches = [collate(vlm, [samples[i] for i in part]) for part in parts]
     return lambda: train.train_step(vlm, terms, optimizer, batches, config, 1e-4)["generative"]
 
 
-def their_step(model, vlm, samples, stage: str, micro: int, device):
+def their_step(model, vlm, samples, stage: str, micro: int):
     model.requires_grad_(False)
     parts = [model.model.multi_modal_projector] + ([model.model.language_model, model.lm_head]
                                                    if stage == "instruct" else [])
@@ -93,7 +102,7 @@ def their_step(model, vlm, samples, stage: str, micro: int, device):
     def step():
         total = 0.0
         for m, count in zip(batches, counts):
-            m = data.to_device(m, device)
+            m = data.to_device(m, model.device)
             out = model(input_ids=m["ids"], pixel_values=m["pixels"].to(model.dtype),
                         attention_mask=m["mask"].long(), labels=m["labels"])
             loss = out.loss * count / sum(counts)
@@ -106,48 +115,91 @@ def their_step(model, vlm, samples, stage: str, micro: int, device):
     return step
 
 
-def seconds(function, device) -> float:
+class Limit(TorchDispatchMode):
+    """Repeats the matrix products and attention of what `function` did once: who computes the same cannot be
+    faster. The numbers are random and lie in memory as the first ones did, so that as much of it is read."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.calls = []
+        self.sizes = {}  # of the places in memory: how many numbers
+        self.memory = {}  # of the places: their numbers
+        with self:
+            function()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if PRODUCTS.match(function.__name__):
+            self.calls.append((function, *tree_map(self.note, (args, kwargs or {}))))
+        return function(*args, **(kwargs or {}))
+
+    def note(self, x):
+        """For a tensor, a function that makes one like it."""
+        if not isinstance(x, torch.Tensor):
+            return x
+        memory = x.untyped_storage()
+        place = memory.data_ptr(), x.dtype, x.device
+        self.sizes[place] = max(self.sizes.get(place, 0), memory.nbytes() // x.itemsize)
+        shape = x.shape, x.stride(), x.storage_offset()
+        return lambda: self.memory[place].as_strided(*shape)
+
+    def fill(self):
+        """Make the numbers: as much memory as the first run took."""
+        for place, count in self.sizes.items():
+            _, dtype, device = place
+            self.memory[place] = torch.randn(count, device=device).to(dtype)
+        self.calls = [(function, *tree_map(lambda x: x() if callable(x) else x, given))
+                      for function, *given in self.calls]
+
+    @torch.no_grad()
+    def __call__(self):
+        if not self.memory:
+            self.fill()
+        for function, args, kwargs in self.calls:
+            function(*args, **kwargs)
+
+
+def seconds(function) -> float:
     start = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def ratios(ours, theirs, pairs: int, device) -> tuple:
-    """([ratio of each pair], median seconds of ours, of theirs); both ran once before."""
-    times = []
+def in_turns(turns, pairs: int) -> list:
+    """The seconds of each turn in every round, a column for each: the first comes last every other time."""
+    rows = []
     for number in range(pairs):
-        turn = [ours, theirs] if number % 2 else [theirs, ours]
-        taken = {f: seconds(f, device) for f in turn}
-        times.append((taken[ours], taken[theirs]))
-    return [a / b for a, b in times], *(statistics.median(column) for column in zip(*times))
+        taken = {turn: turn() for turn in turns[:: 1 if number % 2 else -1]}
+        rows.append([taken[turn] for turn in turns])
+    return list(zip(*rows))
 
 
-def training(task: str, args, device, dtype) -> tuple:
+# A task takes its name, a batch size and our model, and checks that theirs computes the same. It returns
+# turns of ours, of theirs and, if there is one, of the limit: functions that return seconds.
+
+def training(task: str, batch: int, vlm) -> list:
     stage, is_mixed = task.split("-")[0], task.endswith("mixed")
-    _, vlm, model = both(args.size, dtype, device)
     rng, text = np.random.default_rng(0), 20 if stage == "align" else 250
     room = vlm.llm.config.max_position_embeddings - vlm.num_image_tokens - 1
-    lengths = rng.lognormal(np.log(150), 0.9, args.batch).clip(5, min(1400, room)).astype(int).tolist()
-    lengths = lengths if is_mixed else [min(text, room)] * args.batch
-    samples, micro = samples_of(vlm, lengths, stage), args.batch if not is_mixed else max(1, args.batch // 4)
+    lengths = rng.lognormal(np.log(150), 0.9, batch).clip(5, min(1400, room)).astype(int).tolist()
+    lengths = lengths if is_mixed else [min(text, room)] * batch
+    model, samples = theirs_of(vlm), samples_of(vlm, lengths, stage)
     longest = max(lengths) + 1 + vlm.num_image_tokens
-    ours = our_step(vlm, samples, lengths, stage, micro if not is_mixed else args.batch,
-                    2 * longest if is_mixed else 0, device)
-    theirs = their_step(model, vlm, samples, stage, micro, device)
+    ours = our_step(vlm, samples, lengths, stage, batch, 2 * longest if is_mixed else 0)
+    theirs = their_step(model, vlm, samples, stage, max(1, batch // 4) if is_mixed else batch)
     a, b = ours(), theirs()
-    assert abs(a - b) < (1e-4 if dtype == torch.float32 else 2e-2) * abs(b), (a, b)  # equal losses at first
-    return ratios(ours, theirs, args.pairs, device)
+    apart = 1e-4 if model.dtype == torch.float32 else 2e-2
+    assert abs(a - b) < apart * abs(b), (a, b)  # equal losses at first
+    return [partial(seconds, function) for function in (ours, theirs, Limit(ours))]
 
 
-def generation(task: str, args, device, dtype) -> tuple:
+def generation(task: str, batch: int, vlm) -> list:
     """Greedy, 32 tokens: of the prompt alone (prefill), or of those behind the first (decode)."""
-    _, vlm, model = both(args.size, dtype, device)
-    rows = args.batch if task.endswith("batch") else 1
-    m = data.to_device(collate(vlm, samples_of(vlm, [30] * rows, task)), device)
-    vlm.llm.config.eos_token_id = -5  # nobody ends early
-    inputs = {"input_ids": m["ids"], "pixel_values": m["pixels"].to(dtype),
+    model, rows = theirs_of(vlm), batch if task.endswith("batch") else 1
+    m = data.to_device(collate(vlm, samples_of(vlm, [30] * rows, task)), model.device)
+    vlm.llm.config = replace(vlm.llm.config, eos_token_id=-5)  # nobody ends early
+    inputs = {"input_ids": m["ids"], "pixel_values": m["pixels"].to(model.dtype),
               "attention_mask": m["mask"].long()}
 
     def ours(new):
@@ -157,34 +209,36 @@ def generation(task: str, args, device, dtype) -> tuple:
         return model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False,
                               pad_token_id=0, eos_token_id=None)[:, -new:]
 
-    with torch.no_grad():
-        assert torch.equal(ours(32), theirs(32)) or dtype != torch.float32
-        if task.startswith("prefill"):
-            return ratios(partial(ours, 1), partial(theirs, 1), args.pairs, device)
-        times = [[seconds(partial(f, new), device) for f in (ours, theirs) for new in (1, 32)]
-                 for _ in range(args.pairs)]
-    decode = [(b - a, d - c) for a, b, c, d in times]
-    return [a / b for a, b in decode], *(statistics.median(column) / 31 for column in zip(*decode))
+    assert torch.equal(ours(32), theirs(32)) or model.dtype != torch.float32
+    first, further = Limit(partial(ours, 1)), Limit(partial(ours, 32))
+    further.calls = further.calls[len(first.calls) :]
+    if task.startswith("prefill"):
+        return [partial(seconds, function) for function in (partial(ours, 1), partial(theirs, 1), first)]
+
+    def of_a_token(generate) -> float:
+        return (seconds(partial(generate, 32)) - seconds(partial(generate, 1))) / 31
+
+    return [partial(of_a_token, ours), partial(of_a_token, theirs), lambda: seconds(further) / 31]
 
 
-def loading(task: str, args, device, dtype) -> tuple:
-    from transformers import LlavaForConditionalGeneration
-    folder, _, _ = both(args.size, dtype, device)
-    return ratios(lambda: VLM.from_pretrained(folder, dtype, device),
-                  lambda: LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device),
-                  args.pairs, device)
+def loading(task: str, batch: int, vlm) -> list:
+    vlm.sources, folder = {"vit": TOKENIZER, "llm": TOKENIZER}, tempfile.TemporaryDirectory()
+    vlm.export(folder.name)
+    head, open_theirs = vlm.llm.head_weight, transformers.LlavaForConditionalGeneration.from_pretrained
+    return [partial(seconds, lambda: VLM.from_pretrained(folder.name, head.dtype, head.device)),
+            partial(seconds, lambda: open_theirs(folder.name, dtype=head.dtype).to(head.device))]
 
 
-def preprocessing(task: str, args, device, dtype) -> tuple:
-    from transformers import CLIPImageProcessor
-    tower, rng = SIZES[args.size][0], np.random.default_rng(0)
+def preprocessing(task: str, batch: int, vlm) -> list:
+    tower, rng = vlm.vit.config, np.random.default_rng(0)
     size, picture = tower.image_size, Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8))
-    theirs = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size},
-                                image_mean=tower.image_mean, image_std=tower.image_std)
+    theirs = transformers.CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size},
+        image_mean=tower.image_mean, image_std=tower.image_std)
     a, b = data.preprocess(picture, tower, "crop"), theirs(picture, return_tensors="pt")["pixel_values"][0]
     assert (a - b).abs().max() < 0.05
-    return ratios(lambda: data.preprocess(picture, tower, "crop"),
-                  lambda: theirs(picture, return_tensors="pt"), args.pairs, device)
+    return [partial(seconds, lambda: data.preprocess(picture, tower, "crop")),
+            partial(seconds, lambda: theirs(picture, return_tensors="pt"))]
 
 
 TASKS = {"align": training, "instruct": training, "instruct-mixed": training,
@@ -206,13 +260,18 @@ def main():
     name = f"CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     print(f"{args.size}, batch {args.batch}, {dtype}, {name}\n\n"
-          "| task | ours / transformers | ours, ms | theirs, ms |\n|---|---|---|---|", flush=True)
+          "| task | ours / transformers | ours / limit | ms: ours, theirs, limit |\n|---|---|---|---|")
+    config = configure("align", {"preset": "tiny", "seed": 0})
     for task in args.tasks.split(","):
-        found, ours, theirs = TASKS[task](task, args, device, dtype)
-        middle = statistics.median(found)
-        report[task] = {"median": round(middle, 3), "ratios": [round(x, 3) for x in sorted(found)]}
-        print(f"| {task} | {middle:.2f} ({min(found):.2f} to {max(found):.2f}) | {1000 * ours:.1f} | "
-              f"{1000 * theirs:.1f} |", flush=True)
+        vlm = bench_step.random_model(config, SIZES[args.size], device, dtype)
+        ours, *others = in_turns(TASKS[task](task, args.batch, vlm), 1 + args.pairs)
+        report[task], cells = {}, []
+        for other, column in zip(("transformers", "limit"), others):
+            found = sorted(a / b for a, b in zip(ours[1:], column[1:]))
+            report[task][other] = [round(ratio, 3) for ratio in found]
+            cells.append(f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})")
+        ms = ", ".join(f"{1000 * statistics.median(column):.1f}" for column in (ours, *others))
+        print(f"| {task} | {' | '.join([*cells, 'none'][:2])} | {ms} |", flush=True)
     print(json.dumps({"size": args.size, "batch": args.batch, "device": name, "results": report}))
 
 

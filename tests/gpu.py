@@ -7,18 +7,15 @@ A row says so, as it says what failed, or would come too late. A CPU runs the sa
 """
 
 import gc
-import io
-import itertools
 import json
+import statistics
 import sys
 import time
 import warnings
-from argparse import Namespace
 from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 import transformers
@@ -30,7 +27,7 @@ import bench_step
 import bench_transformers
 import data
 import losses
-from plumbing import clip, llama, llava, ranks
+from plumbing import ranks
 from running import costs, options
 
 IS_GPU, BF16 = torch.cuda.is_available(), torch.bfloat16
@@ -42,10 +39,9 @@ PAIRS = 5
 def config_of(preset, part, stage, **given):
     """The preset's options, with one `part`-th of the LLM's layers."""
     config = options.configure(stage, {"preset": preset, "batch": BATCH[preset]} | given)
-    config.llm = f"1/{part} of the layers"
-    vit, llm = bench_transformers.SIZES[preset]
-    llm = replace(llm, num_hidden_layers=llm.num_hidden_layers // part)
-    costs.SHAPES |= {config.vit: vit, config.llm: llm}
+    _, llm = costs.shapes_of(config)
+    config.llm = f"1/{part} of the layers of {config.llm}"
+    costs.SHAPES[config.llm] = replace(llm, num_hidden_layers=llm.num_hidden_layers // part)
     return config
 
 
@@ -64,45 +60,31 @@ def gradient_row(preset, part, device, dtype) -> dict:
 
         with sdpa_kernel(attention):
             found.append([x.detach().double() for x in captioning()])
-            ms.append(round(1000 * bench_transformers.seconds(captioning, device), 1))
+            ms.append(round(1000 * bench_transformers.seconds(captioning), 1))
     return {"ms": ms, "apart": [f"{(a - b).norm() / b.norm():.1e}" for a, b in zip(*found)],
             "cosines": [f"{(a * b).sum() / a.norm() / b.norm():.6f}" for a, b in zip(*found)]}
 
 
 def step_row(preset, part, device, stage, is_compiled) -> dict:
     """What a dry run tells, and how often its steps wait for the GPU, and where."""
-    if is_compiled and not IS_GPU:
-        return {"compiled": "no GPU, and a minute of a C++ compiler"}
     config = config_of(preset, part, stage, compile=is_compiled)
-    with warnings.catch_warnings(record=True) as caught, redirect_stdout(io.StringIO()) as printed:
+    with warnings.catch_warnings(record=True) as caught, redirect_stdout(sys.stderr):
         warnings.simplefilter("always")
-        bench_step.dry_run(config, device)
-    found = json.loads(printed.getvalue().splitlines()[-1])
-    if not IS_GPU:
-        return found | dict.fromkeys(("mfu", "of the plan", "waits"), "no GPU")
+        found = bench_step.dry_run(config, device)
     found["of the plan"] = round(found["peak_memory_gib"] / found["predicted_gib"], 3)
     waits = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchr" in str(w.message)]
     return found | {"steps": 3 + config.contrastive_first, "waits": Counter(waits)}
 
 
 def pair_row(preset, part, device, task, batch) -> dict:
-    """A task of tests/bench_transformers.py with models from memory: a file of 7B would take minutes."""
+    """A task of tests/bench_transformers.py."""
     config = config_of(preset, part, task if task in costs.TEXT_TOKENS else "align", checkpointing="none")
     vlm = bench_step.random_model(config, costs.shapes_of(config), device, BF16)
-    vlm.image_token_id = 2  # transformers wants a row of the table for it
-    made_of = transformers.LlavaConfig(
-        vision_config=clip.config_json(vlm.vit.config), text_config=llama.config_json(vlm.llm.config, ""),
-        vision_feature_select_strategy="default" if vlm.vit.config.family.class_token else "full",
-        image_token_index=vlm.image_token_id)
-    weights = {llava.their_name(name): p.detach() for name, p in vlm.named_parameters()}
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(
-        None, config=made_of, state_dict=weights, dtype=BF16).to(device)
-    how = Namespace(size=preset, pairs=PAIRS, batch=batch)
-    with patch.object(bench_transformers, "both", return_value=(None, vlm, model)):
-        found, *times = bench_transformers.TASKS[task](task, how, device, BF16)
-    return {"ours / theirs": [round(ratio, 3) for ratio in sorted(found)[::2]],
-            "ms": [round(1000 * took, 2) for took in times],
-            "rows/s": [round(batch / took) for took in times]}
+    turns = bench_transformers.TASKS[task](task, batch, vlm)[:2]
+    ours, theirs = bench_transformers.in_turns(turns, PAIRS)
+    found = sorted(a / b for a, b in zip(ours, theirs))
+    return {"ours / theirs": [round(ratio, 3) for ratio in found[::2]],
+            "rows/s": [round(batch / statistics.median(column), 1) for column in (ours, theirs)]}
 
 
 ROWS = [
@@ -111,32 +93,31 @@ ROWS = [
     ("instruct", step_row, "instruct", False),
     *[(f"tokens, batch {batch}", pair_row, "decode-batch", batch) for batch in (1, 8, 64)],
     ("align, pairs", pair_row, "align", 16), ("instruct, pairs", pair_row, "instruct", 8),
-    ("align, compiled", step_row, "align", True), ("instruct, compiled", step_row, "instruct", True)]
+    *[(f"{stage}, compiled", step_row, stage, True) for stage in costs.TEXT_TOKENS if IS_GPU]]
 
 
 def main():
     device, began = ranks.start_ranks(), time.monotonic()
     name = torch.cuda.get_device_name(device) if IS_GPU else "no GPU"
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}\n\n| | |\n|---|---|")
-    for (what, row, *given), preset in itertools.product(ROWS, BATCH):
+    for (what, row, *given), preset in [(row, preset) for row in ROWS for preset in BATCH]:
         for part in (1, 2, 4):
-            left, is_too_large = BUDGET + began - time.monotonic(), False
+            left = BUDGET + began - time.monotonic()
+            found = {"skipped": f"{left:.0f} s left"}
             try:
                 gc.collect()  # a checkpointed block refers to itself
                 if IS_GPU:
                     torch.cuda.set_sync_debug_mode("warn")
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats(device)
-                found = {"skipped": f"{left:.0f} s left"}
                 if left > LAST:
                     found = row(preset, part, device, *given)
+                break
             except Exception as error:
                 found = {"failed": repr(error)[:300]}
-                is_too_large = isinstance(error, (ValueError, torch.OutOfMemoryError))
-            if not is_too_large:
-                break
+                if not isinstance(error, (ValueError, torch.OutOfMemoryError)):
+                    break
         print(f"| {preset} {what}, LLM / {part} | {json.dumps(found)[1:-1]} |", flush=True)
-    print(f"\n{time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":
