@@ -110,18 +110,23 @@ def rope_frequencies(config: LLMConfig, device):
 
 
 def rope_tables(positions, frequencies, dtype):
-    """cos and sin (B or 1, S, 1, head_dim / 2) of the angles at `positions` (B or 1, S), computed in fp32."""
+    """cos and signed sin (B or 1, S, 1, head_dim) of the angles at `positions` (B or 1, S), in fp32 at first.
+
+    A pair turns to (first cos - second sin, second cos + first sin): hence the sign of the first half.
+    """
     angles = positions[..., None, None].float() * frequencies  # (B, S, 1, head_dim / 2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos = torch.cat([angles.cos(), angles.cos()], dim=-1)  # (B, S, 1, head_dim)
+    sin = torch.cat([-angles.sin(), angles.sin()], dim=-1)  # (B, S, 1, head_dim)
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + half]) of x (B, S, H, head_dim) by its angle.
+    """Turn each pair (x[i], x[i + half]) of x (B, S, H, head_dim) by its angle: cos and sin of `rope_tables`.
 
     Hugging Face's weights pair i with i + half, Meta's own files pair 2i with 2i + 1.
     """
-    first, second = x.chunk(2, dim=-1)  # each (B, S, H, head_dim / 2)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)  # (B, S, H, head_dim)
+    partner = x.roll(x.shape[-1] // 2, dims=-1)  # (B, S, H, head_dim), the other one of each pair
+    return torch.addcmul(x * cos, partner, sin)  # (B, S, H, head_dim)
 
 
 class KVCache:
@@ -227,7 +232,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP. Each reads normalised input and adds to x. (B, S, C) -> (B, S, C)."""
+    """Attention, then the MLP. Each reads normalised input and adds to x. (B, S, C) -> (B, S, C).
+
+    If only some places of the flattened positions are asked for, `at` (n,), the MLP runs there alone, and
+    (n, C) comes out.
+    """
 
     def __init__(self, config: LLMConfig, layer: int):
         super().__init__()
@@ -236,8 +245,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, visible=None, is_causal=True, cache=None):
+    def forward(self, x, cos, sin, visible=None, is_causal=True, cache=None, at=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, visible, is_causal, cache)
+        if at is not None:
+            x = x.flatten(0, 1)[at]  # (n, C)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -271,12 +282,13 @@ class LLM(nn.Module):
     def embed(self, ids):
         return self.model.embed_tokens(ids)  # (B, S, C)
 
-    def hidden(self, embeds, mask=None, cache=None):
+    def hidden(self, embeds, mask=None, cache=None, at=None):
         """Last hidden states (B, S, C), after the final norm, of embeddings (B, S, C).
 
         `mask` (B, earlier and new positions) is False at left padding. Only left padding needs one: attention
         is causal, so no real token sees padding on its right. Positions count real tokens only. `cache` holds
-        the earlier positions and grows by S.
+        the earlier positions and grows by S. `at` (n,): only these places of the flattened positions, so
+        (n, C). Attention of the last block needs them all, its MLP does not.
         """
         B, S, C = embeds.shape
         start = 0 if cache is None else cache.length
@@ -289,11 +301,13 @@ class LLM(nn.Module):
         cos, sin = rope_tables(positions, rope_frequencies(self.config, embeds.device), embeds.dtype)
         visible, is_causal = visible_positions(mask, start, S, embeds.device)
         x = embeds
-        for block in self.model.layers:
-            x = block(x, cos, sin, visible, is_causal, cache)
+        *blocks, last = self.model.layers
+        for block in blocks:
+            x = block(x, cos, sin, visible, is_causal, cache)  # (B, S, C)
+        x = last(x, cos, sin, visible, is_causal, cache, at)  # (B, S, C), or (n, C)
         if cache is not None:
             cache.length += S
-        return self.model.norm(x)  # (B, S, C)
+        return self.model.norm(x)  # (B, S, C), or (n, C)
 
     def logits(self, hidden):
         return F.linear(hidden, self.head_weight)  # (..., V)
@@ -321,15 +335,18 @@ class LLM(nn.Module):
         ends = torch.tensor([*ends, *end_tokens], device=embeds.device)
         cache = KVCache(self.config, B, S + max_new_tokens, embeds.dtype, embeds.device)
         is_done = torch.zeros(B, dtype=torch.bool, device=embeds.device)
+        rows = torch.arange(B, device=embeds.device)  # (B,)
+        at = S * (rows + 1) - 1  # (B,) the last place of each prompt
         new = []
         while len(new) < max_new_tokens:
-            hidden = self.hidden(embeds, mask, cache)[:, -1]  # (B, C)
+            hidden = self.hidden(embeds, mask, cache, at)  # (B, C)
             token = choose(self.logits(hidden), temperature, top_p)  # (B,)
             new.append(token.masked_fill(is_done, NO_TOKEN))
             is_done |= torch.isin(token, ends)
             if is_done.all():
                 break
             embeds = self.embed(token)[:, None]  # (B, 1, C): the cache holds the rest
+            at = rows
             if mask is not None:
                 mask = F.pad(mask, (0, 1), value=True)  # (B, one more)
         return torch.stack(new, dim=1)  # (B, <= max_new_tokens)

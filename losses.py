@@ -68,13 +68,12 @@ def unit(x):
 def generative_loss(hidden, labels, head_weight, loss_at):
     """Summed next-token cross-entropy, a scalar in nats.
 
-    hidden (B, S, C) last hidden states; labels (B, S); head_weight (V, C); loss_at (n,) the places in the
-    flattened labels whose *next* token is supervised (see data.collate).
+    loss_at (n,) the places in the flattened labels (B, S) whose *next* token is supervised (see
+    data.collate); hidden (n, C) the last hidden states there; head_weight (V, C).
 
     Only these places go through the head. At 16 x 700 tokens and 32,000 words the fp32 logits of all places
     take 1.4 GB, those of the captions some 30 MB.
     """
-    hidden = hidden.flatten(0, 1)[loss_at]  # (n, C)
     targets = labels.flatten()[loss_at + 1]  # (n,)
     logits = at_least_fp32(F.linear(hidden, head_weight))  # (n, V)
     return F.cross_entropy(logits, targets, reduction="sum")
@@ -87,9 +86,10 @@ def caption_pass(vlm, m, patches) -> tuple:
     Attention is causal, so these states have seen the image and the prompt, and nothing of the caption.
     """
     embeds = vlm.splice(m["ids"], patches, m["image_at"])  # (B, S, C)
-    hidden = vlm.llm.hidden(embeds)  # (B, S, C)
-    loss = generative_loss(hidden, m["labels"], vlm.llm.head_weight, m["loss_at"])
-    return loss, hidden.flatten(0, 1)[m["state_at"]]
+    n = len(m["loss_at"])
+    hidden = vlm.llm.hidden(embeds, at=torch.cat([m["loss_at"], m["state_at"]]))  # (n + B, C)
+    loss = generative_loss(hidden[:n], m["labels"], vlm.llm.head_weight, m["loss_at"])
+    return loss, hidden[n:]  # a scalar, (B, C)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,10 +130,9 @@ def vectors(name, vlm, micro_batches, leaves, states) -> tuple:
             text.append(pool_caption(words, m["caption_mask"]))
     else:  # "prompt": one text-only pass of the LLM
         for m, state in zip(micro_batches, states):
-            hidden = vlm.llm.hidden(vlm.llm.embed(m["text_ids"]))  # (B, T', C)
-            hidden = hidden.flatten(0, 1)  # (B T', C)
+            hidden = vlm.llm.hidden(vlm.llm.embed(m["text_ids"]), at=m["text_at"])  # (B, C)
             image.append(unit(state))
-            text.append(unit(hidden[m["text_at"]]))
+            text.append(unit(hidden))
     return torch.cat(image), torch.cat(text)
 
 

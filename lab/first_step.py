@@ -37,7 +37,7 @@ def align(config):
         # Pictures become vectors in the LLM's width, and take the places of their placeholders.
         patches = vlm.encode(batch["pixels"])  # (B, N, C)
         embeds = vlm.splice(batch["ids"], patches)  # (B, S, C)
-        hidden = vlm.llm.hidden(embeds)  # (B, S, C)
+        hidden = vlm.llm.hidden(embeds, at=batch["loss_at"])  # (n, C) where a caption's next token is due
 
         # Captioning: how well is each next token of the caption foreseen?
         generative = losses.generative_loss(hidden, batch["labels"], vlm.llm.head_weight, batch["loss_at"])

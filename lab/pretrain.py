@@ -158,7 +158,8 @@ def text_loss(llm, samples, pad_id: int, noise: float):
     embeds = llm.embed(m["ids"])  # (B, S, C)
     deviation = noise * torch.rand(len(embeds), 1, 1)
     embeds = embeds + deviation * torch.randn_like(embeds)
-    loss = losses.generative_loss(llm.hidden(embeds), m["labels"], llm.head_weight, m["loss_at"])
+    hidden = llm.hidden(embeds, at=m["loss_at"])  # (n, C)
+    loss = losses.generative_loss(hidden, m["labels"], llm.head_weight, m["loss_at"])
     return loss / len(m["loss_at"])
 
 

@@ -76,21 +76,22 @@ def flops_per_step(config, vlm) -> dict:
     counted.
 
     A weight costs 2 operations per token forward, 2 for the gradient of its input, 2 more for its own if it
-    learns; the head sees only the supervised tokens. With --features the ViT does not run. "patch" is pooling
-    and the products of all images with all captions; "prompt" the same products, and a pass of the LLM over
-    the captions alone.
+    learns; the head and the last MLP see only the supervised tokens. With --features the ViT does not run.
+    "patch" is pooling and the products of all images with all captions; "prompt" the same products, and a
+    pass of the LLM over the captions alone.
     """
     c = vlm.llm.config
     S = row_length(config, vlm)
     B = config.batch
     T = TEXT_TOKENS[config.stage]
     blocks = count_weights(vlm.llm.model.layers)
+    last = count_weights(vlm.llm.model.layers[-1].mlp)
     weight = 6 if config.stage == "instruct" else 4
     products = 12 * B * B * c.hidden_size
     flops = {
         "vision": 0 if config.features else vision_flops(vlm.vit, B),
         "projector": projector_flops(vlm, B),
-        "language": B * weight * (S * blocks + T * c.vocab_size * c.hidden_size),
+        "language": B * weight * (S * (blocks - last) + T * (last + c.vocab_size * c.hidden_size)),
         "attention": attention_flops(config, vlm),
     }
     contrastive = {

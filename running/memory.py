@@ -13,27 +13,29 @@ GIB = 2**30
 BUCKET_SIZE = 2**22  # of train.py's DataParallelAdamW
 
 
-def block_memory(config, vlm, tokens: int, itemsize: int) -> tuple:
-    """(bytes that a block keeps for its backward, bytes of its gradients there) for so many tokens."""
+def block_memory(config, vlm, tokens: int, asked: int, itemsize: int) -> tuple:
+    """(bytes that a block keeps for its backward, bytes of its gradients there): attention over so many
+    tokens, and the MLP where it is asked for."""
     c = vlm.llm.config
     C = c.hidden_size
     MLP = c.intermediate_size
     _, _, has_norm = FAMILIES[c.model_type]
     heads = c.num_attention_heads + c.num_key_value_heads
     heads *= c.head_dim
-    kept = 2 * C  # two residuals
-    kept += 2 * heads  # q and what attention makes of it; k and v
-    kept += has_norm * heads  # q and k before their norm
-    kept += 3 * MLP  # the factors of the gated MLP
+    in_attention = C  # the residual
+    in_attention += 2 * heads  # q and what attention makes of it; k and v
+    in_attention += has_norm * heads  # q and k before their norm
+    in_mlp = C  # the residual
+    in_mlp += 3 * MLP  # the factors of the gated MLP
     if config.stage == "instruct":  # what goes into the matrices, whose gradients need it
-        kept += 2 * C
-        kept += MLP
+        in_attention += C
+        in_mlp += C + MLP
     gradients = 3 * MLP
     gradients += 2 * C
     if config.stage == "instruct":
         gradients -= MLP  # what went into the last matrix is gone by then
-    size = tokens * itemsize
-    return size * kept, size * gradients
+    kept = tokens * in_attention + asked * in_mlp
+    return itemsize * kept, itemsize * asked * gradients
 
 
 def images_memory(config, vlm, itemsize: int, world: int) -> int:
@@ -63,13 +65,19 @@ def memory_sum(config, vlm, dtype, rows: int, length: int, world: int) -> dict:
     llm_learns = config.stage == "instruct"
     shards = world if config.shard else 1
     learning = count_weights(vlm, only_learning=True) / shards
-    block, sweep = block_memory(config, vlm, rows * length, itemsize)
+    text = max(1, length - 1 - vlm.num_image_tokens)
+    asked = rows * (text + 1)  # of the last block's MLP
+    block, sweep = block_memory(config, vlm, rows * length, rows * length, itemsize)
+    last, last_sweep = block_memory(config, vlm, rows * length, asked, itemsize)
     blocks = c.num_hidden_layers
     whole = {"none": blocks, "every-other": blocks // 2, "every": 0}[config.checkpointing]
     inputs = rows * length * c.hidden_size * itemsize
     kept = whole * block + (blocks - whole) * inputs
+    last_is_whole = whole * 2 > blocks - 1  # of "every-other", the odd ones
+    if last_is_whole:
+        kept += last - block
     recomputed = 0 if whole else block
-    text = max(1, length - 1 - vlm.num_image_tokens)
+    recomputed_last = 0 if whole else last
     logits = rows * text * c.vocab_size * 4  # fp32; the loss makes two gradients of their size
     passes = math.ceil(config.batch // world / rows)
     waiting = 1  # passes that await backward
@@ -92,7 +100,9 @@ def memory_sum(config, vlm, dtype, rows: int, length: int, world: int) -> dict:
             sent += 4 * table
             late = 4 * table * (1 + 1 / shards)  # and this rank's part of the sum
     begins = waiting * (kept + logits)
-    begins += max(2 * logits, head + sweep + recomputed - logits)
+    freed = last if last_is_whole else inputs  # when the block before the last has its turn
+    begins += max(2 * logits, head + last_sweep + recomputed_last - logits,
+                  head + sweep + recomputed - logits - freed)
     if passes > 1:
         begins += gradients + late  # of the earlier passes
     ends = gradients

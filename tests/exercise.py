@@ -104,7 +104,8 @@ EXERCISES = {
         "llm.py", "rotate",
         "RoPE: pairs of dimensions turn by angles that grow with the position, so that a query's product "
         "with a key depends on their distance alone.",
-        "(a, b) becomes (a cos - b sin, b cos + a sin). The docstring says which dimensions are a pair.",
+        "(a, b) becomes (a cos - b sin, b cos + a sin). The docstring says which dimensions are a pair; the "
+        "sines come with their signs (`rope_tables`). `x.roll` brings each its partner.",
         "tests/test_llm.py -k rotate"),
     "balance": Exercise(
         "losses.py", "ContrastiveTerm.weight",

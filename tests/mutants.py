@@ -260,39 +260,40 @@ MUTANTS = {
     ],
     "rotate": [
         ("neighbours are a pair", """
-            first, second = x[..., 0::2], x[..., 1::2]
+            half = x.shape[-1] // 2
+            first, second, cos, sin = x[..., 0::2], x[..., 1::2], cos[..., half:], sin[..., half:]
             return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
             """),
-        ("neighbours are a pair, and end half a head apart", "x.chunk(2, dim=-1)",
-         "(x[..., 0::2], x[..., 1::2])"),
-        ("the wrong way round", "[first * cos - second * sin, second * cos + first * sin]",
-         "[first * cos + second * sin, second * cos - first * sin]"),
-        ("two minus signs", "second * cos + first * sin", "second * cos - first * sin"),
-        ("two plus signs", "first * cos - second * sin", "first * cos + second * sin"),
-        ("sine and cosine change places", "first, second = ", "cos, sin = sin, cos\nfirst, second = "),
-        ("the halves change places", "[first * cos - second * sin, second * cos + first * sin]",
-         "[second * cos + first * sin, first * cos - second * sin]"),
-        ("the second half stays", "second * cos + first * sin", "second"),
+        ("the next one is the partner", "x.shape[-1] // 2", "1"),
+        ("a quarter of the head away", "x.shape[-1] // 2", "x.shape[-1] // 4"),
+        ("the wrong way round", "sin)", "-sin)"),
+        ("two minus signs", "sin)", "-sin.abs())"),
+        ("two plus signs", "sin)", "sin.abs())"),
+        ("sine and cosine change places", "x * cos, partner, sin", "x * sin, partner, cos"),
+        ("the halves change places", "x * cos, partner, sin", "partner * cos, x, sin"),
+        ("the second half stays", """
+            first, second = x.chunk(2, dim=-1)
+            turned = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+            return torch.cat([turned.chunk(2, dim=-1)[0], second], dim=-1)
+            """),
         ("the first half has turned before the second is computed", """
             first, second = x.chunk(2, dim=-1)
+            cos, sin = cos.chunk(2, dim=-1)[1], sin.chunk(2, dim=-1)[1]
             first = first * cos - second * sin
             second = second * cos + first * sin
             return torch.cat([first, second], dim=-1)
             """),
-        ("one position for all", "first, second = ", "cos, sin = cos[:, -1:], sin[:, -1:]\nfirst, second = "),
-        ("one row's positions for all", "first, second = ", "cos, sin = cos[:1], sin[:1]\nfirst, second = "),
-        ("one speed for all pairs", "first, second = ",
-         "cos, sin = cos[..., :1], sin[..., :1]\nfirst, second = "),
-        ("heads for positions", "first, second = ",
-         "cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)\nfirst, second = "),
-        ("cut along the heads", "x.chunk(2, dim=-1)", "x.chunk(2, dim=-2)"),
-        ("a new axis for the pair", "torch.cat(", "torch.stack("),
-        ("the answer is in fp32", "x.chunk(2, dim=-1)", "x.float().chunk(2, dim=-1)"),
-        ("x itself is turned", """
-            first, second = x.chunk(2, dim=-1)
-            turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-            return x.copy_(turned)
-            """),
+        ("one position for all", "partner = ", "cos, sin = cos[:, -1:], sin[:, -1:]\npartner = "),
+        ("one row's positions for all", "partner = ", "cos, sin = cos[:1], sin[:1]\npartner = "),
+        ("one speed for all pairs", "partner, sin", "partner, sin[..., :1].abs() * sin.sign()"),
+        ("heads for positions", "partner = ",
+         "cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)\npartner = "),
+        ("the partner in another head", "dims=-1", "dims=-2"),
+        ("a new axis for the pair", "torch.addcmul(x * cos, partner, sin)",
+         "torch.stack([x * cos, partner * sin], dim=-1)"),
+        ("the answer is in fp32", "x * cos, partner, sin", "x.float() * cos, partner.float(), sin"),
+        ("x itself is turned", "return torch.addcmul(x * cos, partner, sin)",
+         "return x.mul_(cos).addcmul_(partner, sin)"),
     ],
     "balance": [
         ("the quotient of the squares", "math.sqrt(generative / own)", "generative / own"),
