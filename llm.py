@@ -359,7 +359,7 @@ class LLM(nn.Module):
         with torch.device("meta"):  # only shapes: the weights come from the files
             llm = cls(load_llm_config(folder))
         our_name = partial(llama.our_name, is_tied=llm.config.tie_word_embeddings)
-        load_strictly(llm, read_weights(folder), folder, dtype, device, our_name)
+        load_strictly(llm, read_weights(folder, our_name), folder, dtype, device, our_name)
         return llm.requires_grad_(False).eval()
 
     def save_pretrained(self, folder):

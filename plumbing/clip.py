@@ -128,8 +128,8 @@ def name_in_dinov2(name: str, tensor) -> tuple:
 
 
 def read_tensors(folder: Path):
-    """Yield (their name, tensor) of every tensor in a folder, in the shape that we use."""
-    for name, tensor in read_weights(folder):
+    """Yield (their name, tensor) of the tower's tensors in a folder, in the shape that we use."""
+    for name, tensor in read_weights(folder, our_name):
         if name.endswith(DINOV2_BATCHES_OF_ONE):
             tensor = tensor.squeeze()
         yield name, tensor

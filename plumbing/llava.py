@@ -54,10 +54,9 @@ def find_projector(path) -> Path:
 
 def read_projector(place: Path):
     """Yield (our name within the projector, tensor) of what `find_projector` has found."""
-    for name, tensor in read_shard(place) if place.is_file() else read_weights(place):
-        if place.is_file() or PROJECTOR.match(name):
-            name = PROJECTOR.sub("", name)
-            yield name.replace("linear_1.", "0.").replace("linear_2.", "2."), tensor
+    for name, tensor in read_shard(place) if place.is_file() else read_weights(place, PROJECTOR.match):
+        name = PROJECTOR.sub("", name)
+        yield name.replace("linear_1.", "0.").replace("linear_2.", "2."), tensor
 
 
 # ------------------------------------------------------------------------------------------------------------

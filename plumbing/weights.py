@@ -3,7 +3,9 @@
 Only plain tensors are unpickled.
 """
 
+import json
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -26,7 +28,6 @@ def read_config(folder: Path, families) -> dict:
     ValueError if its model_type is not one of `families`: another family's weights often fit by shape and
     give garbage.
     """
-    from transformers import AutoConfig  # imported late: it takes seconds, and only loading needs it
     config = open_config(folder)
     family = config.pop("model_type", None)
     if is_llavas_own(family, config):
@@ -34,9 +35,16 @@ def read_config(folder: Path, families) -> dict:
     if family not in families:
         raise ValueError(f"{folder}: model_type is {family!r}; known here: {', '.join(families)}")
     try:
-        return AutoConfig.for_model(family, **config).to_dict()
+        return with_defaults(family, json.dumps(config)).to_dict()
     except Exception as error:  # transformers raises several kinds for a field of the wrong type
         raise ValueError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
+
+
+@lru_cache(4)  # one config.json is read three times for a LLaVA, and transformers is slow at it
+def with_defaults(family: str, fields: str):
+    """transformers' configuration of these fields, in JSON."""
+    from transformers import AutoConfig  # imported late: it takes seconds, and only loading needs it
+    return AutoConfig.for_model(family, **json.loads(fields))
 
 
 def is_llavas_own(family, config: dict) -> bool:
@@ -81,13 +89,14 @@ def fits(name: str, value, kind) -> bool:
     return isinstance(value, kind)
 
 
-def read_weights(folder: Path):
-    """Yield (name, tensor) of every weight in a folder, with one shard in memory at a time."""
+def read_weights(folder: Path, wanted=bool):
+    """Yield (name, tensor) of every weight in a folder of which `wanted(name)` is true, with one shard in
+    memory at a time."""
     files = files_of(folder)
     if not files:
         raise FileNotFoundError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin")
     for file in files:
-        yield from read_shard(file)
+        yield from read_shard(file, wanted)
 
 
 def files_of(folder: Path) -> list:
@@ -113,8 +122,8 @@ def shards_of(index: Path) -> list:
     return [index.parent / name for name in names]
 
 
-def read_shard(path: Path):
-    """Yield (name, tensor) of one .safetensors or .bin file."""
+def read_shard(path: Path, wanted=bool):
+    """The same of one .safetensors or .bin file."""
     from safetensors import safe_open
     if not path.exists():
         raise FileNotFoundError(f"{path}: this shard of the weights is missing")
@@ -124,11 +133,10 @@ def read_shard(path: Path):
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
             if not all(isinstance(name, str) for name in tensors):
                 raise ValueError("it does not name its tensors")
-            yield from tensors.items()
+            yield from ((name, tensors[name]) for name in tensors if wanted(name))
             return
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
+            yield from ((name, file.get_tensor(name)) for name in file.keys() if wanted(name))
     except Exception as error:  # both readers raise many kinds for a file cut short
         raise ValueError(f"{path}: not a file of weights ({type(error).__name__}: {error})") from None
 
