@@ -4,7 +4,9 @@ of transformers' own on disk, parity with these, and processes for the tests of 
 import math
 import os
 import pickle
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import contextmanager
@@ -44,6 +46,52 @@ def pytest_collection_modifyitems(config, items):
     names = "real", "kills", "compiler", "exercise", "mutants"
     opt_in = [name for name in names if name not in config.option.markexpr]
     items[:] = [item for item in items if not any(map(item.get_closest_marker, opt_in))]
+    if HELPS:  # files from behind, the tests of a file in their order
+        items.sort(key=lambda item: item.path, reverse=True)
+
+
+# ---- a helper ----------------------------------------------------------------------------------------------
+#
+# A second process runs the same command and begins with the last file. A file is his who first makes a folder
+# of its name in CLAIMS.
+
+HELPS = os.environ.pop("CLAIMS_OF_TESTS", "")  # popped: a test that starts pytest is none of it
+CLAIMS = Path(HELPS or tempfile.mkdtemp())
+FEW_FILES = 10  # need no helper
+
+
+def pytest_collection_finish(session):
+    files = {item.path for item in session.items}
+    option, session.helper = session.config.option, None
+    if not HELPS and len(files) > FEW_FILES and not option.collectonly and os.cpu_count() > 1:
+        command = [sys.executable, "-m", "pytest", *session.config.invocation_params.args]
+        env = os.environ | {"CLAIMS_OF_TESTS": str(CLAIMS)}
+        out, both = subprocess.PIPE, subprocess.STDOUT
+        session.helper = subprocess.Popen(command, env=env, text=True, stdout=out, stderr=both)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    """True: nothing is left to do, because the file is the other one's."""
+    if item.path not in MINE:
+        try:
+            (CLAIMS / item.path.name).mkdir()
+            MINE[item.path] = True
+        except FileExistsError:
+            MINE[item.path] = False
+    return None if MINE[item.path] else True
+
+
+MINE = {}  # file: whether this process runs it
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    helper = getattr(session, "helper", None)
+    if helper is not None:
+        said, _ = helper.communicate()
+        print(f"\n\nThe helper's part:\n{said}\nOur own:")
+        session.exitstatus = max(session.exitstatus, helper.returncode)
 
 
 @pytest.fixture(autouse=True)
