@@ -329,7 +329,7 @@ def test_the_command_refuses_in_one_line(tmp_path):
 
 def test_held_out_captions_one_at_a_time(world, clip_folder, llama_folder):
     vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), load_tokenizer(llama_folder)
-    found = score.captions(vlm, tokenizer, {}, world)
+    found = score.captions(vlm, tokenizer, world)
     samples = data.Conversations(read_records(world / "captions.json"), world / "images", tokenizer,
                                  "plain", vlm.vit.config, "crop")
     nats = tokens = 0
