@@ -85,6 +85,7 @@ class Size(NamedTuple):
     longer: float = 1.45  # steps of "none, longer", likewise; a first step takes 0.45 of a captioning step
     tune: bool = True
     by_words: bool = False  # answer by the likeliest choice, not by letter
+    brief: bool = False  # only the main questions and the captions are scored
     align: dict = {}  # further options of each stage
     instruct: dict = {}
 
@@ -96,7 +97,8 @@ SIZES = {
                  fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0)),
     "claims": Size(("none", "none, longer", "patch", "prompt", "both", "ratio 0.3", "first"), seeds=10,
                    steps=120, lr=(4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)),
-    "quick": Size(PAPERS, seeds=2, steps=60, lr=(2e-3,), instruct_lr=(4e-4,), epochs=1.0, tune=False),
+    "quick": Size(PAPERS, seeds=2, steps=60, lr=(2e-3,), instruct_lr=(4e-4,), epochs=1.0, tune=False,
+                  brief=True),
     # 1,000 first steps take as long as some 11 captioning steps
     "emoji": Size(tuple(RECIPES), seeds=3, steps=70, lr=(1e-3,), instruct_lr=(1e-4,), epochs=1.0,
                   first=1000 / 70, longer=1.3, tune=False, by_words=True,
@@ -105,8 +107,10 @@ SIZES = {
 }
 # Is it the words? One and the same rate for all, the one that was tuned for both "none" and "first".
 WORDS = ("first, permuted words", "first, own words", "none", "first, random words")
-SIZES["words"] = SIZES["claims"]._replace(recipes=WORDS, lr=(8e-3,), fractions=(0.1,), tune=False)
-SIZES["emoji-words"] = SIZES["emoji"]._replace(recipes=WORDS, seeds=1, steps=30, first=1000 / 30, fractions=())
+SIZES["words"] = SIZES["claims"]._replace(recipes=WORDS, seeds=5, lr=(8e-3,), fractions=(), tune=False,
+                                          brief=True)
+SIZES["emoji-words"] = SIZES["emoji"]._replace(recipes=WORDS, seeds=1, steps=20, first=1000 / 20,
+                                               fractions=(), brief=True)
 TUNING_SEED = 1000  # no seed of the comparison itself
 OTHER_STAGE = {"align": ("template",), "instruct": ("prompt",)}  # options that only the other stage has
 SET_HERE = set("""stage preset annotations images benchmarks init seed data_fraction contrastive epochs steps
@@ -267,7 +271,8 @@ def train_and_score(setting: Setting, run: str, stage: str, split: str, options:
             options = options | {"init": str(start)}
             before = {f"{name}_before": value for name, value in score.cosines(start, world, device).items()}
         folder = train_run(setting, run, stage, options, device)
-        scores = score.score_run(folder, world, split, device, setting.size.by_words)
+        size = setting.size
+        scores = score.score_run(folder, world, split, device, size.by_words, size.brief)
     return scores | before | {"seconds": read_json(folder / "results.json")["seconds"]}
 
 
@@ -318,14 +323,15 @@ def contrast_run(setting: Setting, options: dict, device) -> Path:
         made = train_run(setting, f"../{Path(building).name}/run", "align", given | {"llm": str(llm)}, device)
         config = read_json(made / "config.json")
         write_json(made / "config.json", config | {"llm": true})
-        made.rename(folder)
+        if not folder.exists():  # otherwise another process was faster and made the same
+            made.rename(folder)
     return folder
 
 
 def open_cells(setting: Setting):
     """Make `out` ready for the cells of this comparison. ValueError if it holds those of another."""
     size = setting.size._asdict()
-    del size["recipes"], size["seeds"]  # later calls may add some
+    del size["recipes"], size["seeds"], size["fractions"]  # later calls may add some
     protocol = json.dumps([size, setting.given, fingerprint(setting)])
     file = setting.out / "protocol.json"
     if file.exists() and read_json(file) != json.loads(protocol):
@@ -376,11 +382,13 @@ def parse_args(argv=None) -> tuple:
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, help="folder of the comparison (default runs/compare, or -emoji)")
     parser.add_argument("--world", type=Path, help="folder of the data; a missing toy world is written "
-                        "(default data/toy-1200, of 1,200 test questions with a picture)")
+                        "(default data/toy-1200, of 1,200 test questions with a picture; --quick: "
+                        "data/toy, of 300)")
     ours, rest = parser.parse_known_args(argv)
     is_emoji = ours.size.startswith("emoji")
     ours.out = ours.out or Path("runs/compare-emoji" if is_emoji else "runs/compare")
-    ours.world = ours.world or Path("data/emoji" if is_emoji else "data/toy-1200")
+    is_quick = ours.size == "quick"
+    ours.world = ours.world or Path("data/emoji" if is_emoji else "data/toy" if is_quick else "data/toy-1200")
     return ours, run_options.parse_args(rest, "python -m lab.compare")
 
 
@@ -408,7 +416,7 @@ def main():
         check_args(ours, given)
         if not ours.world.exists():
             print(f"writing the toy world to {ours.world}")
-            toy_world.write_world(ours.world, test=1600)
+            toy_world.write_world(ours.world, test=400 if ours.size == "quick" else 1600)
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes to come: train.py looks at it
         torch.set_num_threads(1)
         try:

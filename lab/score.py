@@ -24,6 +24,7 @@ import torch
 import data
 import eval as evaluation
 import losses
+from benchmarks import BENCHES, load_questions
 from benchmarks.questions import grade
 from benchmarks.score import percent
 from lab import likelihood, spaces, toy_world
@@ -34,16 +35,18 @@ SEEN = {}  # {(vision tower, picture): features} of this process: the tower is f
 
 
 @torch.no_grad()
-def score_run(folder, world: Path, split: str, device, by_words: bool = False) -> dict:
+def score_run(folder, world: Path, split: str, device, by_words: bool = False, brief: bool = False) -> dict:
     """The numbers above; of a split other than the test's only the accuracies, because tuning needs no
-    others. `by_words`: by the likeliest choice, not by letter."""
+    others. `by_words`: by the likeliest choice, not by letter. `brief`: only the questions as they stand, and
+    the captions."""
     vlm, tokenizer, config = open_run(folder, device)
     template = config["template"]
 
     def letters(name: str, below: str, split=None) -> tuple:
-        scores, questions, _, choices = evaluation.answer_bench(vlm, tokenizer, template, name,
-                                                                world / below, split)
-        return scores, questions, grade(questions, choices)
+        bench = BENCHES[name]
+        questions = load_questions(name, world / below, split)
+        _, choices = evaluation.ask_bench(vlm, tokenizer, template, bench, questions, None)
+        return bench.score(questions, choices), questions, grade(questions, choices)
 
     def by_letter(below: str, key: str) -> dict:
         found, questions, right = letters("scienceqa", below, split)
@@ -67,13 +70,14 @@ def score_run(folder, world: Path, split: str, device, by_words: bool = False) -
     line = ask("ScienceQA", main)
     if split != "test":
         return line
-    if (world / "ScienceQA-reworded").is_dir():
-        line |= ask("ScienceQA-reworded", "reworded")
+    line |= captions(vlm, tokenizer, world)
+    if brief:
+        return line
+    line |= ask("ScienceQA-reworded", "reworded")
     if (world / toy_world.POPE).is_dir():
         line["pope"] = letters("pope", toy_world.POPE)[0]["accuracy"]
     if (world / toy_world.MME).is_dir():
         line["mme"] = letters("mme", toy_world.MME)[0]["accuracy_plus"]
-    line |= captions(vlm, tokenizer, world)
     if (world / "collages.json").exists():
         line["pointing"] = pointing(vlm, tokenizer, world)
     return line
