@@ -195,7 +195,8 @@ def test_the_patches_of_a_shape_lie_where_it_is(place, patch):
 
 def comparison(out, world, folders, recipes, **changes):
     """A comparison in miniature, as lab.compare calls it."""
-    size = compare.SIZES["quick"]._replace(recipes=recipes, seeds=1, steps=2, epochs=2.5, lr=(1e-3,))
+    size = compare.SIZES["quick"]._replace(recipes=recipes, seeds=1, steps=2, epochs=2.5, lr=(1e-3,),
+                                           brief=False)
     given = {"vit": str(folders[0]), "llm": str(folders[1]), "batch": 8, "micro_batch": 8,
              "prompt": "describe", "template": "v1"}  # only one stage has each of the last two
     return compare.Setting(size._replace(**changes), Path(out), world, given)
