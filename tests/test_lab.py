@@ -229,7 +229,7 @@ def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_
     contrast = [name for name in trained if name == "run"]  # on other words, for each rate and seed
     assert len(contrast) == 3  # two rates are tried for each recipe, and the better one measured
     assert len(trained) == len(set(trained)) + 2 == 3 + 6 * 2 + len(results["cells"])
-    assert Path("c/accuracy_by_data.png").exists() and "| + both |" in text and "(p " in text
+    assert Path("c/accuracy_by_data.png").exists() and "| + both |" in text and "## Gain over" in text
     assert not list(Path("c/runs").glob("*instruct*")) and not Path("runs/last").exists()
     for run, loss in (("none", "none"), ("both", "both"), ("ratio-0.3", "patch")):
         config = json.loads(next(Path("c/runs").glob(f"{run}-2-seed0-*/config.json")).read_text())
@@ -464,7 +464,9 @@ def test_other_questions_would_move_the_mean():
     for loss, each in (("none", theirs), ("patch", ours)):
         cells += [{"loss": loss, "fraction": 0, "pope": sum(row) / 4, "pope_each": row} for row in each]
     assert report.gain(cells, "patch", 0, "pope") == "10.0 / 10.0 (± 0.0)"
-    assert report.over_things([]) == ""
+    assert report.over_things([]) == "" and "p " not in report.gain(cells, "patch", 0, "pope")
+    of_four = report.gain(2 * cells, "patch", 0, "pope")
+    assert of_four == "10.00 ± 0.00 (± 0.0) (p 0.12)"  # 2 of 2^4 choices of signs
 
 
 # ---- is it the words, is it exposure? ----------------------------------------------------------------------
