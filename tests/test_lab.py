@@ -466,7 +466,7 @@ def test_other_questions_would_move_the_mean():
     assert report.gain(cells, "patch", 0, "pope") == "10.0 / 10.0 (± 0.0)"
     assert report.over_things([]) == "" and "p " not in report.gain(cells, "patch", 0, "pope")
     of_four = report.gain(2 * cells, "patch", 0, "pope")
-    assert of_four == "10.00 ± 0.00 (± 0.0) (p 0.12)"  # 2 of 2^4 choices of signs
+    assert of_four == "10.0 ± 0.0 (± 0.0) (p 0.12)"  # 2 of 2^4 choices of signs
 
 
 # ---- is it the words, is it exposure? ----------------------------------------------------------------------
