@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
@@ -41,14 +42,16 @@ import torch
 from tqdm import tqdm
 
 import train
-from lab import errors_in_one_line, parser_of, score, toy_world
+from lab import errors_in_one_line, parser_of, score, tables, toy_world
 from lab.report import report
-from plumbing.files import read_json, resolve_model
-from plumbing.ranks import start_ranks
-from running import options as run_options
+from plumbing.files import read_json, resolve_model, write_json
+from plumbing.ranks import choose_dtype, start_ranks
+from running import features, options as run_options, order
+from running.records import read_records
+from vit import ViT
 
 # Options of the align stage that make each recipe. `first` and `longer` stand for parts of the captioning
-# steps, which the size of the comparison knows.
+# steps, which the size of the comparison knows, `words` for a word table (lab/tables.py) in the first steps.
 RECIPES = {
     "none": {"contrastive": "none"},
     "none, longer": {"contrastive": "none", "longer": True},
@@ -59,6 +62,10 @@ RECIPES = {
     "ratio 1": {"contrastive": "patch", "contrastive_balance": 1.0},
     "first": {"contrastive": "patch", "contrastive_weight": 0.0, "first": True},
     "first, ratio 0.1": {"contrastive": "patch", "contrastive_balance": 0.1, "first": True},
+    # The first steps are a run of their own, from which captioning starts: at the same records as "none"
+    "first, own words": {"contrastive": "none", "words": "own"},
+    "first, permuted words": {"contrastive": "none", "words": "permuted"},
+    "first, random words": {"contrastive": "none", "words": "random"},
 }
 PAPERS = ("none", "patch", "prompt", "both")  # the papers' recipes; the others are ours
 WEIGHED = ("patch", "prompt", "both")  # recipes whose weight is tuned
@@ -78,6 +85,7 @@ class Size(NamedTuple):
     longer: float = 1.45  # steps of "none, longer", likewise; a first step takes 0.45 of a captioning step
     tune: bool = True
     by_words: bool = False  # answer by the likeliest choice, not by letter
+    brief: bool = False  # only the main questions and the captions are scored
     align: dict = {}  # further options of each stage
     instruct: dict = {}
 
@@ -89,13 +97,20 @@ SIZES = {
                  fractions=(0.01, 0.05, 0.1, 0.25, 0.5, 1.0)),
     "claims": Size(("none", "none, longer", "patch", "prompt", "both", "ratio 0.3", "first"), seeds=10,
                    steps=120, lr=(4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)),
-    "quick": Size(PAPERS, seeds=2, steps=60, lr=(2e-3,), instruct_lr=(4e-4,), epochs=1.0, tune=False),
+    "quick": Size(PAPERS, seeds=2, steps=60, lr=(2e-3,), instruct_lr=(4e-4,), epochs=1.0, tune=False,
+                  brief=True),
     # 1,000 first steps take as long as some 11 captioning steps
     "emoji": Size(tuple(RECIPES), seeds=3, steps=70, lr=(1e-3,), instruct_lr=(1e-4,), epochs=1.0,
                   first=1000 / 70, longer=1.3, tune=False, by_words=True,
                   align=REAL | dict(batch=32, micro_batch=32),
                   instruct=REAL | dict(template="chat", micro_batch=16)),
 }
+# Is it the words? One and the same rate for all, the one that was tuned for both "none" and "first".
+WORDS = ("first, permuted words", "first, own words", "none", "first, random words")
+SIZES["words"] = SIZES["claims"]._replace(recipes=WORDS, seeds=5, lr=(8e-3,), fractions=(), tune=False,
+                                          brief=True)
+SIZES["emoji-words"] = SIZES["emoji"]._replace(recipes=WORDS, seeds=1, steps=20, first=1000 / 20,
+                                               fractions=(), brief=True)
 TUNING_SEED = 1000  # no seed of the comparison itself
 OTHER_STAGE = {"align": ("template",), "instruct": ("prompt",)}  # options that only the other stage has
 SET_HERE = set("""stage preset annotations images benchmarks init seed data_fraction contrastive epochs steps
@@ -117,6 +132,7 @@ def compare(setting: Setting, jobs: int = 1) -> str:
     open_cells(setting)
     asked = with_finished(setting)
     recipes = list(dict.fromkeys(recipe for recipe, _ in asked))
+    keep_features(setting)
 
     # 1. Tune each recipe on the validation split.
     chosen = spread(jobs, "tune", partial(tune, setting), [(recipe,) for recipe in recipes])
@@ -215,7 +231,7 @@ def train_options(setting: Setting, stage: str, options: dict) -> dict:
     """Options of train.py from those of a recipe."""
     size = setting.size
     given = (size.align if stage == "align" else size.instruct) | setting.given | options
-    for name in ("recipe", *OTHER_STAGE[stage]):
+    for name in ("recipe", "words", *OTHER_STAGE[stage]):
         given.pop(name, None)
     if given.pop("first", False):
         given["contrastive_first"] = round(size.first * given["steps"])
@@ -247,25 +263,75 @@ def cell(setting: Setting, stage: str, split: str, options: dict) -> dict:
 
 def train_and_score(setting: Setting, run: str, stage: str, split: str, options: dict) -> dict:
     """Train the run, unless its folder is there, and score it. Its output goes to runs.log."""
-    out, world = setting.out, setting.world
-    folder = out / "runs" / run
-    device = start_ranks()
-    given = train_options(setting, stage, options) | {
-        "annotations": str(world / f"{stage}.json"), "images": str(world / "images"), "out": str(folder),
-        "benchmarks": str(world), "save_every": 0, "preset": "tiny"}
-    if setting.size.by_words and stage == "align":
-        given["features"] = str(out / "features.pt")  # a real ViT on a CPU takes longer than all else
+    out, world, device = setting.out, setting.world, start_ranks()
+    before = {}
     with open(out / "runs.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        if not (folder / "config.json").exists():
-            train.train_stage(run_options.configure(stage, given), device)
-        scores = score.score_run(folder, world, split, device, setting.size.by_words)
-    return scores | {"seconds": read_json(folder / "results.json")["seconds"]}
+        if stage == "align" and "words" in options:
+            start = contrast_run(setting, options, device)
+            options = options | {"init": str(start)}
+            before = {f"{name}_before": value for name, value in score.cosines(start, world, device).items()}
+        folder = train_run(setting, run, stage, options, device)
+        size = setting.size
+        scores = score.score_run(folder, world, split, device, size.by_words, size.brief)
+    return scores | before | {"seconds": read_json(folder / "results.json")["seconds"]}
+
+
+def train_run(setting: Setting, run: str, stage: str, options: dict, device) -> Path:
+    """Train the run, unless its folder is there. Returns the folder."""
+    folder = setting.out / "runs" / run
+    if not (folder / "config.json").exists():
+        train.train_stage(configured(setting, stage, options | {"out": str(folder)}), device)
+    return folder
+
+
+def configured(setting: Setting, stage: str, options: dict):
+    """train.py's options for a run of a recipe. All align runs share the features of the frozen ViT."""
+    out, world = setting.out, setting.world
+    given = train_options(setting, stage, options) | {
+        "annotations": str(world / f"{stage}.json"), "images": str(world / "images"),
+        "benchmarks": str(world), "save_every": 0, "preset": "tiny"}
+    if stage == "align":
+        given["features"] = str(out / "features.pt")
+    return run_options.configure(stage, given)
+
+
+def keep_features(setting: Setting):
+    """Make the file of features, before several processes want it."""
+    device = start_ranks()
+    with open(setting.out / "runs.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        config = configured(setting, "align", {"steps": 1})
+        dtype = choose_dtype(device, config.dtype)
+        vit = ViT.from_pretrained(config.vit, config.feature_layer, dtype, device)
+        features.load(config, order.load_samples(config, train.outline(config)), vit, device)
+
+
+def contrast_run(setting: Setting, options: dict, device) -> Path:
+    """Train the first steps of a recipe with `words`: its LLM's table is another. Returns the run's folder,
+    which names the true LLM again. The one captioning step behind them has rate 0 and changes nothing."""
+    words, seed = options["words"], options["seed"]
+    first = round(setting.size.first * setting.size.steps)
+    run = f"contrast-{words}-{first}-seed{seed}-lr{options['lr']}"
+    folder = setting.out / "runs" / run
+    if folder.exists():
+        return folder
+    alone = {"contrastive": "patch", "contrastive_weight": 0.0, "contrastive_first": first, "steps": 1}
+    given = {name: options[name] for name in ("seed", "lr")} | alone
+    true = configured(setting, "align", given).llm
+    with tempfile.TemporaryDirectory(dir=setting.out) as building:
+        llm = Path(building, "llm")
+        tables.write_other(true, read_records(setting.world / "align.json", "align"), words, seed, llm)
+        made = train_run(setting, f"../{Path(building).name}/run", "align", given | {"llm": str(llm)}, device)
+        config = read_json(made / "config.json")
+        write_json(made / "config.json", config | {"llm": true})
+        if not folder.exists():  # otherwise another process was faster and made the same
+            made.rename(folder)
+    return folder
 
 
 def open_cells(setting: Setting):
     """Make `out` ready for the cells of this comparison. ValueError if it holds those of another."""
     size = setting.size._asdict()
-    del size["recipes"], size["seeds"]  # later calls may add some
+    del size["recipes"], size["seeds"], size["fractions"]  # later calls may add some
     protocol = json.dumps([size, setting.given, fingerprint(setting)])
     file = setting.out / "protocol.json"
     if file.exists() and read_json(file) != json.loads(protocol):
@@ -291,8 +357,7 @@ def read_cells(out: Path) -> dict:
 
 def fingerprint(setting: Setting) -> str:
     """A hash of the towers and the data, because cells of two worlds must not meet in one table."""
-    options = train_options(setting, "align", {"steps": 1, "preset": "tiny"})
-    config = run_options.configure("align", options)
+    config = configured(setting, "align", {"steps": 1})
     files = [setting.world / name for name in ("align.json", "instruct.json", "ScienceQA/problems.json")]
     for tower in (config.vit, config.llm):
         folder = resolve_model(tower)
@@ -317,11 +382,13 @@ def parse_args(argv=None) -> tuple:
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, help="folder of the comparison (default runs/compare, or -emoji)")
     parser.add_argument("--world", type=Path, help="folder of the data; a missing toy world is written "
-                        "(default data/toy-1200, of 1,200 test questions with a picture)")
+                        "(default data/toy-1200, of 1,200 test questions with a picture; --quick: "
+                        "data/toy, of 300)")
     ours, rest = parser.parse_known_args(argv)
-    is_emoji = ours.size == "emoji"
+    is_emoji = ours.size.startswith("emoji")
     ours.out = ours.out or Path("runs/compare-emoji" if is_emoji else "runs/compare")
-    ours.world = ours.world or Path("data/emoji" if is_emoji else "data/toy-1200")
+    is_quick = ours.size == "quick"
+    ours.world = ours.world or Path("data/emoji" if is_emoji else "data/toy" if is_quick else "data/toy-1200")
     return ours, run_options.parse_args(rest, "python -m lab.compare")
 
 
@@ -336,7 +403,7 @@ def check_args(ours, given: dict) -> None:
         raise ValueError(f"--seeds is {ours.seeds}; at least one is needed")
     if ours.jobs < 1:
         raise ValueError(f"--jobs is {ours.jobs}; at least one process has to do the work")
-    if ours.size == "emoji" and not ours.world.exists():
+    if ours.size.startswith("emoji") and not ours.world.exists():
         command = f"python -m lab.emoji_world {ours.world}"
         raise ValueError(f"{ours.world}: no such world; `{command}` makes it")
 
@@ -349,7 +416,7 @@ def main():
         check_args(ours, given)
         if not ours.world.exists():
             print(f"writing the toy world to {ours.world}")
-            toy_world.write_world(ours.world, test=1600)
+            toy_world.write_world(ours.world, test=400 if ours.size == "quick" else 1600)
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes to come: train.py looks at it
         torch.set_num_threads(1)
         try:

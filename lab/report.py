@@ -17,36 +17,45 @@ NAMES = {"none": "generative", "patch": "+ patch", "prompt": "+ prompt", "both":
 SCORES = {
     "accuracy_img": "ScienceQA-like, questions with a picture, % right",
     "likely": "ScienceQA-like, by the likeliest choice's words, % right",
+    "likely_name": "the same, only the names of unseen concepts",
+    "likely_group": "the same, only their groups, which training has",
     "accuracy_txt": "ScienceQA-like, questions without a picture, % right",
     "reworded": "the questions in words never trained on, % right",
+    "reworded_name": "the same, only the names",
+    "reworded_group": "the same, only the groups",
     "pope": "POPE-like, accuracy",
     "mme": "MME-like, both questions of a picture right, %",
     "caption": "captioning loss on held-out pictures, nats per token",
     "r1": "held-out pictures that find their caption first, %",
     "r5": "among the first five, %",
-    "pointing": "pointing game, % in the right quarter (chance 25)",
+    "r5_name": "among the first five, captions being the name alone, %",
+    "right": "cosine of a held-out picture with the words of its caption",
+    "wrong": "cosine with the words of the other captions",
+    "right_before": "cosine with the words of its caption, before the first captioning step",
+    "wrong_before": "cosine with the words of the other captions, before it",
+    "pointing": "pointing game on unseen concepts, % in the right quarter (chance 25)",
     "seconds": "seconds of the stage, on this machine",
 }
 
 # ---- Means over seeds --------------------------------------------------------------------------------------
 
-# The 97.5 % quantile of Student's t with 2, 3, ... degrees of freedom. The last one stands for more, too.
-STUDENT = (4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+# The 97.5 % quantile of Student's t with 3, 4, ... degrees of freedom.
+STUDENT = (3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 def interval(values) -> tuple:
-    """(mean, half the width of its 95 % interval by Student's t, or None for one or two values)."""
+    """(mean, half the width of its 95 % interval by Student's t, or None for one to three values)."""
     n = len(values)
     mean = sum(values) / n
-    if n <= 2:  # the interval of two is 9 times as wide as they are apart: it says nothing
+    if n <= 3:  # the numbers themselves say more
         return mean, None
     variance = sum((value - mean) ** 2 for value in values) / (n - 1)
-    quantile = STUDENT[min(n - 3, len(STUDENT) - 1)]
+    quantile = STUDENT[n - 4] if n - 4 < len(STUDENT) else 1.96 + 2.6 / (n - 1)  # right to 0.01
     return mean, quantile * math.sqrt(variance / n)
 
 
 def as_text(values) -> str:
-    """The mean and its interval; one or two values themselves; "-" for none."""
+    """The mean and its interval; one to three values themselves; "-" for none."""
     if not values:
         return "-"
     mean, half = interval(values)
@@ -54,6 +63,16 @@ def as_text(values) -> str:
     if half is None:
         return " / ".join(f"{value:.{digits}f}" for value in values)
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def over_things(each: list) -> str:
+    """How far the mean would move with other questions: half its 95 % interval over the things asked about.
+    `each`: a list for each seed with what is right of each thing, in percent."""
+    means = [sum(values) / len(values) for values in zip(*each)]  # of each thing
+    if len(means) <= 3:
+        return ""
+    _, half = interval(means)
+    return f" (± {half:.1f})"
 
 
 def p_value(differences) -> float:
@@ -149,7 +168,8 @@ def report(out, world: str, size: dict, tuned: dict, cells: list) -> str:
 
     sections = [introduction(world, size, cells), in_force(tuned, size)]
     for score in measured:
-        means = rows(lambda recipe, part: as_text(values(cells, recipe, part, score)))
+        means = rows(lambda recipe, part: as_text(values(cells, recipe, part, score))
+                     + over_things(values(cells, recipe, part, f"{score}_each")))
         sections.append(f"## {SCORES[score]}: by part of the instruction data")
         sections.append(table("recipe", columns, means))
     ratio = {}
@@ -177,7 +197,8 @@ def introduction(world: str, size: dict, cells: list) -> str:
     text = f"""# The recipes compared on the {world} world
 
 {size["steps"]} align steps. Mean of {seeds} seeds on the test split (fewer if a recipe had fewer) and the
-95 % interval of the mean by Student's t; of one or two seeds the values. The world and the towers were fixed
+95 % interval of the mean by Student's t; of one to three seeds the values. In brackets: the same over the
+things asked about (concepts, scenes), as if other ones had been drawn. The world and the towers were fixed
 beforehand by criteria that look at no alignment (the LLM's accuracy on text alone, a linear probe of the
 ViT). Every recipe had the same records and equal captioning steps."""
     if size["tune"]:
@@ -219,7 +240,11 @@ def gain(cells, recipe: str, part: float, score: str) -> str:
     differences = [ours - theirs for ours, theirs in both]
     if not differences:
         return "-"
-    return f"{as_text(differences)} (p {p_value(differences):.2g})"
+    each = []  # of each thing, for each seed
+    for ours, theirs in pairs(cells, recipe, part, part, f"{score}_each"):
+        each.append([a - b for a, b in zip(ours, theirs)])
+    chance = f" (p {p_value(differences):.2g})" if len(differences) > 3 else ""
+    return f"{as_text(differences)}{over_things(each)}{chance}"
 
 
 def claims(cells, recipes, score: str) -> dict:

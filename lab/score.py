@@ -2,15 +2,19 @@
 
     score_run(folder, world, "test", device)
     {"accuracy_img": ..., "accuracy_txt": ...,        ScienceQA's layout, answered by letter: % right
-     "likely": ...,                                   or by the likeliest choice in words
+     "likely": ..., "likely_name": ..., ...           or by the likeliest choice in words; by what is asked
      "reworded": ...,                                 the same, asked in words never trained on
      "pope": ..., "mme": ...,                         yes or no, if the world has these folders
      "caption": ...,                                  nats per token of held-out captions
      "r1": ..., "r5": ...,                            the right one of the held-out captions is found, in %
+     "r5_name": ...,                                  the right one of their names alone
+     "right": ..., "wrong": ...,                      cosine of a picture and its caption, and the others
      "pointing": ...}                                 the patch likest a thing's name is in its quarter, in %
 
 A world is a folder with ScienceQA/, captions.json, images/ and, if it has them, ScienceQA-reworded/, the
-folders of POPE and MME, and collages.json. The dict lacks what the world lacks.
+folders of POPE and MME, concepts.json and collages.json. The dict lacks what the world lacks. Questions about
+one thing (a concept, a scene) are no independent ones, so "accuracy_img_each" and so on have what is right of
+each thing, in %: lab/report.py makes intervals of it.
 """
 
 from pathlib import Path
@@ -20,76 +24,147 @@ import torch
 import data
 import eval as evaluation
 import losses
+from benchmarks import BENCHES, load_questions
 from benchmarks.questions import grade
 from benchmarks.score import percent
 from lab import likelihood, spaces, toy_world
 from plumbing.files import read_json
 from running.records import read_records
 
+SEEN = {}  # {(vision tower, picture): features} of this process: the tower is frozen, one look is enough
+
 
 @torch.no_grad()
-def score_run(folder, world: Path, split: str, device, by_words: bool = False) -> dict:
+def score_run(folder, world: Path, split: str, device, by_words: bool = False, brief: bool = False) -> dict:
     """The numbers above; of a split other than the test's only the accuracies, because tuning needs no
-    others. `by_words`: by the likeliest choice, not by letter."""
-    vlm, tokenizer, config = evaluation.load_run(folder, device)
+    others. `by_words`: by the likeliest choice, not by letter. `brief`: only the questions as they stand, and
+    the captions."""
+    vlm, tokenizer, config = open_run(folder, device)
     template = config["template"]
 
-    def letters(name: str, below: str, split=None) -> dict:
-        scores, *_ = evaluation.answer_bench(vlm, tokenizer, template, name, world / below, split)
+    def letters(name: str, below: str, split=None) -> tuple:
+        bench = BENCHES[name]
+        questions = load_questions(name, world / below, split)
+        _, choices = evaluation.ask_bench(vlm, tokenizer, template, bench, questions, None)
+        return bench.score(questions, choices), questions, grade(questions, choices)
+
+    def by_letter(below: str, key: str) -> dict:
+        found, questions, right = letters("scienceqa", below, split)
+        pictured = [(question, is_right) for question, is_right in zip(questions, right) if question["image"]]
+        scores = {key: found["accuracy_img"]} | of_each_thing(world / below, *zip(*pictured), key)
+        return scores if key == "reworded" else scores | {"accuracy_txt": found["accuracy_txt"]}
+
+    def by_likelihood(below: str, key: str) -> dict:
+        questions = likelihood.load_problems(world / below, split)
+        right = grade(questions, likelihood.ask_likeliest(vlm, tokenizer, questions, template))
+        scores = {key: percent(right)}
+        for kind in dict.fromkeys(question["category"] for question in questions):
+            of_kind = [(question, is_right) for question, is_right in zip(questions, right)
+                       if question["category"] == kind]
+            asked, answered = zip(*of_kind)
+            scores[f"{key}_{kind}"] = percent(answered)
+            scores |= of_each_thing(world / below, asked, answered, f"{key}_{kind}")
         return scores
 
-    def words(below: str) -> float:
-        questions = likelihood.load_problems(world / below, split)
-        choices = evaluation.ask_likeliest(vlm, tokenizer, questions, template)
-        return percent(grade(questions, choices))
-
-    line = {}
-    if by_words:
-        line["likely"] = words("ScienceQA")
-    else:
-        found = letters("scienceqa", "ScienceQA", split)
-        line["accuracy_img"] = found["accuracy_img"]
-        line["accuracy_txt"] = found["accuracy_txt"]
+    main, ask = ("likely", by_likelihood) if by_words else ("accuracy_img", by_letter)
+    line = ask("ScienceQA", main)
     if split != "test":
         return line
-    reworded = "ScienceQA-reworded"
-    if by_words:
-        line["reworded"] = words(reworded)
-    else:
-        line["reworded"] = letters("scienceqa", reworded, split)["accuracy_img"]
+    line |= captions(vlm, tokenizer, world)
+    if brief:
+        return line
+    line |= ask("ScienceQA-reworded", "reworded")
     if (world / toy_world.POPE).is_dir():
-        line["pope"] = letters("pope", toy_world.POPE)["accuracy"]
+        line["pope"] = letters("pope", toy_world.POPE)[0]["accuracy"]
     if (world / toy_world.MME).is_dir():
-        line["mme"] = letters("mme", toy_world.MME)["accuracy_plus"]
-    line |= captions(vlm, tokenizer, config, world)
+        line["mme"] = letters("mme", toy_world.MME)[0]["accuracy_plus"]
     if (world / "collages.json").exists():
         line["pointing"] = pointing(vlm, tokenizer, world)
     return line
 
 
-def captions(vlm, tokenizer, config: dict, world: Path) -> dict:
-    """{"caption", "r1", "r5"} on captions.json: the captioning loss in nats per token, and retrieval of the
-    caption of each picture, in percent."""
-    file, images = world / "captions.json", world / "images"
-    image, text, keys, _ = spaces.caption_vectors(vlm, tokenizer, config, file, images)
-    found = spaces.score_retrieval(image, text, keys)
+def open_run(folder, device) -> tuple:
+    """eval.load_run, with a vision tower that looks at each picture once in the life of this process."""
+    vlm, tokenizer, config = evaluation.load_run(folder, device)
+    look = vlm.vit.forward
+    tower = vlm.sources["vit"], vlm.vit.feature_layer
+
+    def remembered(pixels):
+        keys = [(*tower, str(picture.dtype), hash(picture.cpu().numpy().tobytes())) for picture in pixels]
+        new = [i for i, key in enumerate(keys) if key not in SEEN]
+        if new:
+            SEEN.update(zip([keys[i] for i in new], look(pixels[new])))
+        return torch.stack([SEEN[key] for key in keys])
+
+    vlm.vit.forward = remembered
+    return vlm, tokenizer, config
+
+
+def of_each_thing(folder: Path, questions, right, key: str) -> dict:
+    """{key + "_each": the percentage of right answers about each thing, in the things' order}"""
+    problems = read_json(folder / "problems.json")
+    rows = {}
+    for question, is_right in zip(questions, right):
+        problem = problems[question["id"]]
+        thing = problem.get("concept") or problem.get("scene") or question["id"]
+        rows.setdefault(thing, []).append(is_right)
+    return {f"{key}_each": [percent(rows[thing]) for thing in sorted(rows)]}
+
+
+def captions(vlm, tokenizer, world: Path) -> dict:
+    """{"caption", "r1", "r5", "r5_name", "right", "wrong"} on captions.json: the captioning loss in nats per
+    token, and how well a picture and its caption find each other."""
+    records, images = read_records(world / "captions.json", "align"), world / "images"
     loss = tokens = 0
-    for m in spaces.micro_batches(vlm, tokenizer, read_records(file), images):
+    for m in spaces.micro_batches(vlm, tokenizer, records, images):
         loss += losses.caption_pass(vlm, m, vlm.encode(m["pixels"]))[0].item()
         tokens += len(m["loss_at"])
-    r1, r5 = found["image_to_text_r1"], found["image_to_text_r5"]
-    return {"caption": round(loss / tokens, 4), "r1": r1, "r5": r5}
+    image, text, keys, _ = spaces.caption_vectors(vlm, tokenizer, records, images)
+    found = spaces.score_retrieval(image, text, keys)
+    scores = {"caption": round(loss / tokens, 4), "r1": found["image_to_text_r1"],
+              "r5": found["image_to_text_r5"]} | cosines_of_pairs(image, text, keys)
+    if (world / "concepts.json").exists():  # captions are "name, group"
+        names = [named_alone(record) for record in records]
+        found = spaces.score_retrieval(*spaces.caption_vectors(vlm, tokenizer, names, images)[:3])
+        scores["r5_name"] = found["image_to_text_r5"]
+    return scores
+
+
+@torch.no_grad()
+def cosines(folder, world: Path, device) -> dict:
+    """{"right", "wrong"} of a run, and no more."""
+    vlm, tokenizer, _ = open_run(folder, device)
+    records = read_records(world / "captions.json", "align")
+    return cosines_of_pairs(*spaces.caption_vectors(vlm, tokenizer, records, world / "images")[:3])
+
+
+def cosines_of_pairs(image, text, keys) -> dict:
+    """The mean cosine of pictures with the words of their own caption, and with those of all others."""
+    similarity = image @ text.T  # (n, n): cosines, averaged over the tokens of a caption
+    is_own = keys[:, None] == keys  # (n, n)
+    return {"right": round(similarity.diag().mean().item(), 4),
+            "wrong": round(similarity[~is_own].mean().item(), 4)}
+
+
+def named_alone(record: dict) -> dict:
+    """The record of a caption "name, group" with the name as its caption."""
+    asked, said = record["conversations"]
+    name, _, _ = said["value"].rpartition(", ")
+    return record | {"conversations": [asked, said | {"value": name}]}
 
 
 # ---- The pointing game (Zhang et al. 2018, IJCV, "Top-down neural attention by excitation backprop") -------
 
 
 def pointing(vlm, tokenizer, world: Path) -> float:
-    """Percent of the things on collages of 2 x 2 whose name's likest patch lies in their quarter; chance is
-    25. The likeness of a patch and a name is that of the patch loss: the mean cosine of its tokens."""
+    """Percent of the things on collages of unseen concepts, 2 x 2, whose name's likest patch lies in their
+    quarter; chance is 25. The likeness of a patch and a name is that of the patch loss: the mean cosine of
+    the name's tokens."""
     device = vlm.llm.head_weight.device
     right = []
     for record in read_json(world / "collages.json"):
+        if record["concepts"] != "unseen":
+            continue
         image = data.load_image(world / "images" / record["image"])
         pixels = data.preprocess(image, vlm.vit.config, "crop")[None].to(device)
         patches = vlm.encode(pixels)[0]  # (N, C)

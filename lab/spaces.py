@@ -23,7 +23,7 @@ import eval as evaluation
 import losses
 from benchmarks.score import percent
 from lab import errors_in_one_line, parser_of
-from plumbing.files import resolve_model, whole
+from plumbing.files import named, resolve_model, whole
 from running.chart import GREY, ZOOM, save, sheet, write
 from running.records import read_records
 
@@ -41,17 +41,12 @@ def micro_batches(vlm, tokenizer, records, images, batch: int = 64):
 
 
 @torch.no_grad()
-def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000) -> tuple:
-    """(image vectors (n, C), text vectors (n, C), keys (n,), tokens) of the first `limit` records of a LLaVA
-    JSON of captions, by default that of the run's benchmarks.
+def caption_vectors(vlm, tokenizer, records: list, images) -> tuple:
+    """(image vectors (n, C), text vectors (n, C), keys (n,), tokens) of records of captions.
 
     `tokens`: for each of the first hundred pairs, its projected patches (N, C) and the embeddings of its
     caption (T, C). ValueError if all captions are equal.
     """
-    benchmarks = Path(config.get("benchmarks") or "")
-    file = file or benchmarks / "captions.json"
-    images = images or benchmarks / "images"
-    records = read_records(file, "align")[:limit]
     image, text, keys, tokens = [], [], [], []
     for m in micro_batches(vlm, tokenizer, records, images):
         patches = vlm.encode(m["pixels"])  # (B, N, C)
@@ -65,7 +60,7 @@ def caption_vectors(vlm, tokenizer, config, file, images, limit: int = 1000) -> 
             tokens += zip(patches, words)
     keys = torch.cat(keys)
     if (keys == keys[0]).all():
-        raise ValueError(f"{file}: needs at least two different captions")
+        raise ValueError("at least two different captions are needed")
     return torch.cat(image), torch.cat(text), keys, tokens[:100]
 
 
@@ -123,7 +118,11 @@ def tacs(patches, words):
 def measure(command: str, ckpt, file, images, device) -> dict:
     """Retrieval or gap of a run directory on a LLaVA JSON of captions. Also writes RUN/COMMAND.json."""
     vlm, tokenizer, config = evaluation.load_run(ckpt, device)
-    image, text, keys, tokens = caption_vectors(vlm, tokenizer, config, file, images)
+    benchmarks = Path(config.get("benchmarks") or "")
+    file = file or benchmarks / "captions.json"
+    records = read_records(file, "align")[:1000]
+    with named(file):
+        image, text, keys, tokens = caption_vectors(vlm, tokenizer, records, images or benchmarks / "images")
     result = {"ckpt": str(ckpt), "measure": command, "pairs": len(keys)}
     if command == "retrieval":
         result["distinct_captions"] = len(keys.unique())

@@ -333,7 +333,7 @@ def write_scienceqa(folder: Path, splits: dict, count: int, rng: random.Random) 
             image = "image.png" if has_image else None
             kind = rng.choice(list(QUESTIONS))
             entry = problem(scene, kind, rng, hint, image)
-            problems[pid] = entry | {"split": split}
+            problems[pid] = entry | {"split": split, "scene": " ".join(scene.values())}
             pid_splits[split].append(pid)
             if has_image:
                 save_picture(scene, folder / "images" / split / pid / image, rng)

@@ -23,7 +23,8 @@ import losses
 import train
 from benchmarks import scienceqa
 from benchmarks.questions import SHORT_ANSWER
-from lab import answers, compare, house, pretrain, report, sample, score, spaces, toy_world, words
+from lab import (answers, compare, exposure, house, likelihood, pretrain, report, sample, score, spaces,
+                 tables, toy_world, words)
 from llm import LLM
 from plumbing.ranks import start_ranks
 from projector import VLM
@@ -68,7 +69,7 @@ def test_the_world_is_the_one_it_was(tmp_path):
         digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         digest.update((tmp_path / name).read_bytes())
-    assert digest.hexdigest() == "069ce60082b56435b12badd8f527423652dfaf4529a866e427871394569e32d3"
+    assert digest.hexdigest() == "6fa09ff29dc8544cd4a270ab4abc95c38b8f147cfcc7c36848089375e8ee1eac"
     toy_world.write_world(tmp_path / "other", seed=1, **sizes)
     assert digests(tmp_path / "other") != digests(folder)
 
@@ -194,7 +195,8 @@ def test_the_patches_of_a_shape_lie_where_it_is(place, patch):
 
 def comparison(out, world, folders, recipes, **changes):
     """A comparison in miniature, as lab.compare calls it."""
-    size = compare.SIZES["quick"]._replace(recipes=recipes, seeds=1, steps=2, epochs=2.5, lr=(1e-3,))
+    size = compare.SIZES["quick"]._replace(recipes=recipes, seeds=1, steps=2, epochs=2.5, lr=(1e-3,),
+                                           brief=False)
     given = {"vit": str(folders[0]), "llm": str(folders[1]), "batch": 8, "micro_batch": 8,
              "prompt": "describe", "template": "v1"}  # only one stage has each of the last two
     return compare.Setting(size._replace(**changes), Path(out), world, given)
@@ -217,21 +219,27 @@ def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_
     """Every cell is there, and a second call trains the one cell that was lost."""
     monkeypatch.chdir(tmp_path)
     towers = clip_folder, llama_folder
-    recipes = ("none", "patch", "both", "ratio 0.3", "first, ratio 0.1")
+    recipes = ("none", "patch", "both", "ratio 0.3", "first, ratio 0.1", "first, permuted words")
     setting = comparison("c", world, towers, recipes, lr=(1e-3, 2e-3))
     text = compare.compare(setting)
     results = json.loads(Path("c/results.json").read_text())
-    assert len(results["cells"]) == 5 * (1 + 2)
+    assert len(results["cells"]) == 6 * (1 + 2)
     assert {"accuracy_img", "pope", "mme", "reworded", "caption", "r5"} <= results["cells"][0].keys()
     assert {"0% over generative 100%", "10% over generative 100%"} == results["ratio"]["+ patch"].keys()
-    assert len(trained) == len(set(trained)) == 5 * 2 + len(results["cells"])  # two rates are tried for each
-    assert Path("c/accuracy_by_data.png").exists() and "| + both |" in text and "(p " in text
+    contrast = [name for name in trained if name == "run"]  # on other words, for each rate and seed
+    assert len(contrast) == 3  # two rates are tried for each recipe, and the better one measured
+    assert len(trained) == len(set(trained)) + 2 == 3 + 6 * 2 + len(results["cells"])
+    assert Path("c/accuracy_by_data.png").exists() and "| + both |" in text and "## Gain over" in text
     assert not list(Path("c/runs").glob("*instruct*")) and not Path("runs/last").exists()
     for run, loss in (("none", "none"), ("both", "both"), ("ratio-0.3", "patch")):
         config = json.loads(next(Path("c/runs").glob(f"{run}-2-seed0-*/config.json")).read_text())
         assert config["contrastive"] == loss
     log = next(Path("c/runs").glob("first-ratio-0.1-2-seed0-*/log.jsonl")).read_text().splitlines()
     assert len(log) == 2 + 2 and "generative" not in log[1] and "patch_ratio" in log[2]
+    start = next(Path("c/runs").glob("contrast-permuted-2-seed0-*"))
+    assert json.loads((start / "config.json").read_text())["llm"] == str(llama_folder)
+    permuted = [cell for cell in results["cells"] if cell["loss"] == "first, permuted words"]
+    assert "wrong_before" in permuted[0]
 
     cells = Path("c/cells.jsonl").read_text().splitlines(True)
     lost = next(line for line in cells if "instruct1.0" in line and " test" in line)
@@ -329,7 +337,7 @@ def test_the_command_refuses_in_one_line(tmp_path):
 
 def test_held_out_captions_one_at_a_time(world, clip_folder, llama_folder):
     vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), load_tokenizer(llama_folder)
-    found = score.captions(vlm, tokenizer, {}, world)
+    found = score.captions(vlm, tokenizer, world)
     samples = data.Conversations(read_records(world / "captions.json"), world / "images", tokenizer,
                                  "plain", vlm.vit.config, "crop")
     nats = tokens = 0
@@ -343,6 +351,50 @@ def test_held_out_captions_one_at_a_time(world, clip_folder, llama_folder):
     assert 0 <= found["r1"] <= found["r5"] <= 100
 
 
+def test_a_run_is_scored_with_one_look_at_a_picture(world, clip_folder, llama_folder, tmp_path, monkeypatch):
+    """And what is right of each scene stands beside what is right of all."""
+    VLM.from_towers(clip_folder, llama_folder, "linear").save(tmp_path, {"stage": "align"}, False)
+    looked, look = [], ViT.forward
+    monkeypatch.setattr(score, "SEEN", {})
+    monkeypatch.setattr(ViT, "forward", lambda vit, x: (looked.append(len(x)), look(vit, x))[1])
+    device = torch.device("cpu")
+    found = score.score_run(tmp_path, world, "test", device)
+    pictures = sum(looked)
+    assert found == score.score_run(tmp_path, world, "test", device) and sum(looked) == pictures
+    assert score.score_run(tmp_path, world, "test", device, brief=True).items() <= found.items()
+    assert found["right"] == score.cosines(tmp_path, world, device)["right"]
+    problems = json.loads((world / "ScienceQA/problems.json").read_text())
+    asked = [problem for problem in problems.values() if problem["split"] == "test" and problem["image"]]
+    each = found["accuracy_img_each"]
+    assert len(each) == len({problem["scene"] for problem in asked})
+    if len(each) == len(asked):
+        assert sum(each) / len(each) == pytest.approx(found["accuracy_img"], abs=0.01)
+
+
+def test_cosines_of_pairs_leave_equal_captions_out():
+    image, text = torch.eye(3), torch.tensor([[0.9, 0.1, 0.0], [0.3, 0.7, 0.0], [0.9, 0.1, 0.0]])
+    found = score.cosines_of_pairs(image, text, torch.tensor([4, 5, 4]))
+    assert found["right"] == pytest.approx((0.9 + 0.7 + 0) / 3, abs=1e-4)
+    assert found["wrong"] == pytest.approx((0.3 + 0.1 + 0.1 + 0) / 4, abs=1e-4)
+
+
+def test_a_caption_without_its_group():
+    said = {"from": "gpt", "value": "family: man, woman, girl, family"}
+    record = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}, said]}
+    assert score.named_alone(record)["conversations"][1]["value"] == "family: man, woman, girl"
+
+
+def test_a_cache_answers_as_eval_does(world, clip_folder, llama_folder):
+    """With texts of one to three tokens, with a picture and without one."""
+    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder), load_tokenizer(llama_folder)
+    questions = likelihood.load_problems(world / "ScienceQA", "test")
+    for question in questions:
+        question["texts"] = [" ".join(n % 3 * ["red"] + [text]) for n, text in enumerate(question["choices"])]
+    expected = evaluation.ask_likeliest(vlm, tokenizer, questions, "v1", batch=5)
+    assert likelihood.ask_likeliest(vlm, tokenizer, questions, "v1", batch=3) == expected
+    assert len(set(expected)) > 1
+
+
 def test_the_pointing_game_finds_the_patch_that_is_the_word(clip_folder, llama_folder, tmp_path, monkeypatch):
     """Patches of which one is made the word itself: it is found in each quarter, and nowhere else."""
     vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), load_tokenizer(llama_folder)
@@ -351,10 +403,11 @@ def test_the_pointing_game_finds_the_patch_that_is_the_word(clip_folder, llama_f
     (tmp_path / "images").mkdir()
     for quarter, patch in places.items():
         Image.new("RGB", (32, 32), (quarter, 0, 0)).save(tmp_path / f"images/{quarter}.png")
-        records.append({"image": f"{quarter}.png", "places": {"red": quarter}})
+        records.append({"image": f"{quarter}.png", "places": {"red": quarter}, "concepts": "unseen"})
         pictures[quarter] = 0.1 * torch.randn(1, 16, 32)
         pictures[quarter][0, patch] = word
     records[0]["places"] = {"red": 3}  # one that is not where it is said to be
+    records.append({"image": "none.png", "concepts": "seen"})  # not played
     (tmp_path / "collages.json").write_text(json.dumps(records))
     shown = iter(pictures.values())
     monkeypatch.setattr(VLM, "encode", lambda self, pixels: next(shown))
@@ -367,7 +420,9 @@ def test_the_pointing_game_finds_the_patch_that_is_the_word(clip_folder, llama_f
 def test_interval_is_students():
     mean, half = report.interval([80.0, 82.0, 84.0, 86.0, 88.0])
     assert mean == 84 and half == pytest.approx(2.776 * math.sqrt(10 / 5), rel=2e-3)  # variance 10, n = 5
-    assert report.interval([3.0]) == (3.0, None)
+    assert report.interval([3.0]) == (3.0, None) and report.interval([1.0, 2.0, 3.0]) == (2.0, None)
+    _, half = report.interval([0.0, 2.0] * 20)
+    assert half == pytest.approx(2.0227 * math.sqrt(40 / 39 / 40), rel=2e-3)  # Student's t of 39
 
 
 def test_p_value_counts_the_signs():
@@ -376,7 +431,8 @@ def test_p_value_counts_the_signs():
 
 
 def test_table_and_chart(tmp_path):
-    assert report.as_text([50.0, 52.0]) == "50.0 / 52.0" and report.as_text([7.0] * 3) == "7.00 ± 0.00"
+    assert report.as_text([50.0, 52.0]) == "50.0 / 52.0" and report.as_text([7.0] * 4) == "7.00 ± 0.00"
+    assert report.as_text([7.0, 8.0, 9.0]) == "7.00 / 8.00 / 9.00"
     text = report.table("loss", ["0%", "100%"], {"generative": ["1", "-"]})
     assert text.splitlines() == ["| loss | 0% | 100% |", "|---|---|---|", "| generative | 1 | - |"]
     series = {"generative": [[50.0, 52.0], [60.0]], "+ patch": [[], [70.0, 70.0, 70.0]]}
@@ -393,10 +449,68 @@ def test_gains_and_claims_are_paired_by_seed():
     for loss, values in (("none", {0.1: (40, 60), 1.0: (50, 80)}), ("patch", {0.1: (50, 60), 1.0: (55, 81)})):
         for part, scores in values.items():
             cells += [{"loss": loss, "fraction": part, "accuracy_img": score} for score in scores]
-    assert report.gain(cells, "patch", 0.1, "accuracy_img") == "10.00 / 0.00 (p 1)"
+    assert report.gain(cells, "patch", 0.1, "accuracy_img") == "10.00 / 0.00"
     found = report.claims(cells, ["none", "patch"], "accuracy_img")
     assert found["generative"]["10% over generative 100%"] == "0.80 / 0.75"
     assert found["+ patch"] == {"0% over generative 100%": "-", "10% over generative 100%": "1.00 / 0.75"}
+
+
+def test_other_questions_would_move_the_mean():
+    """By as much as the things asked about differ, averaged over the seeds first; paired in a gain."""
+    ours, theirs = [[50.0, 70, 90, 30], [70.0, 90, 70, 50]], [[40.0, 60, 80, 20], [60.0, 80, 60, 40]]
+    mean_of_things = [60.0, 80, 80, 40]
+    assert report.over_things(ours) == f" (± {report.interval(mean_of_things)[1]:.1f})"
+    cells = []
+    for loss, each in (("none", theirs), ("patch", ours)):
+        cells += [{"loss": loss, "fraction": 0, "pope": sum(row) / 4, "pope_each": row} for row in each]
+    assert report.gain(cells, "patch", 0, "pope") == "10.0 / 10.0 (± 0.0)"
+    assert report.over_things([]) == "" and "p " not in report.gain(cells, "patch", 0, "pope")
+    of_four = report.gain(2 * cells, "patch", 0, "pope")
+    assert of_four == "10.0 ± 0.0 (± 0.0) (p 0.12)"  # 2 of 2^4 choices of signs
+
+
+# ---- is it the words, is it exposure? ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", tables.TABLES)
+def test_another_word_table(table, llama_folder, world, tmp_path):
+    """Of the captions' tokens alone. Permuted: the same vectors, none in its place. Random: as long."""
+    records = read_records(world / "align.json", "align")
+    tables.write_other(llama_folder, records, table, 0, tmp_path / "llm")
+    tokens = tables.caption_tokens(records, load_tokenizer(tmp_path / "llm"))
+    old, new = (LLM.from_pretrained(folder).model.embed_tokens.weight
+                for folder in (llama_folder, tmp_path / "llm"))
+    others = torch.ones(len(old), dtype=torch.bool).index_fill(0, tokens, False)
+    assert torch.equal(old[others], new[others]) and 10 < len(tokens) < len(old)
+    was, is_now = old[tokens], new[tokens]
+    if table == "own":
+        assert torch.equal(was, is_now)
+        return
+    assert not (was == is_now).all(1).any()
+    torch.testing.assert_close(was.norm(dim=1).sort().values, is_now.norm(dim=1).sort().values)
+    is_permuted = sorted(map(tuple, was.tolist())) == sorted(map(tuple, is_now.tolist()))
+    assert is_permuted == (table == "permuted")
+
+
+def test_steps_that_captioning_alone_would_need():
+    curve = {30: 60.0, 60: 70.0, 120: 68.0, 240: 80.0}
+    assert exposure.steps_needed(curve, 65.0) == pytest.approx(30 * 2**0.5)
+    assert exposure.steps_needed(curve, 59.0) == 0 and exposure.steps_needed(curve, 81.0) == math.inf
+    assert exposure.steps_needed(curve, 74.0) == pytest.approx(120 * 2**0.5)
+
+
+def test_the_lead_by_captioning_steps(tmp_path):
+    cells = []
+    for recipe, values in (("none", {30: 60, 60: 80}), ("first, own words", {30: 70, 60: 90})):
+        for steps, right in values.items():
+            cells += 2 * [{"loss": recipe, "steps": steps, "accuracy_img": right, "caption": 1 / steps}]
+    rows = exposure.as_table(cells).splitlines()
+    assert rows[2].startswith("| 30 | 60.0 / 60.0 | 70.0 / 70.0 | 10.0 / 10.0 (p 0.5) | 42 |")
+    assert "| more than 60 |" in rows[3]
+    exposure.chart(tmp_path / "e.png", cells)
+    image = Image.open(tmp_path / "e.png").convert("RGB")
+    colors = {color for _, color in image.getcolors(10**6)}
+    assert image.size == (900, 700) and {(0, 114, 178), (213, 94, 0)} <= colors
 
 
 # ---- where pictures and words lie; the sheet of answers
