@@ -80,8 +80,9 @@ def chart(file, cells: list) -> None:
     names = list(RECIPES.values())
     for row, (score, said) in enumerate(SCORES.items()):
         curves = [means(cells, recipe, score) for recipe in RECIPES]
-        values = [interval(found)[0] for curve in curves for found in curve.values()]
-        rules = ticks(min(values), max(values))
+        ends = [mean + side * (half or 0) for curve in curves for mean, half in map(interval, curve.values())
+                for side in (-1, 1)]
+        rules = ticks(min(ends), max(ends))
         for column, axis in enumerate(("captioning steps", "time, in captioning steps")):
             top, left = 60 + 320 * row, 70 + 430 * column
             panel = Panel(left, top, left + 370, top + 230, (math.log2(25), math.log2(1150)),
