@@ -115,9 +115,8 @@ def rope_tables(positions, frequencies, dtype):
     A pair turns to (first cos - second sin, second cos + first sin): hence the sign of the first half.
     """
     angles = positions[..., None, None].float() * frequencies  # (B, S, 1, head_dim / 2)
-    cos = torch.cat([angles.cos(), angles.cos()], dim=-1)  # (B, S, 1, head_dim)
-    sin = torch.cat([-angles.sin(), angles.sin()], dim=-1)  # (B, S, 1, head_dim)
-    return cos.to(dtype), sin.to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # each (B, S, 1, head_dim)
 
 
 def rotate(x, cos, sin):
@@ -234,8 +233,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then the MLP. Each reads normalised input and adds to x. (B, S, C) -> (B, S, C).
 
-    If only some places of the flattened positions are asked for, `at` (n,), the MLP runs there alone, and
-    (n, C) comes out.
+    With `at` (n,), places of the flattened positions, the MLP runs there alone, and (n, C) comes out.
     """
 
     def __init__(self, config: LLMConfig, layer: int):

@@ -55,6 +55,24 @@ def test_logits_and_gradients_equal_transformers(tmp_path, family):
     assert not gradients
 
 
+def test_only_the_places_asked_for_go_through_the_last_mlp(llama_folder):
+    """Values and gradients are those of all positions; the last block's MLP sees n of them."""
+    llm, at, seen = LLM.from_pretrained(llama_folder), torch.tensor([9, 3, 3, 0, 13]), []
+    embeds, mask = torch.randn(2, 7, llm.config.hidden_size), torch.ones(2, 7, dtype=torch.bool)
+    mask[0, :2] = False
+    for block in llm.model.layers:
+        block.mlp.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[:-1].numel()))
+    found = []
+    for all_of_them in (True, False):
+        x = embeds.clone().requires_grad_()
+        hidden = llm.hidden(x, mask).flatten(0, 1)[at] if all_of_them else llm.hidden(x, mask, at=at)
+        hidden.square().sum().backward()
+        found += [hidden, x.grad]
+    assert_close(found[2], found[0])
+    assert_close(found[3], found[1])
+    assert seen[-1] == 5 and set(seen[:-1]) == {14}
+
+
 @grades("rotate")
 def test_rotate_turns_pairs_half_a_head_apart():
     """As complex numbers: dimension i is the real part and i + half the imaginary one."""
