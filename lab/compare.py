@@ -57,6 +57,9 @@ RECIPES = {
     "none, longer": {"contrastive": "none", "longer": True},
     "patch": {"contrastive": "patch"},
     "prompt": {"contrastive": "prompt"},
+    "prompt, weight 0.1": {"contrastive": "prompt", "contrastive_weight": 0.1},
+    "prompt, weight 10": {"contrastive": "prompt", "contrastive_weight": 10.0},
+    "prompt, ratio 0.3": {"contrastive": "prompt", "contrastive_balance": 0.3},
     "both": {"contrastive": "both"},
     "ratio 0.3": {"contrastive": "patch", "contrastive_balance": 0.3},
     "ratio 1": {"contrastive": "patch", "contrastive_balance": 1.0},
@@ -109,8 +112,7 @@ SIZES = {
 WORDS = ("first, permuted words", "first, own words", "none", "first, random words")
 SIZES["words"] = SIZES["claims"]._replace(recipes=WORDS, seeds=5, lr=(8e-3,), fractions=(), tune=False,
                                           brief=True)
-SIZES["emoji-words"] = SIZES["emoji"]._replace(recipes=WORDS, seeds=1, steps=20, first=1000 / 20,
-                                               fractions=(), brief=True)
+SIZES["emoji-words"] = SIZES["emoji"]._replace(recipes=WORDS, fractions=(), brief=True)
 TUNING_SEED = 1000  # no seed of the comparison itself
 OTHER_STAGE = {"align": ("template",), "instruct": ("prompt",)}  # options that only the other stage has
 SET_HERE = set("""stage preset annotations images benchmarks init seed data_fraction contrastive epochs steps
