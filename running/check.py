@@ -81,7 +81,7 @@ def in_utf8(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def packed(records: list) -> Records:
+def packed(records) -> Records:
     """The records as they are, good or bad, in one array that all processes share."""
     texts = [json.dumps(record).encode() for record in records]
     return Records(np.frombuffer(b"".join(texts), np.uint8), np.cumsum([0, *map(len, texts)]))

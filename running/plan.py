@@ -203,7 +203,7 @@ def count_records(config) -> tuple:
     file = Path(config.annotations)
 
     def count():
-        return len(parse_records(file)) if rank() == 0 and file.exists() else None
+        return sum(1 for _ in parse_records(file)) if rank() == 0 and file.exists() else None
 
     counted = on_every_rank(count)[0]
     if counted is not None:

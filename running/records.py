@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import tempfile
 
 import numpy as np
@@ -12,37 +13,56 @@ from plumbing.files import named, read_text
 from plumbing.ranks import barrier, on_every_rank, rank
 
 
-def parse_records(file) -> list:
-    """The records of a file as they are: a JSON list, or JSON lines. ValueError names file and record."""
+WHITE = r"[ \t\n\r]*"
+EMPTY = re.compile(rf"{WHITE}\[{WHITE}\]{WHITE}\Z")
+BEHIND = {  # what stands behind a record: in a list, and where each has a line
+    True: re.compile(rf"{WHITE}(?:,(?!{WHITE}\Z)|\]{WHITE}\Z){WHITE}"),
+    False: re.compile(rf"[ \t\r]*(?:\n|\Z){WHITE}"),
+}
+
+
+def parse_records(file):
+    """Yield the records of a file as they are: a JSON list, or JSON lines. ValueError names the file, and how
+    many records stand before what is wrong. All at once, they would take four times their text."""
     text = read_text(file)
-    with named(file, "not JSON (a list, or a record a line)"):
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":  # behind the first of several lines
-                number = text.count('"conversations"', 0, error.pos)
-                raise ValueError(f"behind {number} records: {error}") from None
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
-    if isinstance(records, dict) and "conversations" in records:
-        records = [records]  # a single line
-    if not isinstance(records, list):
-        raise ValueError(f"{file}: not a JSON list of records")
-    if not records:
+    if EMPTY.match(text):
         raise ValueError(f"{file}: holds no records")
-    return records
+    opening = re.match(rf"{WHITE}\[?{WHITE}", text).group()
+    is_list = "[" in opening
+    number, at = 0, len(opening)
+    decode, match = json.JSONDecoder().raw_decode, BEHIND[is_list].match
+    with named(file, "not JSON (a list, or a record a line)"):
+        while number == 0 or at < len(text):
+            try:
+                record, at = decode(text, at)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"behind {number} records: {error}") from None
+            number += 1
+            behind = match(text, at)
+            if behind is None:
+                raise ValueError(f"behind {number} records: Extra data: char {at}")
+            at = behind.end()
+            is_all = number == 1 and at == len(text)
+            if is_all and not is_list and not (isinstance(record, dict) and "conversations" in record):
+                raise ValueError(f"{file}: not a JSON list of records")
+            yield record
 
 
-def read_records(file, stage=None) -> list:
-    """The records of a LLaVA JSON file, tidy. ValueError names the first that is bad, or not for this
+def good_records(file, stage=None):
+    """Yield the records of a LLaVA JSON file, tidy. ValueError names the first that is bad, or not for this
     stage."""
-    records = parse_records(file)
-    for number, record in enumerate(records):
+    for number, record in enumerate(parse_records(file)):
         problem = find_problem(record, stage)
         if problem:
             name = record.get("id") if isinstance(record, dict) else None
             raise ValueError(f"{file}: record {number} (id {name!r}) {problem}; `python -m running.check` "
                              "finds all")
-    return [tidy(record) for record in records]
+        yield tidy(record)
+
+
+def read_records(file, stage=None) -> list:
+    """The same, as a list."""
+    return list(good_records(file, stage))
 
 
 class Records:
@@ -78,7 +98,7 @@ def load_records(file, stage=None) -> Records:
             return None
         lengths = [0]
         with tempfile.NamedTemporaryFile(delete=False) as packed:
-            for record in read_records(file, stage):
+            for record in good_records(file, stage):
                 lengths.append(packed.write(json.dumps(record).encode()))
         return packed.name, np.cumsum(lengths)
 

@@ -248,7 +248,8 @@ def test_bad_records_are_named(tmp_path, bad, message):
     lambda records: f" {json.dumps(records, ensure_ascii=False)}\n",
     lambda records: json.dumps(records, separators=(",", ":")),
     lambda records: "\n".join(map(json.dumps, records)),
-    lambda records: "\n\n".join(map(json.dumps, records))])
+    lambda records: "\n\n".join(map(json.dumps, records)),
+    lambda records: "\n".join(json.dumps(record, indent=1) for record in records)])
 def test_records_are_what_json_reads(tmp_path, monkeypatch, write):
     """However the file is written, as a list or in lines; and nothing is left of the file they are mapped
     from."""
@@ -290,7 +291,10 @@ def test_one_rank_of_a_machine_parses_the_records_and_all_have_them(ranks, tmp_p
 @pytest.mark.parametrize("text, message", [
     ("[]", "holds no records"), ("{}", "not a JSON list of records"),
     ("[1 2]", "not JSON|no conversation"),
-    ('[{"id": 1}', "not JSON|has no conversation"), ("", "not JSON"), ("[1,]", "not JSON|no conversation")])
+    ('[{"id": 1}', "not JSON|has no conversation"), ("", "not JSON"), ("[1,]", "not JSON|no conversation"), ("[", "not JSON"), ("[]]", "not JSON"),
+    (json.dumps([TEXT])[:-1] + ",", "behind 1 records"), (json.dumps([TEXT])[:-1], "behind 1 records"),
+    (json.dumps(TEXT) + " " + json.dumps(TEXT), "behind 1 records"), (" [ ] \n", "holds no records"),
+    (json.dumps([TEXT]) + "]", "behind 1 records")])
 def test_what_is_no_list_of_records_is_refused(tmp_path, text, message):
     (tmp_path / "d.json").write_text(text)
     with pytest.raises(ValueError, match=f"d.json: .*({message})"):
@@ -299,7 +303,7 @@ def test_what_is_no_list_of_records_is_refused(tmp_path, text, message):
 
 def test_what_stands_behind_the_list_is_refused(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([TEXT]) + " [1]")
-    with pytest.raises(ValueError, match=r"d.json: not JSON \(a list, or a record a line\): Extra"):
+    with pytest.raises(ValueError, match=r"d.json: not JSON \(.*\): behind 1 records: Extra"):
         load_records(tmp_path / "d.json")
 
 

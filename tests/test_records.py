@@ -73,14 +73,14 @@ def read_on(rank, world, file):
     """[the records], and whether this rank has parsed the file."""
     import os
     parsed = []
-    real = records.read_records
+    real = records.good_records
     os.environ["LOCAL_RANK"] = str(rank)
-    records.read_records = lambda *args: parsed.append(1) or real(*args)
+    records.good_records = lambda *args: parsed.append(1) or real(*args)
     try:
         loaded = records.load_records(file)
         return [loaded[i] for i in range(len(loaded))], bool(parsed)
     finally:
-        records.read_records = real
+        records.good_records = real
         del os.environ["LOCAL_RANK"]
 
 
