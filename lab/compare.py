@@ -382,13 +382,15 @@ def parse_args(argv=None) -> tuple:
                         help=f"default: the size's; of {', '.join(map(repr, RECIPES))}")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS - 1 (default: the size's)")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--out", type=Path, help="folder of the comparison (default runs/compare, or -emoji)")
+    parser.add_argument("--out", type=Path, help="folder of the comparison (default runs/compare; of emoji "
+                        "runs/compare-emoji; of words, emoji-words that name)")
     parser.add_argument("--world", type=Path, help="folder of the data; a missing toy world is written "
                         "(default data/toy-1200, of 1,200 test questions with a picture; --quick: "
                         "data/toy, of 300)")
     ours, rest = parser.parse_known_args(argv)
     is_emoji = ours.size.startswith("emoji")
-    ours.out = ours.out or Path("runs/compare-emoji" if is_emoji else "runs/compare")
+    name = ours.size if ours.size.endswith("words") else "compare-emoji" if is_emoji else "compare"
+    ours.out = ours.out or Path("runs", name)
     is_quick = ours.size == "quick"
     ours.world = ours.world or Path("data/emoji" if is_emoji else "data/toy" if is_quick else "data/toy-1200")
     return ours, run_options.parse_args(rest, "python -m lab.compare")

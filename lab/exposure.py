@@ -1,9 +1,11 @@
 """Is it only exposure? With contrast first the projector sees each picture more often. So captioning alone
 gets more and more steps, and contrast first as many behind its own: where is the lead gone?
 
-    python -m lab.exposure --seeds 5 --jobs 2     # after, or before, `python -m lab.compare --size words`
+    python -m lab.exposure --seeds 5 --jobs 2                       # the toy world
+    python -m lab.exposure --size emoji-words --seeds 1 --jobs 2    # real towers, real pictures
 
-Writes exposure.md and exposure.png to OUT, where the runs of that comparison are, some of which it shares.
+Writes exposure.md and exposure.png to OUT, which is that of `python -m lab.compare` of this size: some runs
+are the same.
 """
 
 import json
@@ -11,6 +13,7 @@ import math
 import os
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,18 +21,32 @@ from lab import compare, errors_in_one_line, parser_of, toy_world
 from lab.report import as_text, interval, p_value, table
 from running.chart import GREY, Panel, dot, frame, line, save, sheet, style, ticks, write
 
-STEPS = (30, 60, 120, 240, 480, 960)  # of captioning
-FIRST = 120  # steps of contrast before them
-COSTS = 0.45 * FIRST  # the time that these take, in captioning steps
-RECIPES = {"none": "captioning alone", "first, own words": f"{FIRST} first steps, then captioning"}
-SCORES = {"accuracy_img": "% right of questions with a picture", "caption": "captioning loss, held out, nats"}
-RATES = {"lr": 8e-3, "weight": None, "instruct_lr": 2e-4}  # tuned at 120 steps, for both
+RECIPES = {"none": "captioning alone", "first, own words": "contrast first, then captioning"}
+LOSS = {"caption": "captioning loss, held out, nats"}
+
+
+class Curves(NamedTuple):
+    """What is drawn of one size of lab.compare."""
+    world: str
+    steps: tuple  # of captioning
+    costs: float  # time of the first steps, in captioning steps
+    scores: dict  # {key of a cell: what it is}
+
+
+SIZES = {
+    "words": Curves("toy-1200", (30, 60, 120, 240, 480, 960), 0.45 * 120,
+                    {"accuracy_img": "% right of questions with a picture"} | LOSS),
+    "emoji-words": Curves("emoji", (35, 70, 140, 280), 11,
+                          {"likely_name": "% right, names", "likely_group": "% right, groups"} | LOSS),
+}
 
 
 def measure(setting, recipe: str, seed: int, steps: int) -> dict:
-    """The cell of one run with so many captioning steps."""
-    size = setting.size._replace(steps=steps, first=FIRST / steps)
-    cell, *_ = compare.measure(setting._replace(size=size), {recipe: RATES}, recipe, seed)
+    """The cell of one run with so many captioning steps, at the rate of all."""
+    size = setting.size
+    rates = {"lr": size.lr[0], "weight": None, "instruct_lr": size.instruct_lr[0]}
+    size = size._replace(steps=steps, first=size.first * size.steps / steps)
+    cell, *_ = compare.measure(setting._replace(size=size), {recipe: rates}, recipe, seed)
     return cell
 
 
@@ -56,43 +73,52 @@ def steps_needed(curve: dict, value: float) -> float:
     return math.inf
 
 
-def as_table(cells: list) -> str:
-    """A row for each number of captioning steps."""
-    alone, first = (means(cells, recipe, "accuracy_img") for recipe in RECIPES)
-    curve = {steps: interval(values)[0] for steps, values in alone.items()}
-    losses = [means(cells, recipe, "caption") for recipe in RECIPES]
-    rows = {}
-    for steps, values in first.items():
-        gains = [a - b for a, b in zip(values, alone[steps])]
-        needed = steps_needed(curve, interval(values)[0])
-        said = f"{needed:.0f}" if needed < math.inf else f"more than {max(curve)}"
-        lead = f"{as_text(gains)} (p {p_value(gains):.2g})"
-        rows[str(steps)] = [as_text(alone[steps]), as_text(values), lead, said,
-                            *(as_text(loss[steps]) for loss in losses)]
-    columns = ["captioning alone, % right", "contrast first, % right", "lead",
-               "steps that captioning alone needs for it", "captioning alone, loss", "contrast first, loss"]
+def as_table(cells: list, scores: dict) -> str:
+    """A row for each number of captioning steps; of each score what captioning alone has, what contrast first
+    has, and of a percentage the lead and how long captioning alone needs for as much."""
+    columns, rows = [], {}
+    for score, said in scores.items():
+        alone, first = (means(cells, recipe, score) for recipe in RECIPES)
+        curve = {steps: interval(values)[0] for steps, values in alone.items()}
+        columns += [f"{said}: alone", "contrast first"]
+        columns += ["lead", "steps that captioning alone needs for it"] * (score not in LOSS)
+        for steps, values in first.items():
+            row = rows.setdefault(str(steps), [])
+            row += [as_text(alone[steps]), as_text(values)]
+            if score not in LOSS:
+                row += [lead(values, alone[steps]), needed(curve, interval(values)[0])]
     return table("captioning steps", columns, rows)
 
 
-def chart(file, cells: list) -> None:
-    """Two rows, questions and loss; two columns, against captioning steps and against time."""
-    image, draw = sheet(900, 700)
-    names = list(RECIPES.values())
-    for row, (score, said) in enumerate(SCORES.items()):
-        curves = [means(cells, recipe, score) for recipe in RECIPES]
-        ends = [mean + side * (half or 0) for curve in curves for mean, half in map(interval, curve.values())
+def lead(values: list, others: list) -> str:
+    gains = [a - b for a, b in zip(values, others)]
+    _, half = interval(gains)
+    return as_text(gains) if half is None else f"{as_text(gains)} (p {p_value(gains):.2g})"
+
+
+def needed(curve: dict, value: float) -> str:
+    steps = steps_needed(curve, value)
+    return f"{steps:.0f}" if steps < math.inf else f"more than {max(curve)}"
+
+
+def chart(file, cells: list, curves: Curves) -> None:
+    """A row for each score; two columns, against captioning steps and against time."""
+    image, draw = sheet(900, 60 + 320 * len(curves.scores))
+    least, most = math.log2(0.85 * min(curves.steps)), math.log2(1.2 * max(curves.steps))
+    for row, (score, said) in enumerate(curves.scores.items()):
+        found = [means(cells, recipe, score) for recipe in RECIPES]
+        ends = [mean + side * (half or 0) for curve in found for mean, half in map(interval, curve.values())
                 for side in (-1, 1)]
         rules = ticks(min(ends), max(ends))
         for column, axis in enumerate(("captioning steps", "time, in captioning steps")):
             top, left = 60 + 320 * row, 70 + 430 * column
-            panel = Panel(left, top, left + 370, top + 230, (math.log2(25), math.log2(1150)),
-                          (rules[0], rules[-1]))
-            write(draw, left, top - 18, f"{said}", 14, "lm")
+            panel = Panel(left, top, left + 370, top + 230, (least, most), (rules[0], rules[-1]))
+            write(draw, left, top - 18, said, 14, "lm")
             write(draw, (panel.left + panel.right) / 2, panel.bottom + 34, axis, 13, "mm", GREY)
-            frame(draw, panel, {math.log2(steps): str(steps) for steps in STEPS}, rules, 12)
-            for number, curve in enumerate(curves):
-                draw_curve(draw, panel, curve, style(number), COSTS * number * column)
-    for number, name in enumerate(names):
+            frame(draw, panel, {math.log2(steps): str(steps) for steps in curves.steps}, rules, 12)
+            for number, curve in enumerate(found):
+                draw_curve(draw, panel, curve, style(number), curves.costs * number * column)
+    for number, name in enumerate(RECIPES.values()):
         color, dashes = style(number)
         line(draw, [(70 + 300 * number, 18), (110 + 300 * number, 18)], color, 3, dashes)
         write(draw, 118 + 300 * number, 18, name, 14, "lm")
@@ -116,27 +142,30 @@ def draw_curve(draw, panel: Panel, curve: dict, look: tuple, shift: float) -> No
 
 def main(argv=None):
     parser = parser_of("lab.exposure", __doc__)
+    parser.add_argument("--size", choices=SIZES, default="words", help="of lab.compare (default words)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to SEEDS - 1 (default 5)")
-    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of captioning steps")
+    parser.add_argument("--steps", type=int, nargs="+", help="numbers of captioning steps")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/words"), help="folder of the comparison")
-    parser.add_argument("--world", type=Path, default=Path("data/toy-1200"), help="folder of the data")
+    parser.add_argument("--out", type=Path, help="folder of the comparison (default runs/SIZE)")
     args = parser.parse_args(argv)
+    curves, out = SIZES[args.size], args.out or Path("runs", args.size)
+    curves = curves._replace(steps=tuple(args.steps or curves.steps))
+    world = Path("data", curves.world)
     with errors_in_one_line("lab.exposure"):
-        if not args.world.exists():
-            toy_world.write_world(args.world, test=1600)
+        if args.size == "words" and not world.exists():
+            toy_world.write_world(world, test=1600)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
-        setting = compare.Setting(compare.SIZES["words"], args.out, args.world, {})
+        setting = compare.Setting(compare.SIZES[args.size], out, world, {})
         compare.open_cells(setting)
         compare.keep_features(setting)
-        seeds = range(args.seeds)
-        asked = [(recipe, seed, steps) for seed in seeds for recipe in RECIPES for steps in args.steps]
+        asked = [(recipe, seed, steps) for seed in range(args.seeds) for steps in curves.steps
+                 for recipe in RECIPES]
         cells = compare.spread(args.jobs, "measure", partial(measure, setting), asked)
-        text = as_table(cells)
-        (args.out / "exposure.md").write_text(text + "\n")
-        (args.out / "exposure.json").write_text(json.dumps(cells))
-        chart(args.out / "exposure.png", cells)
+        text = as_table(cells, curves.scores)
+        (out / "exposure.md").write_text(text + "\n")
+        (out / "exposure.json").write_text(json.dumps(cells))
+        chart(out / "exposure.png", cells, curves)
         print(text)
 
 

@@ -37,8 +37,8 @@ SEEN = {}  # {(vision tower, picture): features} of this process: the tower is f
 @torch.no_grad()
 def score_run(folder, world: Path, split: str, device, by_words: bool = False, brief: bool = False) -> dict:
     """The numbers above; of a split other than the test's only the accuracies, because tuning needs no
-    others. `by_words`: by the likeliest choice, not by letter. `brief`: only the questions as they stand, and
-    the captions."""
+    others. `by_words`: by the likeliest choice, not by letter. `brief`: no other questions than those of
+    ScienceQA's layout."""
     vlm, tokenizer, config = open_run(folder, device)
     template = config["template"]
 
@@ -71,6 +71,8 @@ def score_run(folder, world: Path, split: str, device, by_words: bool = False, b
     if split != "test":
         return line
     line |= captions(vlm, tokenizer, world)
+    if (world / "collages.json").exists():
+        line["pointing"] = pointing(vlm, tokenizer, world)
     if brief:
         return line
     line |= ask("ScienceQA-reworded", "reworded")
@@ -78,8 +80,6 @@ def score_run(folder, world: Path, split: str, device, by_words: bool = False, b
         line["pope"] = letters("pope", toy_world.POPE)[0]["accuracy"]
     if (world / toy_world.MME).is_dir():
         line["mme"] = letters("mme", toy_world.MME)[0]["accuracy_plus"]
-    if (world / "collages.json").exists():
-        line["pointing"] = pointing(vlm, tokenizer, world)
     return line
 
 

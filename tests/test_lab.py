@@ -504,10 +504,11 @@ def test_the_lead_by_captioning_steps(tmp_path):
     for recipe, values in (("none", {30: 60, 60: 80}), ("first, own words", {30: 70, 60: 90})):
         for steps, right in values.items():
             cells += 2 * [{"loss": recipe, "steps": steps, "accuracy_img": right, "caption": 1 / steps}]
-    rows = exposure.as_table(cells).splitlines()
-    assert rows[2].startswith("| 30 | 60.0 / 60.0 | 70.0 / 70.0 | 10.0 / 10.0 (p 0.5) | 42 |")
+    curves = exposure.SIZES["words"]
+    rows = exposure.as_table(cells, curves.scores).splitlines()
+    assert rows[2].startswith("| 30 | 60.0 / 60.0 | 70.0 / 70.0 | 10.0 / 10.0 | 42 |")
     assert "| more than 60 |" in rows[3]
-    exposure.chart(tmp_path / "e.png", cells)
+    exposure.chart(tmp_path / "e.png", cells, curves)
     image = Image.open(tmp_path / "e.png").convert("RGB")
     colors = {color for _, color in image.getcolors(10**6)}
     assert image.size == (900, 700) and {(0, 114, 178), (213, 94, 0)} <= colors
