@@ -254,6 +254,9 @@ def main():
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    unknown = set(args.tasks.split(",")) - TASKS.keys()
+    if unknown:
+        parser.error(f"--tasks: no {', '.join(sorted(unknown))}; there are {', '.join(TASKS)}")
     device, report = torch.device(args.device), {}
     start_ranks()  # theirs, too, has our way with the C library's memory
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
