@@ -39,7 +39,7 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
     processes share the work (None: one a core). Returns how many records are bad."""
     if min(image_tokens, max_length) < 1:
         raise ValueError("--image_tokens and --max_length must be at least 1")
-    records = packed(parse_records(file))
+    records = packed(file)
     template = template or ("plain" if stage == "align" else "v1")
     tokenizer = load_tokenizer(llm) if llm else None
     workers = cores_of_a_rank() if workers is None else workers
@@ -81,9 +81,9 @@ def in_utf8(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def packed(records) -> Records:
-    """The records as they are, good or bad, in one array that all processes share."""
-    texts = [json.dumps(record).encode() for record in records]
+def packed(file) -> Records:
+    """The records of a file as they are, good or bad, in one array that all processes share."""
+    texts = [own.encode() for _, own in parse_records(file)]
     return Records(np.frombuffer(b"".join(texts), np.uint8), np.cumsum([0, *map(len, texts)]))
 
 

@@ -22,8 +22,8 @@ BEHIND = {  # what stands behind a record: in a list, and where each has a line
 
 
 def parse_records(file):
-    """Yield the records of a file as they are: a JSON list, or JSON lines. ValueError names the file, and how
-    many records stand before what is wrong. All at once, they would take four times their text."""
+    """Yield (record, its JSON) as they are in a file: a JSON list, or JSON lines. ValueError names the file, and
+    how many records stand before what is wrong. All at once, they would take four times their text."""
     text = read_text(file)
     if EMPTY.match(text):
         raise ValueError(f"{file}: holds no records")
@@ -33,11 +33,12 @@ def parse_records(file):
     decode, match = json.JSONDecoder().raw_decode, BEHIND[is_list].match
     with named(file, "not JSON (a list, or a record a line)"):
         while number == 0 or at < len(text):
+            start = at
             try:
-                record, at = decode(text, at)
+                record, at = decode(text, start)
             except json.JSONDecodeError as error:
                 raise ValueError(f"behind {number} records: {error}") from None
-            number += 1
+            number, own = number + 1, text[start:at]
             behind = match(text, at)
             if behind is None:
                 raise ValueError(f"behind {number} records: Extra data: char {at}")
@@ -45,24 +46,25 @@ def parse_records(file):
             is_all = number == 1 and at == len(text)
             if is_all and not is_list and not (isinstance(record, dict) and "conversations" in record):
                 raise ValueError(f"{file}: not a JSON list of records")
-            yield record
+            yield record, own
 
 
 def good_records(file, stage=None):
-    """Yield the records of a LLaVA JSON file, tidy. ValueError names the first that is bad, or not for this
-    stage."""
-    for number, record in enumerate(parse_records(file)):
+    """Yield (record, its JSON) of a LLaVA JSON file, tidy. ValueError names the first that is bad, or not for
+    this stage."""
+    for number, (record, own) in enumerate(parse_records(file)):
         problem = find_problem(record, stage)
         if problem:
             name = record.get("id") if isinstance(record, dict) else None
             raise ValueError(f"{file}: record {number} (id {name!r}) {problem}; `python -m running.check` "
                              "finds all")
-        yield tidy(record)
+        neat = tidy(record)
+        yield neat, own if neat == record else json.dumps(neat)
 
 
 def read_records(file, stage=None) -> list:
-    """The same, as a list."""
-    return list(good_records(file, stage))
+    """The records of a LLaVA JSON file, tidy. Errors as above."""
+    return [record for record, _ in good_records(file, stage)]
 
 
 class Records:
@@ -98,8 +100,8 @@ def load_records(file, stage=None) -> Records:
             return None
         lengths = [0]
         with tempfile.NamedTemporaryFile(delete=False) as packed:
-            for record in good_records(file, stage):
-                lengths.append(packed.write(json.dumps(record).encode()))
+            for _, own in good_records(file, stage):
+                lengths.append(packed.write(own.encode()))
         return packed.name, np.cumsum(lengths)
 
     packed, starts = on_every_rank(pack)[rank() - local_rank]

@@ -52,6 +52,14 @@ def test_json_and_json_lines_are_read(tmp_path, text):
         loaded[2]
 
 
+@pytest.mark.parametrize("image, tidy", [(["a.png"], {"image": "a.png"}), (None, {}), ("", {}), ([], {})])
+def test_loaded_records_are_tidy(tmp_path, image, tidy):
+    ask = ASK if tidy else {"from": "human", "value": "What is it?"}
+    (tmp_path / "a.json").write_text(json.dumps([pictured(image=image, conversations=[ask, SAY])]))
+    for records_of in (load_records, read_records):
+        assert list(records_of(tmp_path / "a.json")) == [{"id": "a", "conversations": [ask, SAY]} | tidy]
+
+
 def test_one_json_line_is_a_list_of_one(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(pictured()))
     assert read_records(tmp_path / "a.jsonl") == [pictured()]
