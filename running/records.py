@@ -22,8 +22,8 @@ BEHIND = {  # what stands behind a record: in a list, and where each has a line
 
 
 def parse_records(file):
-    """Yield (record, its JSON) as they are in a file: a JSON list, or JSON lines. ValueError names the file, and
-    how many records stand before what is wrong. All at once, they would take four times their text."""
+    """Yield (record, its JSON) as they are in a file: a JSON list, or JSON lines. ValueError names the file,
+    and how many records stand before what is wrong. All at once, they would take four times their text."""
     text = read_text(file)
     if EMPTY.match(text):
         raise ValueError(f"{file}: holds no records")
