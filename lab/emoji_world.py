@@ -18,6 +18,7 @@ world, the functions use the `rng` that they are given in a fixed order, so one 
 import importlib.util
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -176,15 +177,19 @@ def picture_name(concept: dict, vendor: str) -> str:
     return f"{vendor}/{concept['code']}.png"
 
 
-def write_pictures(images: Path, packages: Path, concepts: list) -> None:
-    """Write images/VENDOR/CODE.png of all concepts, by every vendor that has drawn them."""
-    for vendor in VENDORS:
-        drawings = vendor_folder(packages, vendor) / "img" / vendor / str(PIXELS)
-        (images / vendor).mkdir(parents=True)
-        for concept in concepts:
-            if vendor in concept["vendors"]:
-                file = images / picture_name(concept, vendor)
-                flattened(drawings / file.name).save(file)
+def write_pictures(images: Path, concepts: list, drawing) -> None:
+    """Write images/VENDOR/CODE.png of all concepts, by every vendor that has drawn them: the picture
+    `drawing(concept, vendor)`."""
+    for concept in concepts:
+        for vendor in concept["vendors"]:
+            file = images / picture_name(concept, vendor)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            drawing(concept, vendor).save(file)
+
+
+def drawing_of(packages: Path, concept: dict, vendor: str) -> Image.Image:
+    folder = vendor_folder(packages, vendor) / "img" / vendor / str(PIXELS)
+    return flattened(folder / f"{concept['code']}.png")
 
 
 # ---- Records of LLaVA's JSON -------------------------------------------------------------------------------
@@ -319,7 +324,7 @@ def collage_record(number: int, concepts: list, side: str, images: Path, rng: ra
 
     The caption has the names in an order of its own, so it does not tell the places.
     """
-    vendor = rng.choice(VENDORS)
+    vendor = rng.choice(list(dict.fromkeys(vendor for concept in concepts for vendor in concept["vendors"])))
     four = four_concepts(concepts, vendor, rng)
     file = images / "collages" / f"{number:05d}.png"
     file.parent.mkdir(exist_ok=True)
@@ -446,7 +451,8 @@ def write_world(folder, packages="node_modules", seed: int = 0) -> None:
     """Write the whole world, which lab/README.md describes, to `folder`, towers included."""
     def write(building):
         check_packages(packages)  # before minutes of work
-        write_files(building, packages, random.Random(seed))
+        drawing = partial(drawing_of, packages)
+        write_files(building, read_concepts(packages), drawing, random.Random(seed))
         write_towers(building / "towers")
 
     write_whole(folder, FILES, write)
@@ -462,17 +468,16 @@ def write_towers(folder) -> None:
     write_whole(folder, TOWERS, write)
 
 
-def write_files(folder: Path, packages, rng: random.Random, val: int = VAL, unseen: int = UNSEEN,
-                collages: int = COLLAGES) -> None:
+def write_files(folder: Path, concepts: list, drawing, rng: random.Random, val: int = VAL,
+                unseen: int = UNSEEN, collages: int = COLLAGES) -> None:
     """Write all but the towers in a fixed order, because each file takes its random numbers from `rng`."""
-    concepts = read_concepts(packages)
     splits = split_concepts(concepts, rng, val, unseen)
     images = folder / "images"
 
     def captioned(concept, wordings=WORDINGS):
         return caption_turns(rng.choice(wordings).format(**concept), rng)
 
-    write_pictures(images, packages, concepts)
+    write_pictures(images, concepts, drawing)
     write_json(folder / "concepts.json", splits)
     write_json(folder / "align.json", records_of(splits["train"], captioned))
     write_json(folder / "instruct.json", records_of(splits["train"], lambda c: question_turns(c, rng)))

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -75,8 +76,13 @@ def write_package(folder, vendor: str, entries: list):
 @pytest.fixture(scope="session")
 def world(packages, tmp_path_factory):
     folder = tmp_path_factory.mktemp("world") / "emoji"
-    emoji_world.write_files(folder, packages, random.Random(0), **SIZES)
+    write_files(folder, packages, 0, **SIZES)
     return folder
+
+
+def write_files(folder, packages, seed: int, **sizes):
+    emoji_world.write_files(folder, emoji_world.read_concepts(packages),
+                            partial(emoji_world.drawing_of, packages), random.Random(seed), **sizes)
 
 
 def concepts_of(world) -> dict:
@@ -116,7 +122,7 @@ def test_the_world_is_the_one_it_was(world, packages, tmp_path):
     for file in sorted(file for file in world.rglob("*") if file.is_file()):
         digest.update(str(file.relative_to(world)).encode() + file.read_bytes())
     assert digest.hexdigest() == "873c16902a4c091f8409fc6f41b1a7091c4ebbd029eea6ce5099f876eaa1fef4"
-    emoji_world.write_files(tmp_path / "other", packages, random.Random(1), **SIZES)
+    write_files(tmp_path / "other", packages, 1, **SIZES)
     assert concepts_of(world) != concepts_of(tmp_path / "other")
 
 
@@ -278,7 +284,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 def test_too_few_concepts_are_an_error(packages, tmp_path):
     with pytest.raises(ValueError, match="too few"):
-        emoji_world.write_files(tmp_path / "small", packages, random.Random(0), val=2, unseen=2, collages=1)
+        write_files(tmp_path / "small", packages, 0, val=2, unseen=2, collages=1)
 
 
 # ---- the ViT -----------------------------------------------------------------------------------------------
