@@ -34,8 +34,8 @@ Why contrast first may work: a hypothesis. A fresh projector's output is nowhere
 reads noise. Its gradient at the cut is large, and on real towers at a right angle to the patch loss's (which
 so many dimensions make likely in any case). That loss needs no LLM. The embedding table is frozen, so the
 image alone moves, to its caption's mean word, and captioning starts among words. An equal gain from shuffled
-captions, a rescaled projector or a table of permuted words would refute it; there is none (emoji, one seed
-each; toy, five). Nor is it exposure alone: on the toy no number of captioning steps makes up for it. But much
+captions, a rescaled projector or a table of permuted words would refute it; there is none (emoji; words also
+on the toy). Nor is it exposure alone: on the toy no number of captioning steps makes up for it. But much
 captioning takes the lead away again (lab/README.md, tables 5 and 6).
 
 Read next: lab/first_step.py, which adds the losses up, then train.py, which does so for many ranks.

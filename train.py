@@ -400,7 +400,7 @@ def checkpoint_blocks(blocks, which: str):
 
 
 def compile_blocks(blocks):
-    """Compile one graph for all blocks and lengths. Call it before `checkpoint_blocks`."""
+    """Compile the blocks: one graph for all lengths, one of the last. Call it before `checkpoint_blocks`."""
     compiled = torch.compile(type(blocks[0]).forward, dynamic=True)
     for block in blocks:
         block.forward = partial(compiled, block)

@@ -24,6 +24,7 @@ split and a seed of its own choose among them. Test questions choose nothing. Co
 own, and so sees its pictures more often: "none, longer" captions for the time that they take.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -116,7 +117,8 @@ SIZES["emoji-words"] = SIZES["emoji"]._replace(recipes=WORDS, fractions=(), brie
 TUNING_SEED = 1000  # no seed of the comparison itself
 OTHER_STAGE = {"align": ("template",), "instruct": ("prompt",)}  # options that only the other stage has
 SET_HERE = set("""stage preset annotations images benchmarks init seed data_fraction contrastive epochs steps
-    contrastive_weight contrastive_balance contrastive_first lr features save_every resume dry_run""".split())
+    contrastive_weight contrastive_balance contrastive_first lr warmup_ratio features save_every resume
+    dry_run""".split())
 
 
 class Setting(NamedTuple):
@@ -266,16 +268,17 @@ def cell(setting: Setting, stage: str, split: str, options: dict) -> dict:
 def train_and_score(setting: Setting, run: str, stage: str, split: str, options: dict) -> dict:
     """Train the run, unless its folder is there, and score it. Its output goes to runs.log."""
     out, world, device = setting.out, setting.world, start_ranks()
-    before = {}
+    before, seconds = {}, 0
     with open(out / "runs.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         if stage == "align" and "words" in options:
             start = contrast_run(setting, options, device)
             options = options | {"init": str(start)}
+            seconds = read_json(start / "results.json")["seconds"]
             before = {f"{name}_before": value for name, value in score.cosines(start, world, device).items()}
         folder = train_run(setting, run, stage, options, device)
         size = setting.size
         scores = score.score_run(folder, world, split, device, size.by_words, size.brief)
-    return scores | before | {"seconds": read_json(folder / "results.json")["seconds"]}
+    return scores | before | {"seconds": seconds + read_json(folder / "results.json")["seconds"]}
 
 
 def train_run(setting: Setting, run: str, stage: str, options: dict, device) -> Path:
@@ -325,7 +328,7 @@ def contrast_run(setting: Setting, options: dict, device) -> Path:
         made = train_run(setting, f"../{Path(building).name}/run", "align", given | {"llm": str(llm)}, device)
         config = read_json(made / "config.json")
         write_json(made / "config.json", config | {"llm": true})
-        if not folder.exists():  # otherwise another process was faster and made the same
+        with contextlib.suppress(OSError):  # another process was faster and made the same
             made.rename(folder)
     return folder
 
@@ -412,19 +415,25 @@ def check_args(ours, given: dict) -> None:
         raise ValueError(f"{ours.world}: no such world; `{command}` makes it")
 
 
+def prepare(ours, given: dict) -> Setting:
+    """Write a missing toy world, and see to it that all processes have one thread."""
+    check_args(ours, given)
+    if not ours.world.exists():
+        print(f"writing the toy world to {ours.world}")
+        toy_world.write_world(ours.world, test=400 if ours.size == "quick" else 1600)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes to come: train.py looks at it
+    torch.set_num_threads(1)
+    return Setting(SIZES[ours.size], ours.out, ours.world, given)
+
+
 def main():
     ours, given = parse_args()
     size = SIZES[ours.size]
     size = size._replace(recipes=ours.recipes or size.recipes, seeds=ours.seeds or size.seeds)
     with errors_in_one_line("lab.compare"):
-        check_args(ours, given)
-        if not ours.world.exists():
-            print(f"writing the toy world to {ours.world}")
-            toy_world.write_world(ours.world, test=400 if ours.size == "quick" else 1600)
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes to come: train.py looks at it
-        torch.set_num_threads(1)
+        setting = prepare(ours, given)
         try:
-            print(compare(Setting(size, ours.out, ours.world, given), ours.jobs))
+            print(compare(setting._replace(size=size), ours.jobs))
         except KeyboardInterrupt:
             sys.exit("lab.compare: interrupted; the same command goes on from here")
 

@@ -8,16 +8,12 @@ Writes exposure.md and exposure.png to OUT, which is that of `python -m lab.comp
 are the same.
 """
 
-import json
 import math
-import os
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from lab import compare, errors_in_one_line, parser_of, toy_world
+from lab import compare, errors_in_one_line, parser_of
 from lab.report import as_text, interval, p_value, table
 from running.chart import GREY, Panel, dot, frame, line, save, sheet, style, ticks, write
 
@@ -104,7 +100,7 @@ def needed(curve: dict, value: float) -> str:
 def chart(file, cells: list, curves: Curves) -> None:
     """A row for each score; two columns, against captioning steps and against time."""
     image, draw = sheet(900, 60 + 320 * len(curves.scores))
-    least, most = math.log2(0.85 * min(curves.steps)), math.log2(1.2 * max(curves.steps))
+    least, most = math.log2(0.85 * min(curves.steps)), math.log2(1.2 * (max(curves.steps) + curves.costs))
     for row, (score, said) in enumerate(curves.scores.items()):
         found = [means(cells, recipe, score) for recipe in RECIPES]
         ends = [mean + side * (half or 0) for curve in found for mean, half in map(interval, curve.values())
@@ -148,24 +144,21 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, help="folder of the comparison (default runs/SIZE)")
     args = parser.parse_args(argv)
-    curves, out = SIZES[args.size], args.out or Path("runs", args.size)
-    curves = curves._replace(steps=tuple(args.steps or curves.steps))
-    world = Path("data", curves.world)
+    curves = SIZES[args.size]
+    curves = curves._replace(steps=tuple(sorted(set(args.steps or curves.steps))))
+    args.out, args.world = args.out or Path("runs", args.size), Path("data", curves.world)
     with errors_in_one_line("lab.exposure"):
-        if args.size == "words" and not world.exists():
-            toy_world.write_world(world, test=1600)
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        torch.set_num_threads(1)
-        setting = compare.Setting(compare.SIZES[args.size], out, world, {})
+        if min(curves.steps) < 1:
+            raise ValueError("--steps must be at least 1")
+        setting = compare.prepare(args, {})
         compare.open_cells(setting)
         compare.keep_features(setting)
-        asked = [(recipe, seed, steps) for seed in range(args.seeds) for steps in curves.steps
+        asked = [(recipe, seed, steps) for steps in curves.steps for seed in range(args.seeds)
                  for recipe in RECIPES]
         cells = compare.spread(args.jobs, "measure", partial(measure, setting), asked)
         text = as_table(cells, curves.scores)
-        (out / "exposure.md").write_text(text + "\n")
-        (out / "exposure.json").write_text(json.dumps(cells))
-        chart(out / "exposure.png", cells, curves)
+        (args.out / "exposure.md").write_text(text + "\n")
+        chart(args.out / "exposure.png", cells, curves)
         print(text)
 
 

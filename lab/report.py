@@ -155,7 +155,7 @@ def report(out, world: str, size: dict, tuned: dict, cells: list) -> str:
     out = Path(out)
     parts = (0, *size["fractions"])
     columns = [f"{part:.0%}" for part in parts]
-    measured = [score for score in SCORES if score in cells[0]]
+    measured = [score for score in SCORES if any(score in cell for cell in cells)]
     main = measured[0]
     recipes = list(dict.fromkeys(cell["loss"] for cell in cells))
 

@@ -75,7 +75,8 @@ def score_run(folder, world: Path, split: str, device, by_words: bool = False, b
         line["pointing"] = pointing(vlm, tokenizer, world)
     if brief:
         return line
-    line |= ask("ScienceQA-reworded", "reworded")
+    if (world / "ScienceQA-reworded").is_dir():
+        line |= ask("ScienceQA-reworded", "reworded")
     if (world / toy_world.POPE).is_dir():
         line["pope"] = letters("pope", toy_world.POPE)[0]["accuracy"]
     if (world / toy_world.MME).is_dir():

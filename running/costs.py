@@ -96,7 +96,7 @@ def flops_per_step(config, vlm) -> dict:
     }
     contrastive = {
         "patch": products + 3 * B * (vlm.num_image_tokens + T) * c.hidden_size,
-        "prompt": products + 2 * B * T * blocks,
+        "prompt": products + 2 * B * (T * (blocks - last) + last),
     }
     for name in CONTRASTIVE[config.contrastive]:
         flops[name] = contrastive[name]

@@ -36,12 +36,12 @@ def parse_records(file):
             start = at
             try:
                 record, at = decode(text, start)
+                number, own = number + 1, text[start:at]
+                behind = match(text, at)
+                if behind is None:
+                    raise json.JSONDecodeError("Expecting ',' or ']'" if is_list else "Extra data", text, at)
             except json.JSONDecodeError as error:
                 raise ValueError(f"behind {number} records: {error}") from None
-            number, own = number + 1, text[start:at]
-            behind = match(text, at)
-            if behind is None:
-                raise ValueError(f"behind {number} records: Extra data: char {at}")
             at = behind.end()
             is_all = number == 1 and at == len(text)
             if is_all and not is_list and not (isinstance(record, dict) and "conversations" in record):
@@ -100,8 +100,12 @@ def load_records(file, stage=None) -> Records:
             return None
         lengths = [0]
         with tempfile.NamedTemporaryFile(delete=False) as packed:
-            for _, own in good_records(file, stage):
-                lengths.append(packed.write(own.encode()))
+            try:
+                for _, own in good_records(file, stage):
+                    lengths.append(packed.write(own.encode()))
+            except BaseException:
+                os.remove(packed.name)
+                raise
         return packed.name, np.cumsum(lengths)
 
     packed, starts = on_every_rank(pack)[rank() - local_rank]

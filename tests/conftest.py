@@ -1,9 +1,11 @@
 """Shared by all tests: repeatable arithmetic, the project on the path, a small toy world, tiny random models
 of transformers' own on disk, parity with these, and processes for the tests of several ranks."""
 
+import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,42 +58,51 @@ def pytest_collection_modifyitems(config, items):
 # of its name in CLAIMS.
 
 HELPS = os.environ.pop("CLAIMS_OF_TESTS", "")  # popped: a test that starts pytest is none of it
-CLAIMS = Path(HELPS or tempfile.mkdtemp())
 FEW_FILES = 10  # need no helper
+ALONE = "collectonly", "usepdb", "xmlpath", "lf", "failedfirst"  # options for one process
+MINE = {}  # file: whether this process runs it
 
 
 def pytest_collection_finish(session):
-    files = {item.path for item in session.items}
-    option, session.helper = session.config.option, None
-    if not HELPS and len(files) > FEW_FILES and not option.collectonly and os.cpu_count() > 1:
-        command = [sys.executable, "-m", "pytest", *session.config.invocation_params.args]
-        env = os.environ | {"CLAIMS_OF_TESTS": str(CLAIMS)}
-        out, both = subprocess.PIPE, subprocess.STDOUT
-        session.helper = subprocess.Popen(command, env=env, text=True, stdout=out, stderr=both)
+    config, files = session.config, {item.path for item in session.items}
+    config.claims, session.helper = Path(HELPS) if HELPS else None, None
+    if HELPS or len(files) <= FEW_FILES or os.cpu_count() == 1 or any(map(config.getoption, ALONE)):
+        return
+    config.claims = Path(tempfile.mkdtemp())
+    command = [sys.executable, "-m", "pytest", *config.invocation_params.args, "-o",
+               f"cache_dir={config.claims}/cache"]
+    env = os.environ | {"CLAIMS_OF_TESTS": str(config.claims)}
+    nothing, both = subprocess.DEVNULL, subprocess.STDOUT
+    with open(config.claims / "said", "w") as said:
+        session.helper = subprocess.Popen(command, env=env, stdin=nothing, stdout=said, stderr=both)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item):
     """True: nothing is left to do, because the file is the other one's."""
-    if item.path not in MINE:
+    claims = item.config.claims
+    if claims and item.path not in MINE:
         try:
-            (CLAIMS / item.path.name).mkdir()
+            (claims / item.path.name).mkdir()
             MINE[item.path] = True
         except FileExistsError:
             MINE[item.path] = False
-    return None if MINE[item.path] else True
-
-
-MINE = {}  # file: whether this process runs it
+    return None if MINE.get(item.path, True) else True
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session):
-    helper = getattr(session, "helper", None)
-    if helper is not None:
-        said, _ = helper.communicate()
-        print(f"\n\nThe helper's part:\n{said}\nOur own:")
-        session.exitstatus = max(session.exitstatus, helper.returncode)
+    helper, claims = getattr(session, "helper", None), getattr(session.config, "claims", None)
+    if helper is None:
+        return
+    if session.shouldfail or session.shouldstop:
+        helper.terminate()
+    session.exitstatus = session.exitstatus or abs(helper.wait())
+    print(f"\n\nThe helper's part:\n{(claims / 'said').read_text()}\nOur own:")
+    failed = claims / "cache/v/cache/lastfailed"
+    if failed.exists():  # for --lf
+        session.config.pluginmanager.get_plugin("lfplugin").lastfailed.update(json.loads(failed.read_text()))
+    shutil.rmtree(claims)
 
 
 @pytest.fixture(autouse=True)

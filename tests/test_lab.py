@@ -239,7 +239,7 @@ def test_a_comparison_resumes_and_reports(world, clip_folder, llama_folder, tmp_
     start = next(Path("c/runs").glob("contrast-permuted-2-seed0-*"))
     assert json.loads((start / "config.json").read_text())["llm"] == str(llama_folder)
     permuted = [cell for cell in results["cells"] if cell["loss"] == "first, permuted words"]
-    assert "wrong_before" in permuted[0]
+    assert "wrong_before" in permuted[0] and report.SCORES["wrong_before"] in text
 
     cells = Path("c/cells.jsonl").read_text().splitlines(True)
     lost = next(line for line in cells if "instruct1.0" in line and " test" in line)
@@ -324,6 +324,18 @@ def test_a_comparison_that_cannot_run_is_refused(argv, ranks, message, tmp_path,
     with pytest.raises(SystemExit) as end:
         compare.main()
     assert end.value.code == f"lab.compare: {message}" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--steps", "60", "0"], "--steps must be at least 1"),
+    (["--seeds", "0"], "--seeds is 0; at least one is needed"),
+    (["--size", "emoji-words"],
+     "data/emoji: no such world; `python -m lab.emoji_world data/emoji` makes it")])
+def test_curves_that_cannot_be_drawn_are_refused(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        exposure.main(argv)
+    assert end.value.code == f"lab.exposure: {message}" and not list(tmp_path.iterdir())
 
 
 def test_the_command_refuses_in_one_line(tmp_path):
