@@ -35,8 +35,9 @@ reads noise. Its gradient at the cut is large, and on real towers at a right ang
 so many dimensions make likely in any case). That loss needs no LLM. The embedding table is frozen, so the
 image alone moves, to its caption's mean word, and captioning starts among words. An equal gain from shuffled
 captions, a rescaled projector or a table of permuted words would refute it; there is none (emoji; words also
-on the toy). Nor is it exposure alone: on the toy no number of captioning steps makes up for it. But much
-captioning takes the lead away again (lab/README.md, tables 5 and 6).
+on the toy). Nor is it exposure alone: no number of captioning steps that we tried makes up for it. But on the
+toy much captioning takes the lead away again, and on icons, whose kinds the ViT hardly sees, there was none
+(lab/README.md, tables 5, 6 and 14).
 
 Read next: lab/first_step.py, which adds the losses up, then train.py, which does so for many ranks.
 """

@@ -32,7 +32,7 @@ class Curves(NamedTuple):
 SIZES = {
     "words": Curves("toy-1200", (30, 60, 120, 240, 480, 960), 0.45 * 120,
                     {"accuracy_img": "% right of questions with a picture"} | LOSS),
-    "emoji-words": Curves("emoji", (35, 70, 140, 280), 11,
+    "emoji-words": Curves("emoji", (35, 70, 140, 280), 8,
                           {"likely_name": "% right, names", "likely_group": "% right, groups"} | LOSS),
 }
 
