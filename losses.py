@@ -37,7 +37,7 @@ image alone moves, to its caption's mean word, and captioning starts among words
 captions, a rescaled projector or a table of permuted words would refute it; there is none (emoji; words also
 on the toy). Nor is it exposure alone: no number of captioning steps that we tried makes up for it. But on the
 toy much captioning takes the lead away again, and on icons, whose kinds the ViT hardly sees, there was none
-(lab/README.md, tables 5, 6 and 14).
+(lab/README.md, tables 5, 6 and 13).
 
 Read next: lab/first_step.py, which adds the losses up, then train.py, which does so for many ranks.
 """

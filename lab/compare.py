@@ -89,7 +89,7 @@ class Size(NamedTuple):
     longer: float = 1.45  # steps of "none, longer", likewise; a first step takes 0.45 of a captioning step
     tune: bool = True
     by_words: bool = False  # answer by the likeliest choice, not by letter
-    brief: bool = False  # only the main questions and the captions are scored
+    brief: bool = False  # no other questions are scored than those of ScienceQA's layout
     align: dict = {}  # further options of each stage
     instruct: dict = {}
 
@@ -103,7 +103,7 @@ SIZES = {
                    steps=120, lr=(4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)),
     "quick": Size(PAPERS, seeds=2, steps=60, lr=(2e-3,), instruct_lr=(4e-4,), epochs=1.0, tune=False,
                   brief=True),
-    # 1,000 first steps take as long as some 11 captioning steps
+    # 1,000 first steps take as long as 8 to 11 captioning steps
     "emoji": Size(tuple(RECIPES), seeds=3, steps=70, lr=(1e-3,), instruct_lr=(1e-4,), epochs=1.0,
                   first=1000 / 70, longer=1.3, tune=False, by_words=True,
                   align=REAL | dict(batch=32, micro_batch=32),
@@ -385,8 +385,8 @@ def parse_args(argv=None) -> tuple:
                         help=f"default: the size's; of {', '.join(map(repr, RECIPES))}")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS - 1 (default: the size's)")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--out", type=Path, help="folder of the comparison (default runs/compare; of emoji "
-                        "runs/compare-emoji; of words, emoji-words that name)")
+    parser.add_argument("--out", type=Path, help="folder of the comparison (default by --size: runs/compare, "
+                        "runs/compare-emoji, runs/words, runs/emoji-words)")
     parser.add_argument("--world", type=Path, help="folder of the data; a missing toy world is written "
                         "(default data/toy-1200, of 1,200 test questions with a picture; --quick: "
                         "data/toy, of 300)")

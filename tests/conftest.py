@@ -66,7 +66,8 @@ MINE = {}  # file: whether this process runs it
 def pytest_collection_finish(session):
     config, files = session.config, {item.path for item in session.items}
     config.claims, session.helper = Path(HELPS) if HELPS else None, None
-    if HELPS or len(files) <= FEW_FILES or os.cpu_count() == 1 or any(map(config.getoption, ALONE)):
+    alone = any(getattr(config.option, name, False) for name in ALONE)  # a plugin left out has no options
+    if HELPS or alone or len(files) <= FEW_FILES or os.cpu_count() == 1:
         return
     config.claims = Path(tempfile.mkdtemp())
     command = [sys.executable, "-m", "pytest", *config.invocation_params.args, "-o",
