@@ -1,13 +1,14 @@
-"""Where pictures and words lie in the LLM's space: retrieval, the gap between the two, and the heat map of a
-word on a picture.
+"""Where pictures and words lie in the LLM's space: retrieval, the gap between the two, what a prompt makes of
+them, and the heat map of a word on a picture.
 
     python -m lab.spaces retrieval                                      # of the last run
     python -m lab.spaces gap --ckpt runs/tiny/align --data data/toy/captions.json --images data/toy/images
+    python -m lab.spaces prompts                                        # which one tells captions apart?
     python -m lab.spaces heatmap picture.png "a red circle" --ckpt runs/a/align runs/b/align --out map.png
 
 All work on any run, tiny or 7B, and need no answer of the LLM. The last line printed is one JSON object.
 Alignment raises R@k, positive_cosine and tacs, and lowers centroid_distance. On the toy world do not expect a
-thing to light up: its background does (lab/README.md).
+thing to light up: its background does (lab/toy.md).
 """
 
 import json
@@ -28,10 +29,10 @@ from running.chart import GREY, ZOOM, save, sheet, write
 from running.records import read_records
 
 
-def micro_batches(vlm, tokenizer, records, images, batch: int = 64):
-    """Yield what data.collate makes of LLaVA records, on the model's device."""
+def micro_batches(vlm, tokenizer, records, images, prompts=("", None), batch: int = 64):
+    """Yield what data.collate makes of LLaVA records, on the model's device. `prompts`: data.Conversations."""
     c = vlm.vit.config
-    samples = data.Conversations(records, images, tokenizer, "plain", c, "crop")
+    samples = data.Conversations(records, images, tokenizer, "plain", c, "crop", prompts)
     for start in tqdm(range(0, len(samples), batch), desc="captions", unit=" batches"):
         end = min(start + batch, len(samples))
         rows = [samples[i] for i in range(start, end)]
@@ -115,16 +116,44 @@ def tacs(patches, words):
     return best.topk(min(10, len(best))).values.mean()
 
 
+@torch.no_grad()
+def score_prompt(vlm, tokenizer, records: list, images, prompts: tuple) -> dict:
+    """How the prompted loss sees captions, and pictures, behind two prompts (after the image, the caption).
+
+    `others`: the mean cosine of a caption's state with those of other captions. `least_loss`: the loss at a
+    scale if each picture's state were its caption's. A loss cannot get lower, so where all captions look alike
+    it hardly moves. `loss`, `r1`: the run's own, over all records as one batch.
+    """
+    image, text, keys = [], [], []
+    for m in micro_batches(vlm, tokenizer, records, images, prompts):
+        _, state = losses.caption_pass(vlm, m, vlm.encode(m["pixels"]))
+        pair = losses.vectors("prompt", vlm, [m], [], [state])
+        for kept, new in zip((image, text, keys), (*pair, m["keys"])):
+            kept.append(new)
+    image, text, keys = torch.cat(image), torch.cat(text), torch.cat(keys)
+    is_other = (keys[:, None] != keys[None]).all(-1)  # (n, n)
+    scores = {"others": (text @ text.T)[is_other].mean()}
+    for scale in (1 / 0.07, 100):
+        scores[f"least_loss_at_{scale:.0f}"], _ = losses.contrastive_loss(text, text, scale, keys)
+        scores[f"loss_at_{scale:.0f}"], right = losses.contrastive_loss(image, text, scale, keys)
+    scores["r1"] = 100 * right
+    return {name: round(value.item(), 3) for name, value in scores.items()}
+
+
 def measure(command: str, ckpt, file, images, device) -> dict:
-    """Retrieval or gap of a run directory on a LLaVA JSON of captions. Also writes RUN/COMMAND.json."""
+    """Retrieval, gap or prompts of a run directory on a LLaVA JSON of captions. Also writes RUN/COMMAND.json."""
     vlm, tokenizer, config = evaluation.load_run(ckpt, device)
     benchmarks = Path(config.get("benchmarks") or "")
     file = file or benchmarks / "captions.json"
     records = read_records(file, "align")[:1000]
+    images = images or benchmarks / "images"
     with named(file):
-        image, text, keys, tokens = caption_vectors(vlm, tokenizer, records, images or benchmarks / "images")
+        image, text, keys, tokens = caption_vectors(vlm, tokenizer, records, images)
     result = {"ckpt": str(ckpt), "measure": command, "pairs": len(keys)}
-    if command == "retrieval":
+    if command == "prompts":
+        for name, prompts in data.PROMPTS.items():
+            result[name] = score_prompt(vlm, tokenizer, records, images, prompts)
+    elif command == "retrieval":
         result["distinct_captions"] = len(keys.unique())
         result |= score_retrieval(image, text, keys)
     else:
@@ -220,14 +249,15 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     retrieval = commands.add_parser("retrieval", help="R@1 and R@5 of pictures against captions, both ways")
     gap = commands.add_parser("gap", help="distance of the centroids, cosine of pairs, norms, TACS")
-    for command in (retrieval, gap):
+    prompts = commands.add_parser("prompts", help="the prompted loss behind each prompt, at best and as it is")
+    for command in (retrieval, gap, prompts):
         command.add_argument("--data", help="LLaVA JSON of captions (default: that of the run's benchmarks)")
         command.add_argument("--images", help="the folder of its pictures (default: likewise)")
     heatmap = commands.add_parser("heatmap", help="a row for each run, a column for each token")
     heatmap.add_argument("image")
     heatmap.add_argument("text")
     heatmap.add_argument("--out", help="the PNG to write (default: heatmap.png in the first run)")
-    for command in (retrieval, gap, heatmap):
+    for command in (retrieval, gap, prompts, heatmap):
         command.add_argument("--ckpt", nargs="+", help="run directories (default: the last run)")
     return parser.parse_args(argv)
 

@@ -557,6 +557,26 @@ def test_retrieval_counts_equal_captions_once_and_any_of_their_pictures():
     assert scores["image_to_text_r5"] == scores["text_to_image_r5"] == 100.0
 
 
+def test_what_a_prompt_makes_of_captions_equals_a_plain_loop(clip_folder, llama_folder, world):
+    """One caption after another through the LLM; the least loss is that of pictures which equal captions."""
+    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), load_tokenizer(llama_folder)
+    records = json.loads((world / "captions.json").read_text())
+    states = []
+    for record in records:
+        ids = tokenizer(record["conversations"][1]["value"] + "\nDescribe the picture.").input_ids
+        states.append(vlm.llm.hidden(vlm.llm.embed(torch.tensor([ids])))[0, -1])
+    text = losses.unit(torch.stack(states))
+    said = [record["conversations"][1]["value"] for record in records]
+    others = [[j for j in range(len(said)) if said[j] != said[i]] for i in range(len(said))]
+    cosines = [(text[i] @ text[j]).item() for i in range(len(said)) for j in others[i]]
+    least = [math.log(1 + sum(math.exp(((text[i] @ text[j]).item() - 1) / 0.07) for j in others[i]))
+             for i in range(len(said))]
+    found = spaces.score_prompt(vlm, tokenizer, records, world / "images", data.PROMPTS["describe"])
+    assert found["others"] == pytest.approx(sum(cosines) / len(cosines), abs=2e-3)
+    assert found["least_loss_at_14"] == pytest.approx(sum(least) / len(least), abs=2e-3)
+    assert found["least_loss_at_14"] < found["loss_at_14"]
+
+
 def test_word_maps_are_cosines_in_reading_order(clip_folder, llama_folder):
     vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder, "linear"), load_tokenizer(llama_folder)
     picture = Image.effect_noise((32, 32), 90).convert("RGB")
@@ -571,7 +591,7 @@ def test_spaces_and_answers_of_a_run(clip_folder, llama_folder, world, tmp_path,
     """As a user would: gap and heat map of a run directory, its answers, and the picture of them."""
     run = tmp_path / "run"
     VLM.from_towers(clip_folder, llama_folder, "linear").save(run, {"benchmarks": str(world)}, False)
-    for measure, key in (("gap", "tacs"), ("retrieval", "image_to_text_r1")):
+    for measure, key in (("gap", "tacs"), ("retrieval", "image_to_text_r1"), ("prompts", "describe")):
         spaces.main([measure, "--ckpt", str(run)])
         printed = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert printed["pairs"] == 8 and key in printed
