@@ -1,6 +1,6 @@
 """The second world: real towers and real pictures, made of packages. None of it is committed.
 
-    python -m lab.emoji_world data/emoji               # write it; lab/README.md tells how to get the packages
+    python -m lab.emoji_world data/emoji               # write it; lab/real.md tells how to get the packages
     python -m lab.emoji_world --towers_only my/towers  # its towers alone, for pictures of your own
 
 The toy world's towers learned its own 384 scenes. Here the LLM knows English and the ViT knows photographs,
@@ -448,7 +448,7 @@ def dinov2_config(weights: dict, image_size: int) -> dict:
 
 
 def write_world(folder, packages="node_modules", seed: int = 0) -> None:
-    """Write the whole world, which lab/README.md describes, to `folder`, towers included."""
+    """Write the whole world, which lab/real.md describes, to `folder`, towers included."""
     def write(building):
         check_packages(packages)  # before minutes of work
         drawing = partial(drawing_of, packages)

@@ -30,7 +30,8 @@ from running.records import read_records
 
 
 def micro_batches(vlm, tokenizer, records, images, prompts=("", None), batch: int = 64):
-    """Yield what data.collate makes of LLaVA records, on the model's device. `prompts`: data.Conversations."""
+    """Yield what data.collate makes of LLaVA records, on the model's device; `prompts`: see
+    data.Conversations."""
     c = vlm.vit.config
     samples = data.Conversations(records, images, tokenizer, "plain", c, "crop", prompts)
     for start in tqdm(range(0, len(samples), batch), desc="captions", unit=" batches"):
@@ -121,8 +122,8 @@ def score_prompt(vlm, tokenizer, records: list, images, prompts: tuple) -> dict:
     """How the prompted loss sees captions, and pictures, behind two prompts (after the image, the caption).
 
     `others`: the mean cosine of a caption's state with those of other captions. `least_loss`: the loss at a
-    scale if each picture's state were its caption's. A loss cannot get lower, so where all captions look alike
-    it hardly moves. `loss`, `r1`: the run's own, over all records as one batch.
+    scale if each picture's state were its caption's: where all captions look alike there is little to win.
+    `loss`, `r1`: the run's own. All records are one batch.
     """
     image, text, keys = [], [], []
     for m in micro_batches(vlm, tokenizer, records, images, prompts):
@@ -141,7 +142,8 @@ def score_prompt(vlm, tokenizer, records: list, images, prompts: tuple) -> dict:
 
 
 def measure(command: str, ckpt, file, images, device) -> dict:
-    """Retrieval, gap or prompts of a run directory on a LLaVA JSON of captions. Also writes RUN/COMMAND.json."""
+    """What a command finds out about a run directory on a LLaVA JSON of captions. Also writes
+    RUN/COMMAND.json."""
     vlm, tokenizer, config = evaluation.load_run(ckpt, device)
     benchmarks = Path(config.get("benchmarks") or "")
     file = file or benchmarks / "captions.json"
@@ -249,7 +251,7 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     retrieval = commands.add_parser("retrieval", help="R@1 and R@5 of pictures against captions, both ways")
     gap = commands.add_parser("gap", help="distance of the centroids, cosine of pairs, norms, TACS")
-    prompts = commands.add_parser("prompts", help="the prompted loss behind each prompt, at best and as it is")
+    prompts = commands.add_parser("prompts", help="the prompted loss behind each prompt")
     for command in (retrieval, gap, prompts):
         command.add_argument("--data", help="LLaVA JSON of captions (default: that of the run's benchmarks)")
         command.add_argument("--images", help="the folder of its pictures (default: likewise)")

@@ -252,7 +252,7 @@ def asked_in_form(form: str, scene: dict, kind: str, rng: random.Random) -> tupl
 
 def write_world(folder, seed: int = 0, align: int = 4000, instruct: int = 2000, text: int = 1000,
                 test: int = 400) -> None:
-    """Write the whole world, which lab/README.md describes, to `folder`. The numbers count records; `test`
+    """Write the whole world, which lab/toy.md describes, to `folder`. The numbers count records; `test`
     counts the questions of a split."""
     def write(building):
         write_files(building, random.Random(seed), align, instruct, text, test)

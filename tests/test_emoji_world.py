@@ -117,7 +117,7 @@ def test_large_families_stay_in_train():
 
 
 def test_the_world_is_the_one_it_was(world, packages, tmp_path):
-    """Every byte, on invented packages: the figures of lab/README.md were measured on what is written so."""
+    """Every byte, on invented packages: the figures of lab/real.md were measured on what is written so."""
     digest = hashlib.sha256()
     for file in sorted(file for file in world.rglob("*") if file.is_file()):
         digest.update(str(file.relative_to(world)).encode() + file.read_bytes())

@@ -1,4 +1,4 @@
-"""The laboratory: the toy world is the one it was, the towers are as good as lab/README.md says, a comparison
+"""The laboratory: the toy world is the one it was, the towers are as good as lab/toy.md says, a comparison
 resumes and reports."""
 
 import hashlib
@@ -60,7 +60,7 @@ def digests(folder):
 
 
 def test_the_world_is_the_one_it_was(tmp_path):
-    """Every byte of world and tokenizer: the figures of lab/README.md were measured on them."""
+    """Every byte of world and tokenizer: the figures of lab/toy.md were measured on them."""
     sizes = dict(align=8, instruct=12, text=4, test=8)
     folder, digest = tmp_path / "toy", hashlib.sha256()
     toy_world.write_world(folder, **sizes)
@@ -177,7 +177,7 @@ def test_the_kept_llm_answers_about_scenes_told_in_words(kept_vlm, form):
 
 @pytest.mark.parametrize("name, least", [("tiny-vit", 97), ("tiny-vit-no-text", 92)])
 def test_the_kept_encoders_know_what_a_picture_shows(name, least):
-    """Linear probes on unseen scenes; 98.4 and 94.3 % in lab/README.md, with as many pictures."""
+    """Linear probes on unseen scenes; 98.4 and 94.3 % in lab/toy.md, with as many pictures."""
     assert pretrain.linear_probe(ViT.from_pretrained(TOWERS / name), random.Random(1)) > least
 
 

@@ -18,8 +18,10 @@ from running.options import Config
 
 FILES = ("vit.py", "llm.py", "projector.py", "losses.py", "data.py", "train.py", "eval.py")
 FOLDERS = ("plumbing", "running", "benchmarks", "lab", "tests")
-READMES = {folder: (ROOT / folder / "README.md").read_text() for folder in FOLDERS}
-README = READMES[""] = (ROOT / "README.md").read_text()
+PAGES = {}
+for folder in (".", *FOLDERS):
+    PAGES |= {str(path.relative_to(ROOT)): path.read_text() for path in sorted(ROOT.glob(f"{folder}/*.md"))}
+README, RUNNING = PAGES["README.md"], PAGES["running/README.md"]
 CODE = [*FILES]
 for folder in FOLDERS:
     CODE += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"{folder}/*.py"))
@@ -34,8 +36,8 @@ def test_the_seven_files_are_an_hour_of_reading():
 
 
 def test_the_readme_has_180_lines_and_all_are_120_columns_wide():
-    assert len(README.splitlines()) <= 180 and len(READMES["running"].splitlines()) <= 135
-    for text in READMES.values():
+    assert len(README.splitlines()) <= 180 and len(RUNNING.splitlines()) <= 135
+    for text in PAGES.values():
         assert [line for line in text.splitlines() if len(line) > 120] == []
 
 
@@ -61,7 +63,7 @@ def test_no_other_code_at_the_top():
 
 def test_every_test_that_a_readme_names_exists():
     written = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
-    for text in READMES.values():
+    for text in PAGES.values():
         for name in re.findall(r"`(test_\w+)`", text):
             assert f"def {name}(" in written, name
 
@@ -74,10 +76,16 @@ def test_ten_stops_name_a_test_each():
         assert f"def {name}(" in (ROOT / file).read_text(), name
 
 
-@pytest.mark.parametrize("folder", READMES)
-def test_every_file_that_a_readme_links_exists(folder):
-    for target in re.findall(r"\]\(([^)#:]+)\)", READMES[folder]):
-        assert (ROOT / folder / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_and_heading_that_a_page_links_exists(page):
+    for target in re.findall(r"\]\(([^):]+)\)", PAGES[page]):
+        file, _, heading = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in anchors, target
 
 
 @pytest.mark.parametrize("stop", re.findall(r"\(`([\w/]+\.py): ([^`]+)`\)", README), ids=" ".join)
@@ -96,7 +104,7 @@ def commands(text: str) -> list:
     return [shlex.split(command, comments=True) for command in found]
 
 
-COMMANDS = [words for text in READMES.values() for words in commands(text) if words[1] != "-c"]
+COMMANDS = [words for text in PAGES.values() for words in commands(text) if words[1] != "-c"]
 OF_TORCHRUN = ("--nproc_per_node", "--nnodes", "--rdzv", "--max-restarts")
 
 
@@ -149,7 +157,7 @@ def test_the_plan_in_the_readme_is_what_a_run_prints(capsys, monkeypatch):
     printed = [line for line in capsys.readouterr().out.split("\n") if line]
     assert f"    {printed[0]}\n" in README
     vocabulary = train.outline(config).llm.config.vocab_size
-    assert f"(uniform {math.log(vocabulary):.2f})" in READMES["running"]
+    assert f"(uniform {math.log(vocabulary):.2f})" in RUNNING
 
 
 @pytest.mark.parametrize("preset", ["small", "speedrun", "7b", "13b"])
@@ -166,14 +174,14 @@ def test_the_memory_of_a_preset_is_that_of_its_plan(preset, world):
         vlm = costs.outline(config)
         largest = order.largest_micro_batch(*plan.typical_step(config, vlm, world))
         sums.append(sum(plan.memory_sum(config, vlm, torch.bfloat16, *largest, world).values()))
-    assert f"`{preset}` {sums[0]:.1f} and {sums[1]:.1f}" in READMES["running"].replace("\n", " ")
+    assert f"`{preset}` {sums[0]:.1f} and {sums[1]:.1f}" in RUNNING.replace("\n", " ")
 
 
 def test_the_results_are_those_of_the_laboratory():
     rows = re.findall(r"^\| [^|]+((?:\| \d\d\.\d ± \d\.\d ){3}\| \d\.\d\d ± \d\.\d\d)", README, re.M)
     assert len(rows) == 5
     for figures in rows:
-        assert figures in READMES["lab"], figures
+        assert figures in PAGES["lab/toy.md"], figures
 
 
 def test_the_table_of_the_log_has_every_key():
@@ -183,14 +191,14 @@ def test_the_table_of_the_log_has_every_key():
     by_train_step = ["patch_scale", "lr", "grad_norm", "tokens", "ms", "wait_ms", "memory_mib"]
     by_train_step += ["time", "seconds"]
     by_held_out = ["val_generative", "val_patch", "val_patch_retrieval"]
-    table = READMES["running"].split("## The log")[1].split("## ")[0]
+    table = RUNNING.split("## The log")[1].split("## ")[0]
     keys = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\|.*\|", table, re.M))))
     assert keys == {*line, *by_train_step, *by_held_out, "prompt"}
 
 
 def test_every_message_of_the_table_is_in_the_code():
     sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
-    table = READMES["running"].split("## Messages and cures")[1].split("## ")[0]
+    table = RUNNING.split("## Messages and cures")[1].split("## ")[0]
     for cell in re.findall(r"^\| (`.*?) \|", table, re.M):
         for message in re.findall(r"`([^`]+)`", cell):
             for part in re.split(r" ?\.\. ?|records|'x'|rank 0's|rank 1", message):
