@@ -4,7 +4,7 @@
     python -m lab.compare --quick                         # 2 seeds, short runs, no tuning: 3 minutes
     python -m lab.compare --size full                     # every recipe, 240 align steps: days
     python -m lab.compare --size emoji --world data/emoji # real towers, real pictures: lab/emoji_world.py
-    python -m lab.compare --recipes none first --seeds 3  # a part; a later call adds to it
+    python -m lab.compare --recipes none first --seeds 3 --fractions 0.1   # a part; a later call adds to it
     python -m lab.compare --projector linear --out runs/linear   # any option of train.py not set here
 
 A *recipe* is a way to align: a loss and its weight. It is trained by train.py's stages and scored by
@@ -384,6 +384,8 @@ def parse_args(argv=None) -> tuple:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, metavar="RECIPE",
                         help=f"default: the size's; of {', '.join(map(repr, RECIPES))}")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS - 1 (default: the size's)")
+    parser.add_argument("--fractions", nargs="*", type=float, help="parts of the instruction data, or none: "
+                        "the align stage alone (default: the size's)")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, help="folder of the comparison (default by --size: runs/compare, "
                         "runs/compare-emoji, runs/words, runs/emoji-words)")
@@ -408,6 +410,8 @@ def check_args(ours, given: dict) -> None:
         raise ValueError("the runs come one after another in --jobs processes, not on several ranks")
     if ours.seeds is not None and ours.seeds < 1:
         raise ValueError(f"--seeds is {ours.seeds}; at least one is needed")
+    if not all(0 < part <= 1 for part in ours.fractions or ()):
+        raise ValueError("--fractions: parts are above 0 and at most 1")
     if ours.jobs < 1:
         raise ValueError(f"--jobs is {ours.jobs}; at least one process has to do the work")
     if ours.size.startswith("emoji") and not ours.world.exists():
@@ -429,7 +433,9 @@ def prepare(ours, given: dict) -> Setting:
 def main():
     ours, given = parse_args()
     size = SIZES[ours.size]
-    size = size._replace(recipes=ours.recipes or size.recipes, seeds=ours.seeds or size.seeds)
+    given_fractions = size.fractions if ours.fractions is None else tuple(ours.fractions)
+    size = size._replace(recipes=ours.recipes or size.recipes, seeds=ours.seeds or size.seeds,
+                         fractions=given_fractions)
     with errors_in_one_line("lab.compare"):
         setting = prepare(ours, given)
         try:

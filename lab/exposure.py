@@ -146,7 +146,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     curves = SIZES[args.size]
     curves = curves._replace(steps=tuple(sorted(set(args.steps or curves.steps))))
-    args.out, args.world = args.out or Path("runs", args.size), Path("data", curves.world)
+    args.out, args.world, args.fractions = args.out or Path("runs", args.size), Path("data", curves.world), ()
     with errors_in_one_line("lab.exposure"):
         if min(curves.steps) < 1:
             raise ValueError("--steps must be at least 1")

@@ -303,6 +303,18 @@ def test_a_comparison_has_one_thread_for_each_process(monkeypatch, tmp_path, cap
     assert capsys.readouterr().out == "1\n"
 
 
+@pytest.mark.parametrize("argv, fractions", [
+    ([], (0.1, 1.0)), (["--fractions"], ()), (["--fractions", "0.1", "0.5"], (0.1, 0.5))])
+def test_parts_of_the_instruction_data_are_the_sizes_or_those_asked_for(argv, fractions, monkeypatch,
+                                                                        tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["lab.compare", "--size", "claims", "--world", str(tmp_path), *argv])
+    monkeypatch.setattr(compare, "compare", lambda setting, jobs: setting.size.fractions)
+    threads = torch.get_num_threads()
+    compare.main()
+    torch.set_num_threads(threads)
+    assert capsys.readouterr().out == f"{fractions}\n"
+
+
 def test_unknown_options_end_a_comparison(capsys):
     for argv in (["--learning_rate", "1"], ["--qui"], ["--clip", "hard"], ["--seed_count", "3"]):
         with pytest.raises(SystemExit) as end:
@@ -316,6 +328,7 @@ def test_unknown_options_end_a_comparison(capsys):
     (["--lr", "1"], "1", "the comparison sets --lr itself"),
     (["--seeds", "0"], "1", "--seeds is 0; at least one is needed"),
     ([], "2", "the runs come one after another in --jobs processes, not on several ranks"),
+    (["--fractions", "0.1", "10"], "1", "--fractions: parts are above 0 and at most 1"),
     (["--jobs", "0"], "1", "--jobs is 0; at least one process has to do the work")])
 def test_a_comparison_that_cannot_run_is_refused(argv, ranks, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
