@@ -1,7 +1,7 @@
 """MMBench (Liu et al. 2023, arXiv 2307.06281), English and Chinese: every question with its options rotated.
 
-Rule: that of the authors' VLMEvalKit, without the language model that it asks about answers which its rules
-cannot read. A question is right if it is right in all its rotations ("circular"). mmbench_dev_20230712 has
+Rule: that of the authors' VLMEvalKit (of 2024; of long answers later ones look at the last words alone),
+without the language model that it asks about answers which its rules cannot read. A question is right if it is right in all its rotations ("circular"). mmbench_dev_20230712 has
 1,176 questions in 4,377 rows, the Chinese mmbench_dev_cn_20231003 1,164 in 4,329.
 
     mmbench_dev_*.tsv     index, question, hint, A to D, answer, category, image
@@ -92,22 +92,16 @@ def row_of_server(row: dict) -> dict:
     return {column: row[column] for column in columns if column in row}
 
 
-# A letter and the signs it may have around it, each a word of its own in the answer.
-FORMS = "{} {}. {}, {}: {}) {}). ({}) ({}). :{} :{}, :{}. :{}) :{}).".split()
+SIGNS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))  # no part of a word
 
 
 def parse(text: str, question: dict):
-    """The one letter that is told, in the first form in which one is; else the one choice whose text is told;
-    else None."""
-    options = question["options"]
-    words = text.split()
-    for form in FORMS:
-        found = [letter for letter in "ABCDE" if form.format(letter) in words]
-        is_article = form == "{}" and found == ["A"] and len(words) > 3
-        if len(found) == 1 and not is_article:
-            return found[0] if found[0] in options else None
-    pairs = zip(options, question["choices"])
-    told = [letter for letter, choice in pairs if choice.lower() in text.lower()]
+    """The one letter that is a word of the answer; else the one choice whose text is told; else None."""
+    words = text.translate(SIGNS).split()
+    told = [letter for letter in question["options"] if letter in words]
+    if len(told) != 1:
+        pairs = zip(question["options"], question["choices"])
+        told = [letter for letter, choice in pairs if choice.lower() in text.lower()]
     return told[0] if len(told) == 1 else None
 
 

@@ -67,9 +67,9 @@ def test_seed_wants_the_letter_and_nothing_else(text, choice):
 
 @pytest.mark.parametrize("text, choice", [
     ("B", "B"), ("B.", "B"), ("(B)", "B"), ("(B).", "B"), ("B: blue", "B"), ("Answer :B", "B"),
-    ("It is B I think", "B"), ("A dog and a cat B", None),  # two letters, none of them in another form
-    ("A red shape stands there", "A"),  # the article does not count, the choice's text does
-    ("A", "A"), ("it is A", "A"), ("A small shape there", None), ("A or B", None), ("A. or B", "B"),
+    ("**B**", "B"), ("[B]", "B"), ("B;", "B"), ("The answer is **B**.", "B"), ("It is B I think", "B"),
+    ("A dog and a cat B", None), ("A or B, blue", "B"),  # two letters: the choice's text decides
+    ("A", "A"), ("it is A", "A"), ("A small shape there", "A"), ("B.C", None), ("AB", None),
     ("the blue one", "B"), ("red or blue", None), ("E", None), ("D", None), ("", None), ("b", None),
 ])
 def test_mmbench_looks_for_a_letter_then_for_a_choice(text, choice):
