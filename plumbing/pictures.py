@@ -21,7 +21,7 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit. A larger picture may be a bomb, 
 
 
 def existing(path: Path) -> Path:
-    """The path. If it is missing: the one picture beside it with the same stem, or its name in another
+    """The path. If it is missing: the one picture beside it with the same stem, or the path in another
     Unicode form.
 
     OCR-VQA's .gif files are often kept as .jpg. macOS writes an accent as a letter and a sign.
@@ -29,9 +29,10 @@ def existing(path: Path) -> Path:
     if path.is_file() or not path.stem:
         return path
     for form in ("NFC", "NFD"):
-        other = path.with_name(unicodedata.normalize(form, path.name))
-        if other.is_file():
-            return other
+        for other in (Path(unicodedata.normalize(form, str(path))),
+                      path.with_name(unicodedata.normalize(form, path.name))):
+            if other.is_file():
+                return other
     others = []
     for other in path.parent.glob(f"{glob.escape(path.stem)}.*"):
         if other.stem == path.stem and other.suffix.lower() in SUFFIXES:  # x.mask.png is no x.jpg
@@ -71,17 +72,17 @@ def load_image(source) -> Image.Image:
                 raise ValueError(f"{image.width} x {image.height} pixels; raise plumbing/pictures.py's "
                                  f"MAX_PIXELS, {MAX_PIXELS}, for files that you trust")
             image.load()
-            picture = to_rgb(in_srgb(image))
+            plain = image if image.mode in ("CMYK", "L") else to_rgb(image)  # a profile is of these or of RGB
+            picture = to_rgb(in_srgb(plain, image.info.get("icc_profile")))
             picture.info = {}  # of the EXIF data only the orientation, and only if it is not damaged
             with contextlib.suppress(Exception):
                 picture.getexif()[0x0112] = image.getexif().get(0x0112, 1)
             return ImageOps.exif_transpose(picture)
 
 
-def in_srgb(image: Image.Image) -> Image.Image:
+def in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """The picture with its colour profile applied, as a viewer does. Without a profile it is sRGB already."""
-    profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "CMYK", "L"):
+    if not profile:
         return image
     with contextlib.suppress(Exception):  # a damaged profile, or a Pillow without ImageCms
         from PIL import ImageCms

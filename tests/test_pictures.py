@@ -36,9 +36,9 @@ def test_a_missing_picture_is_only_replaced_by_the_one_of_its_name(tmp_path, wan
 
 @pytest.mark.parametrize("written, asked", [("NFC", "NFD"), ("NFD", "NFC")])
 def test_a_name_with_an_accent_is_found_in_either_form(tmp_path, written, asked):
-    name = "caf\u00e9.png"
-    save(tmp_path / unicodedata.normalize(written, name))
-    assert find_image(tmp_path, unicodedata.normalize(asked, name)).is_file()
+    for name in ("caf\u00e9.png", "m\u00e9dias/a.png"):
+        save(tmp_path / unicodedata.normalize(written, name))
+        assert find_image(tmp_path, unicodedata.normalize(asked, name)).is_file()
 
 
 def test_a_link_below_the_folder_may_lead_out_and_a_name_may_not(tmp_path):
@@ -75,11 +75,15 @@ def test_a_colour_profile_is_applied_and_srgb_changes_nothing(tmp_path):
     save(tmp_path / "srgb.png", (200, 30, 90), icc_profile=srgb)
     save(tmp_path / "other.png", (200, 30, 90), icc_profile=swapped_profile())
     save(tmp_path / "damaged.png", (200, 30, 90), icc_profile=b"no profile")
-    pixel = {name: load_image(tmp_path / f"{name}.png").getpixel((0, 0))
-             for name in ("plain", "srgb", "other", "damaged")}
+    for mode in ("RGBA", "P"):  # a screenshot of macOS is RGBA, with the display's profile
+        picture = Image.new("RGB", (4, 4), (200, 30, 90)).convert(mode)
+        picture.save(tmp_path / f"{mode}.png", icc_profile=swapped_profile())
+    names = ("plain", "srgb", "other", "damaged", "RGBA", "P")
+    pixel = {name: load_image(tmp_path / f"{name}.png").getpixel((0, 0)) for name in names}
     assert pixel["plain"] == pixel["srgb"] == pixel["damaged"] == (200, 30, 90)
-    red, green, blue = pixel["other"]
-    assert green > 150 and red < 80  # red and green have changed places
+    for name in ("other", "RGBA", "P"):
+        red, green, blue = pixel[name]
+        assert green > 150 and red < 80  # red and green have changed places
 
 
 def test_bytes_in_base64_are_read_like_a_file(tmp_path):
