@@ -16,7 +16,6 @@ Read next: projector.py, which puts the image into the batch.
 import hashlib
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -257,7 +256,8 @@ def to_pieces(turns, form: Form, tokenizer, has_image: bool) -> list:
     pieces = []
     before = form.opening
     for number, (role, text) in enumerate(turns):
-        text = as_text(text, tokenizer, has_image and number == 0)
+        is_first = not any(IMAGE in said for said, _ in pieces)
+        text = as_text(text, tokenizer, has_image and is_first)
         if role == "human":
             _, answer = turns[number + 1] if number + 1 < len(turns) else ("gpt", "")
             to_answer = form.to_thoughts if THOUGHTS_END in answer and form.to_thoughts else form.to_answer
@@ -305,6 +305,7 @@ def tokenise(pieces, tokenizer, has_image: bool) -> tuple:
         roles += token_roles(tokens, part, role_of[start : start + len(part)])
         start += len(part) + len(IMAGE)
     largest = max(ids, default=0)
+    # plumbing/tokenizer.py notes the rows of the LLM's embedding table. A tokenizer may know more tokens.
     if largest >= getattr(tokenizer, "rows", math.inf):
         name = tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(f"the LLM has no embedding for {name!r}: it has {tokenizer.rows}")
@@ -505,7 +506,8 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
     before_loss = has_loss.int().argmax(1) - 1  # (B,)
     batch["state_at"] = first_of_row + before_loss.clamp(min=0)
     if "text_ids" in samples[0]:
-        texts = [sample["text_ids"] for sample in samples]
+        # Of a caption that is too long the front goes, behind BOS, and the prompt stays.
+        texts = [ids[:1] + ids[1:][1 - max_length :] for ids in (sample["text_ids"] for sample in samples)]
         batch["text_ids"] = pad(texts, pad_id)  # (B, T')
         batch["text_mask"] = pad_mask(texts)  # (B, T')
         longest = batch["text_ids"].shape[1]
@@ -540,11 +542,3 @@ def marked_text(sample, tokenizer) -> str:
         text += IMAGE if token == IMAGE_MARKER else f" {tokenizer.decode([token])}"
     return text + ("]]" if is_inside else "")
 
-
-def main():
-    if sys.argv[1:2] == ["check"]:
-        sys.exit("data.py: the check of a list is now `python -m running.check FILE IMAGES`")
-
-
-if __name__ == "__main__":
-    main()

@@ -31,13 +31,9 @@ W ranks speak in three ways. All-gather: (B, C) of each becomes (WB, C) on all. 
 what each has. Reduce-scatter: each gets its part (B, C) of the sum of what each has, (WB, C).
 
 Why contrast first may work: a hypothesis. A fresh projector's output is nowhere near the words, and the LLM
-reads noise. Its gradient at the cut is large, and on real towers at a right angle to the patch loss's (which
-so many dimensions make likely in any case). That loss needs no LLM. The embedding table is frozen, so the
-image alone moves, to its caption's mean word, and captioning starts among words. An equal gain from shuffled
-captions, a rescaled projector or a table of permuted words would refute it; there is none (emoji; words also
-on the toy). Nor is it exposure alone: no number of captioning steps that we tried makes up for it. But on the
-toy much captioning takes the lead away again, and on icons, whose kinds the ViT hardly sees, there was none
-(lab/README.md, tables 5, 6 and 13).
+reads noise. The patch loss needs no LLM, and the embedding table is frozen: so the image alone moves, to its
+caption's mean word, and captioning starts among words. What could refute it was tried, and on icons, whose
+kinds the ViT hardly sees, it gained nothing (lab/README.md).
 
 Read next: lab/first_step.py, which adds the losses up, then train.py, which does so for many ranks.
 """

@@ -10,7 +10,7 @@ import numpy as np
 
 from data import find_problem, tidy
 from plumbing.files import named, read_text
-from plumbing.ranks import barrier, on_every_rank, rank
+from plumbing.ranks import barrier, on_every_rank, rank, say
 
 
 WHITE = r"[ \t\n\r]*"
@@ -49,17 +49,28 @@ def parse_records(file):
             yield record, own
 
 
+LEFT_OUT = "has an empty turn"  # as two of LLaVA's mix665k; LLaVA trains on nothing of these
+
+
 def good_records(file, stage=None):
-    """Yield (record, its JSON) of a LLaVA JSON file, tidy. ValueError names the first that is bad, or not for
-    this stage."""
+    """Yield (record, its JSON) of a LLaVA JSON file, tidy, without those with an empty turn: a line tells
+    their number. ValueError names the first that is bad otherwise, or not for this stage."""
+    empty = []
     for number, (record, own) in enumerate(parse_records(file)):
         problem = find_problem(record, stage)
+        if problem == LEFT_OUT:
+            empty.append(number)
+            continue
         if problem:
             name = record.get("id") if isinstance(record, dict) else None
             raise ValueError(f"{file}: record {number} (id {name!r}) {problem}; `python -m running.check` "
                              "finds all")
         neat = tidy(record)
         yield neat, own if neat == record else json.dumps(neat)
+    if len(empty) == number + 1:
+        raise ValueError(f"{file}: each of the {len(empty)} records {LEFT_OUT}")
+    if empty:
+        say(f"{file}: {len(empty)} of {number + 1} records are left out: record {empty[0]} {LEFT_OUT}")
 
 
 def read_records(file, stage=None) -> list:

@@ -83,12 +83,6 @@ def test_lengths_below_one_are_refused(tmp_path, check):
         assert end == "running.check: --image_tokens and --max_length must be at least 1"
 
 
-def test_data_py_says_where_the_check_is(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["data.py", "check", "d.json", "images"])
-    with pytest.raises(SystemExit, match="python -m running.check FILE IMAGES"):
-        data.main()
-
-
 def test_whatever_a_decoder_raises_is_listed_and_the_check_goes_on(tmp_path, toy, monkeypatch, check):
     """A bomb, a picture of which Pillow says something that is no OSError, an unknown mode, text that a
     tokenizer refuses; in training, too, each is a line."""

@@ -228,7 +228,6 @@ def test_image_marker_moves_to_the_front():
     ({"id": "r", "conversations": []}, "no conversation turns"),
     ({"id": "r", "conversations": [{"from": "system", "value": "x"}]}, "'system'"),
     (record("q"), "no answer"),
-    (record("q", ""), "empty turn"),
     ({"id": "r", "conversations": [{"from": "human"}]}, "without text"),
     ({"id": "r", "conversations": [{"from": who, "value": "x"} for who in ("human", "human", "gpt")]},
      "alternate"),
@@ -243,6 +242,15 @@ def test_bad_records_are_named(tmp_path, monkeypatch, bad, message):
     with pytest.raises(ValueError, match=f"d.json: record 1 .*{message}"):
         load_records(tmp_path / "d.json")
     assert [*tmp_path.iterdir()] == [tmp_path / "d.json"]
+
+
+def test_a_later_question_may_have_the_image(tokenizer):
+    """As in LLaVA, whose marker goes to the front of its own turn. Text that a person types stays text."""
+    turns = data.clean_turns(record("Is it large?", "No", "What is it? <image>", "A ring.", image="x"))
+    ids, roles = encode("v1", turns, tokenizer)
+    assert ids.count(data.IMAGE_MARKER) == 1
+    said = data.marked_text({"ids": ids, "roles": roles}, tokenizer)
+    assert re.search(r"large \? .*\[\[ No </s>\]\] .*<image>\s+What is it .*\[\[ A ring", said)
 
 
 @pytest.mark.parametrize("write", [

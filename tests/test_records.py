@@ -60,6 +60,20 @@ def test_loaded_records_are_tidy(tmp_path, image, tidy):
         assert list(records_of(tmp_path / "a.json")) == [{"id": "a", "conversations": [ask, SAY]} | tidy]
 
 
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_records_with_an_empty_turn_are_left_out_and_told(tmp_path, capsys, empty):
+    """LLaVA's own mix665k has two. LLaVA trains on nothing of them."""
+    written = [pictured(id=name) for name in "abc"]
+    written[empty] = pictured(id="x", conversations=[ASK, {"from": "gpt", "value": " "}])
+    (tmp_path / "d.json").write_text(json.dumps(written))
+    assert [record["id"] for record in load_records(tmp_path / "d.json")] == [*"abc"[:empty], *"abc"[empty + 1 :]]
+    said = f"d.json: 1 of 3 records are left out: record {empty} has an empty turn\n"
+    assert capsys.readouterr().out.endswith(said)
+    (tmp_path / "d.json").write_text(json.dumps([written[empty]]))
+    with pytest.raises(ValueError, match="d.json: each of the 1 records has an empty turn"):
+        load_records(tmp_path / "d.json")
+
+
 def test_one_json_line_is_a_list_of_one(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(pictured()))
     assert read_records(tmp_path / "a.jsonl") == [pictured()]
