@@ -275,7 +275,8 @@ def ask_bench(vlm, tokenizer, template: str, bench: Bench, questions, file) -> t
 def answer_bench(vlm, tokenizer, template, name, folder, split=None, limit=None, file=None) -> tuple:
     """(scores, questions, answers, choices) of one benchmark."""
     bench = BENCHES[name]
-    questions = load_questions(name, folder, split, limit)
+    questions = []
+    on_every_rank(lambda: questions.extend(load_questions(name, folder, split, limit)))
     form = form_of(template, tokenizer)
     parts = fingerprint(vlm), tokenizer.backend_tokenizer.to_str(), form[:5]
     model = data.key_of(parts)  # answers are kept for this one alone
@@ -418,8 +419,10 @@ def parse_args(argv=None):
         parser.error("--temperature must be 0, or from 0.001 up")
     if not 0.001 <= args.top_p <= 1:
         parser.error("--top_p must be in [0.001, 1]")
-    if not args.bench and (args.limit or args.score or args.floors or args.out):
-        parser.error("--limit, --score, --floors and --out are for benchmarks")
+    if not args.bench and (args.data or args.limit or args.score or args.floors or args.out):
+        parser.error("--data, --limit, --score, --floors and --out are for benchmarks")
+    if args.bench and (args.max_new_tokens, args.temperature, args.top_p) != (64, 0.0, 1.0):
+        parser.error("--max_new_tokens, --temperature and --top_p are for one picture")
     if args.split and args.bench not in BENCHES:
         parser.error("--split is for one benchmark")
     if (args.out or args.submit) and len(args.ckpt or ["the last"]) > 1:

@@ -222,7 +222,8 @@ class VLM(nn.Module):
         """
         if with_llm:
             self.llm.save_pretrained(Path(folder) / "llm")
-            copy_files(resolve(self.sources["llm"], TOKENIZER_FILES), TOKENIZER_FILES, Path(folder) / "llm")
+            source = llama.home(resolve(self.sources["llm"], TOKENIZER_FILES))
+            copy_files(source, TOKENIZER_FILES, Path(folder) / "llm")
         ours = self.sources | {"projector": self.projector_kind, "feature_layer": self.vit.feature_layer}
         write_weights(dict(self.projector.named_parameters()), folder, config | ours, "projector.safetensors")
 

@@ -509,8 +509,8 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
         image, text = losses.vectors(name, vlm, micro_batches, leaves, states)  # each (B, C)
         loss, shares[f"{name}_retrieval"] = losses.contrastive_loss(image, text, terms[name](), keys)
         shares[name] = loss.detach()
-        ends = [*(states if name == "prompt" else leaves), terms[name].log_scale]
-        *at_cut[name], at_log_scale[name] = torch.autograd.grad(optimizer.loss_scale * loss, ends)
+        inputs = [*(states if name == "prompt" else leaves), terms[name].log_scale]
+        *at_cut[name], at_log_scale[name] = torch.autograd.grad(optimizer.loss_scale * loss, inputs)
     at_states = at_cut.pop("prompt", [])  # (B, C) each: this loss is not at the cut yet
 
     # 4. Captioning, backward to the cut. The prompted loss takes part from `state` on, with its weight. Then
@@ -608,6 +608,8 @@ def train_stage(config: Config, device):
         checkpoint.save_run(config, vlm, results)
         say(f"finished, in {results['seconds']:.0f} s: {config.out}")
     draw_curves(config.out)
+    if signals:  # in the last step: it is done, and what would follow does not begin
+        raise KeyboardInterrupt
 
 
 def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, made_of, counted,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from plumbing import clip
 from plumbing.files import TOKENIZER_FILES, named, resolve, resolve_model, write_json
+from plumbing.llama import home
 from plumbing.weights import (files_of, is_llavas_own, open_config, read_config, read_shard, read_weights,
                               refuse_others, write_weights)
 
@@ -171,7 +172,8 @@ def prepare_tokenizer(source: Path, template: str, system: str, v1) -> tuple:
     the special token that it puts after an answer, if there is one)."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
     # In a batch of prompts, padding comes before them: an answer behind padding would be nonsense.
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, padding_side="left")
+    with named(source, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, padding_side="left")
     tokenizer.add_tokens(IMAGE, special_tokens=True)
     own = tokenizer.chat_template
     template = "v1" if template == "v1" or not own else "chat"
@@ -213,7 +215,7 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
     if problem:
         raise ValueError(problem)
     folder = Path(folder)
-    source = resolve(settings["tokenizer"], TOKENIZER_FILES)
+    source = home(resolve(settings["tokenizer"], TOKENIZER_FILES))
     tokenizer, template, ends = prepare_tokenizer(source, settings["template"], system, v1)
     ends += text["eos_token_id"] if isinstance(text["eos_token_id"], list) else [text["eos_token_id"]]
     # The placeholder needs a row in the embedding table, which is never read. If none is spare, add one.

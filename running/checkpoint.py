@@ -36,9 +36,10 @@ MAY_DIFFER = {"resume", "save_every", "val", "val_every", "workers", "cache", "o
 
 
 def fingerprint(module) -> int:
-    """Of the bits of all weights, on any device. Sums of whole numbers do not depend on their order."""
+    """Of the settings (a mean, a rope's base), and of the bits of all weights, on any device. Sums of whole
+    numbers do not depend on their order."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = []
+    sums = [repr(part.config) for part in module.modules() if hasattr(part, "config")]
     for name, p in module.named_parameters():
         bits = p.detach().view(integers[p.element_size()])
         sums.append((name, bits.sum(dtype=torch.int64).item()))
@@ -85,6 +86,7 @@ def locked(config):
 
     def take():
         if rank() == 0:
+            refuse_foreign(Path(config.out))
             path.parent.mkdir(parents=True, exist_ok=True)
             held.append(lock(path, config.out))
             held[0].write(token)
@@ -108,6 +110,13 @@ def locked(config):
             with contextlib.suppress(OSError):  # Windows removes no open file
                 path.unlink()
             file.close()
+
+
+def refuse_foreign(out: Path):
+    """ValueError for a path that holds something else than a run: a run removes what an old one left."""
+    is_run = (out / "log.jsonl").is_file()
+    if out.exists() and not is_run and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"--out {out} is there, and is no run: name another folder, or an empty one")
 
 
 def lock(path: Path, out: str):
@@ -263,7 +272,7 @@ def allow_more_steps(saved: dict, now: dict, where) -> dict:
     """The saved options, with more steps or epochs if the run has more now."""
     saved = dict(saved)
     for name in ("steps", "epochs"):
-        if now[name] > saved.get(name, math.inf):
+        if now[name] > (saved.get(name) or math.inf):  # 0 steps: as many as the epochs need
             say(f"{where}: saved with {name} {saved[name]}, now {now[name]}: the schedule is another")
             saved[name] = now[name]
     return saved

@@ -49,7 +49,8 @@ class Config:
     val: str = option("", "records as in --annotations that are held out: their losses are logged as val_..")
     val_every: int = option(100, "steps from one measurement of these to the next; 0: only at both ends")
     benchmarks: str = option("", "folder below which eval.py looks for ScienceQA, POPE, MME and captions")
-    data_fraction: float = option(1.0, "part of the records to use; smaller parts are nested in larger ones")
+    data_fraction: float = option(1.0, "part of the records to use; smaller parts are nested in larger ones; "
+                                  "with both stages: of instruct's")
     template: str = option("v1", "how a record becomes text; chat: the LLM's own", tuple(TEMPLATES))
     fit: str = option("pad", "how an image becomes square", ("crop", "pad"))
     max_length: int = option(2048, "most tokens in a row, image included; the rest is cut off")
@@ -148,14 +149,14 @@ def parse_args(argv=None, prog=None) -> dict:
 
 
 OF_ALIGN = ("contrastive", "contrastive_weight", "contrastive_balance", "contrastive_first", "prompt")
-OF_INSTRUCT = ("data_fraction", "init")
+OF_INSTRUCT = ("data_fraction",)
 
 
 def of_stage(stage: str, given: dict) -> dict:
-    """The options without those that belong to the other stage, for a run of both. ValueError for a list of
-    records: the stages do not share one."""
-    for name in given.keys() & {"annotations", "val"}:
-        raise ValueError(f"--{name} is one stage's list: first --stage align, then --stage instruct")
+    """The options without those that belong to the other stage, for a run of both. ValueError for what the
+    stages do not share: lists of records, and what a stage starts from."""
+    for name in given.keys() & {"annotations", "val", "init"}:
+        raise ValueError(f"--{name} is of one stage: first --stage align, then --stage instruct")
     others = OF_INSTRUCT if stage == "align" else OF_ALIGN
     return {key: value for key, value in given.items() if key not in others}
 
@@ -167,6 +168,8 @@ def configure(stage: str, given: dict) -> Config:
     values = PRESETS[preset]["common"] | PRESETS[preset].get(stage, {})
     if "contrastive" in given:  # a loss that is named is a plain sum
         values.pop("contrastive_first", None)
+    if "epochs" in given:  # not the preset's number of steps
+        values.pop("steps", None)
     values |= given | {"stage": stage, "preset": preset}
     if values.get("contrastive") == "patch" and values.get("contrastive_first"):
         values.setdefault("contrastive_weight", 0.0)  # what follows is captioning alone
@@ -181,6 +184,8 @@ def configure(stage: str, given: dict) -> Config:
     if launch() and launched.exists() and read_text(launched) == launch():  # torchrun --max-restarts
         config.resume = True
     refuse(config)
+    if "contrastive_weight" in given and config.contrastive == "none":
+        raise ValueError("--contrastive_weight: there is no contrastive loss, with --contrastive none")
     if config.init and (config.init != align_run(config) or Path(config.init).exists()):
         follow_init(config, given)
     return config

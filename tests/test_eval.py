@@ -657,6 +657,8 @@ def test_a_pointer_to_no_run_names_itself(tmp_path, monkeypatch, content):
     ["--bench", "pope", "--submit", "x"], ["--bench", "vqav2", "--submit", "no/such/folder/x"],
     ["--bench", "vqav2", "--submit", "x", "--ckpt", "a", "b"], ["--ask", "a.png", "What?", "--out", "x"],
     ["--bench", "vqav2", "--out", "x", "--ckpt", "a", "b"], ["--bench", "pope", "--template", "plain"],
+    ["--bench", "pope", "--max_new_tokens", "1"], ["--bench", "pope", "--temperature", "5"],
+    ["--bench", "pope", "--top_p", "0.5"], ["--ask", "a.png", "What?", "--data", "x"],
     ["--bench", "pope", "--limit", "0"], ["--ask", "a.png", "What?", "--floors"]])
 def test_bad_options_end_the_program(argv, capsys):
     with pytest.raises(SystemExit) as end:

@@ -95,6 +95,25 @@ def test_a_start_that_fails_leaves_what_was_there(world):
     assert after == before and not (world[0] / "first.lock").exists()
 
 
+def test_a_folder_that_is_no_run_is_refused_and_kept(world):
+    """A run removes the llm/ that an old one left: it must not be somebody's LLM."""
+    mine = world[0] / "mine"
+    (mine / "llm").mkdir(parents=True)
+    (mine / "llm/config.json").write_text("{}")
+    (world[0] / "file").write_text("")
+    for out in ("mine", "file"):
+        assert f"--out {out} is there, and is no run" in refusal(world, "--out", out, "--steps", "2")
+    assert (mine / "llm/config.json").read_text() == "{}" and len([*mine.iterdir()]) == 1
+    (world[0] / "empty").mkdir()
+    run(world, "--out", "empty", "--steps", "2")
+
+
+def test_a_missing_folder_of_pictures_is_told_before_a_model_is_loaded(world, monkeypatch):
+    monkeypatch.setattr(train, "load_model", None)
+    said = refusal(world, "--out", "blind", "--images", "nowhere")
+    assert said == "train.py: nowhere: no such folder; --images names that of the pictures"
+
+
 # ---- what a run starts from --------------------------------------------------------------------------------
 
 
@@ -135,6 +154,18 @@ def test_a_run_takes_all_that_it_starts_from(tuned, init):
     for name, parameter in found.named_parameters():
         rows = min(len(parameter), len(theirs[name]))  # an export has a row more for the placeholder
         assert torch.allclose(parameter[:rows], theirs[name][:rows], atol=1e-4), name
+
+
+def test_a_run_that_serves_as_the_llm_brings_its_tokenizer(tuned, world):
+    """--llm RUN: what starts from it can be asked and exported, too."""
+    (folder, options), _ = tuned
+    run((folder, without(world[1], "--llm")), "--llm", "tuned", "--out", "over", "--steps", "2")
+    run((folder, without(options, "--vit", "--llm")), "--init", "over", "--out", "above")
+    assert (folder / "above/llm/tokenizer.json").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        VLM.from_pretrained("over").export("over-exported")
+    assert (folder / "over-exported/tokenizer.json").exists()
 
 
 def test_a_tower_that_is_typed_and_another_is_refused(tuned, clip_folder):
@@ -232,6 +263,19 @@ def unfinished(world, out):
     assert [folder.name for folder in checkpoint.checkpoints(world[0] / out)][-1] == "checkpoint-0000004"
 
 
+def test_a_vit_of_another_mean_is_another_vit(world, clip_folder, tmp_path):
+    """Its weights are the same. Features are made anew, and a run does not go on with it."""
+    shutil.copytree(clip_folder, tmp_path / "vit")
+    how = ["--vit", tmp_path / "vit", "--features", tmp_path / "features.pt"]
+    with checkpoints_kept():
+        run(world, *how, "--out", "mean")
+    (world[0] / "mean/config.json").unlink()
+    shutil.rmtree(world[0] / "mean/checkpoint-0000006", ignore_errors=True)
+    (tmp_path / "vit/preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [9, 9, 9]}')
+    assert "made with other weights; it is made anew" in run(world, *how, "--steps", "2", "--out", "anew")
+    assert "saved with another vit" in refusal(world, *how, "--out", "mean", "--resume")
+
+
 def test_a_resumed_run_counts_no_tokens_again(world, monkeypatch):
     unfinished(world, "changed")
     monkeypatch.setattr(data.Conversations, "count_tokens", None)
@@ -262,6 +306,27 @@ def test_an_unfinished_run_may_get_more_steps_and_a_finished_one_says_how_to_go_
     assert [line["step"] for line in log(world[0] / "longer")] == list(range(9))
     said = refusal(world, "--out", "longer", "--resume", "--epochs", "4")
     assert "finished (--init goes on from it): saved with epochs 3.0, resumed with 4.0" in said
+
+
+def test_a_run_of_epochs_is_not_cut_short_by_steps(world):
+    unfinished(world, "shorter")
+    said = refusal(world, "--out", "shorter", "--resume", "--steps", "3")
+    assert "saved with steps 0, resumed with 3" in said
+    assert len(checkpoint.checkpoints(world[0] / "shorter")) == 2
+
+
+def test_a_signal_in_the_last_step_ends_the_command_behind_it(world, monkeypatch):
+    """The stage is done; what would follow does not begin."""
+    rate = train.learning_rate
+
+    def last_rate(step, steps, config):
+        if step == steps - 1:
+            signal.raise_signal(signal.SIGINT)
+        return rate(step, steps, config)
+
+    monkeypatch.setattr(train, "learning_rate", last_rate)
+    assert "interrupted" in refusal(world, "--out", "last", "--steps", "4")
+    assert (world[0] / "last/config.json").exists()
 
 
 def test_what_another_rank_left_of_a_checkpoint_goes(world):
@@ -554,7 +619,7 @@ def test_held_out_records_that_cannot_be_are_refused(world, ranks, tmp_path):
                                                         "ranks"]
     assert refusal(world, "--val", "none.json", "--out", "x") == "train.py: none.json: no such file"
     both = refusal((world[0], ["--preset", "tiny"]), "--val", "x.json")
-    assert both == "train.py: --val is one stage's list: first --stage align, then --stage instruct"
+    assert both == "train.py: --val is of one stage: first --stage align, then --stage instruct"
 
 
 # ---- steps that go wrong -----------------------------------------------------------------------------------

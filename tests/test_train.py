@@ -56,6 +56,17 @@ def test_options_become_config():
     assert options.configure("instruct", {"preset": "tiny"}).init == "runs/tiny/align"
 
 
+def test_epochs_that_are_typed_come_before_a_presets_steps():
+    assert options.configure("align", {"preset": "speedrun"}).steps == 2180
+    assert options.configure("align", {"preset": "speedrun", "epochs": 5.0}).steps == 0
+    assert options.configure("align", {"preset": "speedrun", "epochs": 5.0, "steps": 7}).steps == 7
+
+
+def test_a_weight_of_no_loss_is_refused():
+    with pytest.raises(ValueError, match="--contrastive_weight: there is no contrastive loss"):
+        options.configure("align", {"preset": "tiny", "contrastive": "none", "contrastive_weight": 7.0})
+
+
 @pytest.mark.parametrize("argv", [["--learning_rate", "1"], ["--lr", "fast"], ["--stage", "finetune"],
                                   ["--lr"], ["--resume", "perhaps"], ["--contr", "patch"]])
 def test_bad_options_end_the_program(argv, capsys):
@@ -1263,7 +1274,9 @@ def test_a_run_that_could_be_resumed_is_moved_aside_too(world, tmp_path):
 
 def test_both_stages_do_not_share_a_list_and_need_no_questions(world, tmp_path):
     end = how_it_ends(train.main, world[0], *world[1], "--annotations", "x.json")
-    assert end == "train.py: --annotations is one stage's list: first --stage align, then --stage instruct"
+    assert end == "train.py: --annotations is of one stage: first --stage align, then --stage instruct"
+    end = how_it_ends(train.main, world[0], *world[1], "--init", tmp_path)
+    assert end == "train.py: --init is of one stage: first --stage align, then --stage instruct"
     printed = trained(world, "--out", tmp_path / "r", "--steps", "2", "--benchmarks", tmp_path)
     assert f"{tmp_path}/ScienceQA: not there (see --benchmarks), so the runs are not scored" in printed
 
