@@ -661,7 +661,7 @@ def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, 
 
 def run_all(given: dict, device):
     """Align, instruct, and eval.py's ScienceQA before, between and after: what each stage adds."""
-    align = options.configure("align", given)
+    align = options.configure("align", options.of_stage("align", given))
     root = Path(given.get("out") or f"runs/{align.preset}")
     for stage in ("align", "instruct"):
         chosen = options.of_stage(stage, given) | {"out": str(root / stage)}
