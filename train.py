@@ -53,6 +53,8 @@ from vit import load_vit_config
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Data parallelism, mixed precision and AdamW
+#
+# Begin with the docstring of DataParallelAdamW: four lines say what it does, and then what buckets are for.
 
 class Bucket:
     """Some parameters laid end to end in one flat tensor: it is sent, sharded and updated as a whole.
