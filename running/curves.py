@@ -36,7 +36,7 @@ PANELS = {  # key of the log: its unit
 IN_NATS = ("patch", "prompt")  # runs of several batch sizes start at several values: there RELATIVE is drawn
 RELATIVE = ("patch_relative", "prompt_relative")
 UNSAID = ("stage", "preset", "out", "steps", "contrastive_first",  # these the legend says anyway
-          "resume", "save_every", "val", "val_every", "benchmarks", "cache", "micro_batch")
+          "resume", "save_every", "val", "val_every", "benchmarks", "cache", "features", "micro_batch")
 LINEAR = ("_retrieval", "_cosine", "lr")  # endings of keys whose zero matters; others may have a log axis
 POINTS = 200  # of a line, at most: more would be a blot
 COLUMNS, WIDTH, HEIGHT = 3, 390, 248  # panels in a row; pixels of one with all that stands around it

@@ -65,7 +65,7 @@ class Config:
                                         "this ratio to the captioning loss's, behind the projector; 0: off")
     contrastive_first: int = option(0, "steps of the patch loss alone, without the LLM, before all others")
     prompt: str = option("", f"before the caption, and the prompt loss's: {', '.join(PROMPTS)}, or "
-                         "'after the image | after the caption' (empty: describe with that loss, else none)")
+                         "'after the image | after the caption' (empty: none without that loss)")
     epochs: float = option(1.0, "passes over the records", heading="the steps")
     steps: int = option(0, "steps with the captioning loss; 0: as many as the epochs need")
     batch: int = option(64, "samples in a step, over all ranks and micro-batches")
@@ -174,8 +174,9 @@ def configure(stage: str, given: dict) -> Config:
     if values.get("contrastive") == "patch" and values.get("contrastive_first"):
         values.setdefault("contrastive_weight", 0.0)  # what follows is captioning alone
     config = Config(**values)
-    if not config.prompt:
-        config.prompt = "describe" if "prompt" in CONTRASTIVE[config.contrastive] else "none"
+    if not config.prompt:  # the tiny LLM knows no other words; behind them a real one's captions look alike
+        with_loss = "describe" if preset == "tiny" else "compress"  # (lab/real.md, table 15)
+        config.prompt = with_loss if "prompt" in CONTRASTIVE[config.contrastive] else "none"
     if not config.out:
         config.out = f"runs/{preset}/{stage}"
     if not config.init and stage == "instruct":

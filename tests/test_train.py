@@ -121,6 +121,7 @@ def test_the_plan_says_how_the_contrastive_loss_is_weighed(given, words):
 @pytest.mark.parametrize("given, prompt", [
     ({}, "none"), ({"contrastive": "prompt"}, "describe"),
     ({"contrastive": "both", "prompt": "none"}, "none"), ({"prompt": "one-word"}, "one-word"),
+    ({"contrastive": "prompt", "preset": "small"}, "compress"),
     ({"prompt": "So: | In short:"}, "So: | In short:")])
 def test_the_prompt_comes_with_its_loss_or_when_asked_for(given, prompt):
     assert options.configure("align", {"preset": "tiny"} | given).prompt == prompt
