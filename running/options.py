@@ -175,7 +175,7 @@ def configure(stage: str, given: dict) -> Config:
         values.setdefault("contrastive_weight", 0.0)  # what follows is captioning alone
     config = Config(**values)
     if not config.prompt:  # the tiny LLM knows no other words; behind them a real one's captions look alike
-        with_loss = "describe" if preset == "tiny" else "compress"  # (lab/real.md, table 15)
+        with_loss = "describe" if preset == "tiny" else "compress"  # (lab/real.md, table 16)
         config.prompt = with_loss if "prompt" in CONTRASTIVE[config.contrastive] else "none"
     if not config.out:
         config.out = f"runs/{preset}/{stage}"
