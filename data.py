@@ -506,7 +506,7 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
     before_loss = has_loss.int().argmax(1) - 1  # (B,)
     batch["state_at"] = first_of_row + before_loss.clamp(min=0)
     if "text_ids" in samples[0]:
-        # Of a caption that is too long the front goes, behind BOS, and the prompt stays.
+        # A caption that is too long loses what follows its first token, and keeps the prompt behind it.
         texts = [ids[:1] + ids[1:][1 - max_length :] for ids in (sample["text_ids"] for sample in samples)]
         batch["text_ids"] = pad(texts, pad_id)  # (B, T')
         batch["text_mask"] = pad_mask(texts)  # (B, T')

@@ -556,7 +556,8 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 # 5. A stage: everything above, in order
 
 def train_stage(config: Config, device):
-    """Run align or instruct, from the files on disk to the run directory `config.out`."""
+    """Run align or instruct, from the files on disk to the run directory `config.out`. Returns whether a
+    signal came in its last step: nothing should follow then."""
     checkpoint.agree_on_options(config)
     if config.resume and checkpoint.is_finished(config):
         say(f"{config.out}: this run is finished; nothing is left to do")
@@ -610,8 +611,7 @@ def train_stage(config: Config, device):
         checkpoint.save_run(config, vlm, results)
         say(f"finished, in {results['seconds']:.0f} s: {config.out}")
     draw_curves(config.out)
-    if signals:  # in the last step: it is done, and what would follow does not begin
-        raise KeyboardInterrupt
+    return sum_over_ranks([len(signals)], device).any()
 
 
 def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, made_of, counted,
@@ -665,6 +665,7 @@ def run_all(given: dict, device):
     """Align, instruct, and eval.py's ScienceQA before, between and after: what each stage adds."""
     align = options.configure("align", options.of_stage("align", given))
     root = Path(given.get("out") or f"runs/{align.preset}")
+    checkpoint.refuse_foreign(root / "align", root / "instruct")
     for stage in ("align", "instruct"):
         chosen = options.of_stage(stage, given) | {"out": str(root / stage)}
         if stage == "instruct":
@@ -673,7 +674,9 @@ def run_all(given: dict, device):
                 chosen.pop("resume", None)  # the run was stopped before this stage
         config = options.configure(stage, chosen)
         with checkpoint.locked(config):
-            train_stage(config, device)
+            is_stopped = train_stage(config, device)
+        if is_stopped and stage == "align":
+            raise KeyboardInterrupt
     checkpoint.set_last_run(root / "instruct")
     questions = Path(align.benchmarks) / "ScienceQA"
     if rank() > 0:

@@ -1,8 +1,9 @@
 """MMBench (Liu et al. 2023, arXiv 2307.06281), English and Chinese: every question with its options rotated.
 
-Rule: that of the authors' VLMEvalKit (of 2024; of long answers later ones look at the last words alone),
-without the language model that it asks about answers which its rules cannot read. A question is right if it is right in all its rotations ("circular"). mmbench_dev_20230712 has
-1,176 questions in 4,377 rows, the Chinese mmbench_dev_cn_20231003 1,164 in 4,329.
+Rule: that of the authors' VLMEvalKit of 2024 (later ones look at the last words of a long answer alone),
+without the language model that it asks about answers which its rules cannot read. A question is right if it
+is right in all its rotations ("circular"). mmbench_dev_20230712 has 1,176 questions in 4,377 rows, the
+Chinese mmbench_dev_cn_20231003 1,164 in 4,329.
 
     mmbench_dev_*.tsv     index, question, hint, A to D, answer, category, image
 

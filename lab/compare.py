@@ -103,7 +103,7 @@ SIZES = {
                    steps=120, lr=(4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)),
     "quick": Size(PAPERS, seeds=2, steps=60, lr=(2e-3,), instruct_lr=(4e-4,), epochs=1.0, tune=False,
                   brief=True),
-    # 1,000 first steps take as long as 8 to 11 captioning steps
+    # 1,000 first steps take as long as some 10 captioning steps
     "emoji": Size(tuple(RECIPES), seeds=3, steps=70, lr=(1e-3,), instruct_lr=(1e-4,), epochs=1.0,
                   first=1000 / 70, longer=1.3, tune=False, by_words=True,
                   align=REAL | dict(batch=32, micro_batch=32),
@@ -135,7 +135,9 @@ def compare(setting: Setting, jobs: int = 1) -> str:
     size, out = setting.size, setting.out
     open_cells(setting)
     asked = with_finished(setting)
-    recipes = list(dict.fromkeys(recipe for recipe, _ in asked))
+    recipes = list(dict.fromkeys(recipe for recipe, _, *_ in asked))
+    fractions = sorted({part for _, _, *parts in asked for part in parts})
+    setting = setting._replace(size=size._replace(fractions=tuple(fractions)))
     keep_features(setting)
 
     # 1. Tune each recipe on the validation split.
@@ -146,17 +148,19 @@ def compare(setting: Setting, jobs: int = 1) -> str:
     found = spread(jobs, "measure", partial(measure, setting, tuned), asked)
     cells = list(itertools.chain(*found))
     (out / "finished.json").write_text(json.dumps(asked))
-    return report(out, setting.world.name, size._asdict(), tuned, cells)
+    return report(out, setting.world.name, setting.size._asdict(), tuned, cells)
 
 
 def with_finished(setting: Setting) -> list:
-    """[(recipe, seed)] to report: those asked for and those that earlier calls have finished, by seed."""
+    """[(recipe, seed, *parts of the instruction data)] to report: what is asked for and what earlier calls
+    have finished, by seed."""
     size, file = setting.size, setting.out / "finished.json"
-    asked = {(recipe, seed) for recipe in size.recipes for seed in range(size.seeds)}
-    if file.exists():
-        asked |= {(recipe, seed) for recipe, seed in read_json(file)}
+    asked = {(recipe, seed): set(size.fractions) for recipe in size.recipes for seed in range(size.seeds)}
+    for recipe, seed, *parts in read_json(file) if file.exists() else []:
+        asked.setdefault((recipe, seed), set()).update(parts)
     order = list(RECIPES)
-    return sorted(asked, key=lambda pair: (pair[1], order.index(pair[0])))
+    pairs = sorted(asked, key=lambda pair: (pair[1], order.index(pair[0])))
+    return [(*pair, *sorted(asked[pair])) for pair in pairs]
 
 
 def spread(jobs: int, title: str, function, items: list) -> list:
@@ -196,16 +200,17 @@ def tune(setting: Setting, recipe: str) -> dict:
 
     lr, _ = best([(lr, weights[0]) for lr in size.lr], align_score)
     _, weight = best([(lr, weight) for weight in weights], align_score)
-    return {"lr": lr, "weight": weight, "instruct_lr": best(size.instruct_lr, instruct_score)}
+    rates = size.instruct_lr if size.fractions else size.instruct_lr[:1]  # without parts there is no instruct
+    return {"lr": lr, "weight": weight, "instruct_lr": best(rates, instruct_score)}
 
 
-def measure(setting: Setting, tuned: dict, recipe: str, seed: int) -> list:
-    """The cells of one recipe and seed."""
+def measure(setting: Setting, tuned: dict, recipe: str, seed: int, *fractions) -> list:
+    """The cells of one recipe and seed: after align, and after instruct with parts of its data."""
     best = tuned[recipe]
     align = align_options(setting, recipe, seed, best["lr"], best["weight"])
     entry = {"loss": recipe, "steps": setting.size.steps, "seed": seed}
     cells = [entry | {"fraction": 0} | cell(setting, "align", "test", align)]
-    for part in setting.size.fractions:
+    for part in fractions:
         options = instruct_options(setting, align, part, best["instruct_lr"])
         cells.append(entry | {"fraction": part} | cell(setting, "instruct", "test", options))
     return cells

@@ -72,6 +72,7 @@ def picture_sizes(samples, most: int = 1000) -> int:
 # ------------------------------------------------------------------------------------------------------------
 # One run in one folder, and ranks that agree
 
+OF_A_RUN = ("llm", "unaligned", "projector.safetensors", "config.json", "results.json")
 PATHS = {"out", "init", "vit", "llm", "annotations", "images", "benchmarks", "features"}  # each machine's own
 
 
@@ -86,7 +87,6 @@ def locked(config):
 
     def take():
         if rank() == 0:
-            refuse_foreign(Path(config.out))
             path.parent.mkdir(parents=True, exist_ok=True)
             held.append(lock(path, config.out))
             held[0].write(token)
@@ -100,6 +100,7 @@ def locked(config):
             raise ValueError(f"{config.out}: rank {rank()} does not see rank 0's folder; with --save_every, "
                              "all ranks need the same one")
 
+    refuse_foreign(config.out)
     token = uuid.uuid4().hex
     tokens = on_every_rank(take)
     on_every_rank(see)
@@ -112,11 +113,18 @@ def locked(config):
             file.close()
 
 
-def refuse_foreign(out: Path):
-    """ValueError for a path that holds something else than a run: a run removes what an old one left."""
-    is_run = (out / "log.jsonl").is_file()
-    if out.exists() and not is_run and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"--out {out} is there, and is no run: name another folder, or an empty one")
+def refuse_foreign(*outs):
+    """ValueError if a folder holds what a run would remove or overwrite, and no run: it is somebody's. Rank 0
+    looks."""
+    def look():
+        for out in map(Path, outs if rank() == 0 else ()):
+            if out.is_file():
+                raise ValueError(f"--out {out} is a file; name a folder")
+            theirs = [name for name in OF_A_RUN if (out / name).exists()]
+            if theirs and not (out / "log.jsonl").exists():
+                raise ValueError(f"--out {out} holds {' and '.join(theirs)} and no run: name another folder")
+
+    on_every_rank(look)
 
 
 def lock(path: Path, out: str):

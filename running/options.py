@@ -174,7 +174,7 @@ def configure(stage: str, given: dict) -> Config:
     if values.get("contrastive") == "patch" and values.get("contrastive_first"):
         values.setdefault("contrastive_weight", 0.0)  # what follows is captioning alone
     config = Config(**values)
-    if not config.prompt:  # the tiny LLM knows no other words; behind them a real one's captions look alike
+    if not config.prompt:  # the tiny LLM knows only "describe", behind which a real one's captions look alike
         with_loss = "describe" if preset == "tiny" else "compress"  # (lab/real.md, table 16)
         config.prompt = with_loss if "prompt" in CONTRASTIVE[config.contrastive] else "none"
     if not config.out:

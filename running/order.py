@@ -105,8 +105,9 @@ def kept_counts(config, samples, vlm) -> list | None:
 def count_mine(samples, num_image_tokens: int, most: int) -> tuple:
     """(lengths, numbers of rows that are cut, of rows without a label), of every W-th record from this
     rank's."""
-    first = samples.read(0, with_pixels=False)  # a template that cannot be learned from is told here
-    if first["image"] is not None and not samples.images.is_dir():
+    samples.read(0, with_pixels=False)  # a template that cannot be learned from is told here
+    some = [samples.records[number] for number in range(min(100, len(samples)))]
+    if any("image" in record for record in some) and not samples.images.is_dir():
         raise FileNotFoundError(f"{samples.images}: no such folder; --images names that of the pictures")
     lengths = []
     cut = []

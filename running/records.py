@@ -70,7 +70,8 @@ def good_records(file, stage=None):
     if len(empty) == number + 1:
         raise ValueError(f"{file}: each of the {len(empty)} records {LEFT_OUT}")
     if empty:
-        say(f"{file}: {len(empty)} of {number + 1} records are left out: record {empty[0]} {LEFT_OUT}")
+        say(f"{file}: {len(empty)} of {number + 1} records are left out, for each {LEFT_OUT}; the first is "
+            f"{empty[0]} of the file")
 
 
 def read_records(file, stage=None) -> list:

@@ -245,12 +245,16 @@ def test_bad_records_are_named(tmp_path, monkeypatch, bad, message):
 
 
 def test_a_later_question_may_have_the_image(tokenizer):
-    """As in LLaVA, whose marker goes to the front of its own turn. Text that a person types stays text."""
+    """As in LLaVA, whose marker goes to the front of its own turn. What a person types is text."""
     turns = data.clean_turns(record("Is it large?", "No", "What is it? <image>", "A ring.", image="x"))
     ids, roles = encode("v1", turns, tokenizer)
     assert ids.count(data.IMAGE_MARKER) == 1
     said = data.marked_text({"ids": ids, "roles": roles}, tokenizer)
     assert re.search(r"large \? .*\[\[ No </s>\]\] .*<image>\s+What is it .*\[\[ A ring", said)
+    typed = [("human", f"{data.IMAGE}\nIs it red?"), ("gpt", "No"), ("human", f"{data.IMAGE} is a word"),
+             ("gpt", "Yes")]
+    text = "".join(said for said, _ in data.to_pieces(typed, data.v1(tokenizer), tokenizer, True))
+    assert text.count(data.IMAGE) == 1 and "< image> is a word" in text
 
 
 @pytest.mark.parametrize("write", [

@@ -288,8 +288,14 @@ def test_parts_and_any_number_of_jobs_measure_the_same(world, clip_folder, llama
     whole = comparison(tmp_path / "b", world, towers, ("none", "patch"))
     assert without_seconds(compare.compare(whole, jobs=2)) == without_seconds(text)
     trained.clear()
+    more = comparison(tmp_path / "a", world, towers, ("none",), seeds=2)
+    more = more._replace(size=more.size._replace(fractions=()))
+    text = compare.compare(more)
+    assert len(trained) == 1 and "seed1" in trained[0]  # align alone, and no column is lost
+    assert "| recipe | 0% | 10% | 100% |" in text
+    trained.clear()
     compare.compare(comparison(tmp_path / "a", world, towers, ("none",), seeds=2))
-    assert len(trained) == 3 and all("seed1" in name for name in trained)
+    assert len(trained) == 2 and all("seed1" in name for name in trained)
 
 
 def test_a_comparison_has_one_thread_for_each_process(monkeypatch, tmp_path, capsys):
@@ -582,12 +588,18 @@ def test_what_a_prompt_makes_of_captions_equals_a_plain_loop(clip_folder, llama_
     said = [record["conversations"][1]["value"] for record in records]
     others = [[j for j in range(len(said)) if said[j] != said[i]] for i in range(len(said))]
     cosines = [(text[i] @ text[j]).item() for i in range(len(said)) for j in others[i]]
-    least = [math.log(1 + sum(math.exp(((text[i] @ text[j]).item() - 1) / 0.07) for j in others[i]))
-             for i in range(len(said))]
-    found = spaces.score_prompt(vlm, tokenizer, records, world / "images", data.PROMPTS["describe"])
+    prompts = data.PROMPTS["describe"]
+    found = spaces.score_prompt(vlm, tokenizer, records, world / "images", prompts)
     assert found["others"] == pytest.approx(sum(cosines) / len(cosines), abs=2e-3)
-    assert found["least_loss_at_14"] == pytest.approx(sum(least) / len(least), abs=2e-3)
-    assert found["least_loss_at_14"] < found["loss_at_14"]
+    for name, scale in (("least_loss_at_14", 1 / 0.07), ("least_loss_at_100", 100)):
+        least = [math.log(1 + sum(math.exp(((text[i] @ text[j]).item() - 1) * scale) for j in others[i]))
+                 for i in range(len(said))]
+        assert found[name] == pytest.approx(sum(least) / len(least), abs=2e-3)
+    right = 0
+    for i, m in enumerate(spaces.micro_batches(vlm, tokenizer, records, world / "images", prompts, batch=1)):
+        _, state = losses.caption_pass(vlm, m, vlm.encode(m["pixels"]))
+        right += all(state[0] @ text[i] >= state[0] @ text[j] for j in others[i])
+    assert found["r1"] == pytest.approx(100 * right / len(said), abs=1e-3)
 
 
 def test_word_maps_are_cosines_in_reading_order(clip_folder, llama_folder):

@@ -88,8 +88,8 @@ def test_the_losses_read_where_the_batch_says():
 def test_a_caption_that_is_too_long_for_its_prompt_loses_its_front():
     """Its state is read behind the prompt: BOS and the prompt stay."""
     sample = {"ids": [1, 7], "roles": [data.CONTEXT, data.ANSWER], "pixels": None, "name": "x"}
-    batch = data.collate([sample | {"text_ids": [1, *range(20, 40), 98, 99]}, sample | {"text_ids": [1, 5, 98, 99]}],
-                         4, -1, 0, 8, max_length=5)
+    texts = [1, *range(20, 40), 98, 99], [1, 5, 98, 99]
+    batch = data.collate([sample | {"text_ids": text} for text in texts], 4, -1, 0, 8, max_length=5)
     assert batch["text_ids"].tolist() == [[1, 38, 39, 98, 99], [1, 5, 98, 99, 0]]
     assert batch["text_at"].tolist() == [4, 5 + 3]
 

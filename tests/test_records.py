@@ -66,8 +66,9 @@ def test_records_with_an_empty_turn_are_left_out_and_told(tmp_path, capsys, empt
     written = [pictured(id=name) for name in "abc"]
     written[empty] = pictured(id="x", conversations=[ASK, {"from": "gpt", "value": " "}])
     (tmp_path / "d.json").write_text(json.dumps(written))
-    assert [record["id"] for record in load_records(tmp_path / "d.json")] == [*"abc"[:empty], *"abc"[empty + 1 :]]
-    said = f"d.json: 1 of 3 records are left out: record {empty} has an empty turn\n"
+    kept = [record["id"] for record in load_records(tmp_path / "d.json")]
+    assert kept == [*"abc"[:empty], *"abc"[empty + 1 :]]
+    said = f"1 of 3 records are left out, for each has an empty turn; the first is {empty} of the file\n"
     assert capsys.readouterr().out.endswith(said)
     (tmp_path / "d.json").write_text(json.dumps([written[empty]]))
     with pytest.raises(ValueError, match="d.json: each of the 1 records has an empty turn"):

@@ -22,6 +22,7 @@ import data
 import losses
 import train
 from lab import toy_world
+from llm import LLM
 from plumbing.ranks import caught_signals
 from projector import VLM
 from running import checkpoint, features, held_out, order, watch
@@ -101,11 +102,20 @@ def test_a_folder_that_is_no_run_is_refused_and_kept(world):
     (mine / "llm").mkdir(parents=True)
     (mine / "llm/config.json").write_text("{}")
     (world[0] / "file").write_text("")
-    for out in ("mine", "file"):
-        assert f"--out {out} is there, and is no run" in refusal(world, "--out", out, "--steps", "2")
-    assert (mine / "llm/config.json").read_text() == "{}" and len([*mine.iterdir()]) == 1
-    (world[0] / "empty").mkdir()
-    run(world, "--out", "empty", "--steps", "2")
+    for out, says in (("mine", "holds llm and no run: name another folder"),
+                      ("file", "is a file; name a folder")):
+        assert refusal(world, "--out", out, "--steps", "2") == f"train.py: --out {out} {says}"
+    (world[0] / "mine").rename(world[0] / "both")
+    (world[0] / "both/llm").rename(world[0] / "both/unaligned")
+    (world[0] / "pair").mkdir()
+    (world[0] / "both").rename(world[0] / "pair/instruct")
+    both = world[0], without(world[1], "--stage")
+    assert "--out pair/instruct holds unaligned and no run" in refusal(both, "--out", "pair")
+    assert (world[0] / "pair/instruct/unaligned/config.json").read_text() == "{}"
+    assert not (world[0] / "pair/align").exists()
+    (world[0] / "noted").mkdir()
+    (world[0] / "noted/train.log").write_text("of tee")
+    run(world, "--out", "noted", "--steps", "2")
 
 
 def test_a_missing_folder_of_pictures_is_told_before_a_model_is_loaded(world, monkeypatch):
@@ -271,9 +281,17 @@ def test_a_vit_of_another_mean_is_another_vit(world, clip_folder, tmp_path):
         run(world, *how, "--out", "mean")
     (world[0] / "mean/config.json").unlink()
     shutil.rmtree(world[0] / "mean/checkpoint-0000006", ignore_errors=True)
-    (tmp_path / "vit/preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [9, 9, 9]}')
+    other = '{"image_mean": [0, 0, 0], "image_std": [9, 9, 9]}'
+    (tmp_path / "vit/preprocessor_config.json").write_text(other)
     assert "made with other weights; it is made anew" in run(world, *how, "--steps", "2", "--out", "anew")
     assert "saved with another vit" in refusal(world, *how, "--out", "mean", "--resume")
+
+
+def test_an_llm_of_another_rope_is_another_llm(llama_folder):
+    llm = LLM.from_pretrained(llama_folder)
+    before = checkpoint.fingerprint(llm)
+    llm.config.rope_theta *= 2
+    assert checkpoint.fingerprint(llm) != before == checkpoint.fingerprint(LLM.from_pretrained(llama_folder))
 
 
 def test_a_resumed_run_counts_no_tokens_again(world, monkeypatch):
@@ -315,8 +333,8 @@ def test_a_run_of_epochs_is_not_cut_short_by_steps(world):
     assert len(checkpoint.checkpoints(world[0] / "shorter")) == 2
 
 
-def test_a_signal_in_the_last_step_ends_the_command_behind_it(world, monkeypatch):
-    """The stage is done; what would follow does not begin."""
+def test_behind_a_signal_in_the_last_step_no_other_stage_begins(world, monkeypatch):
+    """The stage is done."""
     rate = train.learning_rate
 
     def last_rate(step, steps, config):
@@ -325,8 +343,10 @@ def test_a_signal_in_the_last_step_ends_the_command_behind_it(world, monkeypatch
         return rate(step, steps, config)
 
     monkeypatch.setattr(train, "learning_rate", last_rate)
-    assert "interrupted" in refusal(world, "--out", "last", "--steps", "4")
-    assert (world[0] / "last/config.json").exists()
+    assert "finished, in" in run(world, "--out", "alone", "--steps", "4")
+    assert (world[0] / "runs/last").read_text() == "alone"
+    assert "interrupted" in refusal((world[0], without(world[1], "--stage")), "--out", "last", "--steps", "4")
+    assert (world[0] / "last/align/config.json").exists() and not (world[0] / "last/instruct").exists()
 
 
 def test_what_another_rank_left_of_a_checkpoint_goes(world):
