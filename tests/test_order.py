@@ -216,7 +216,7 @@ def test_cut_and_empty_rows_are_told_before_the_first_step(capsys):
 
 
 @pytest.mark.parametrize("bad, message", [
-    (record("q", "a", "<image>\nq " + "r " * 300, "b", image="x"), "the image does not fit into 99 tokens"),
+    (record("q", "a " * 300, "<image>\nq", "b", image="x"), "the image does not fit into 99 tokens"),
     (record("\ud800", "a"), "'utf-8' codec can't encode"), (record("q", "\ud800"), "'utf-8' codec")])
 def test_bad_records_are_told_before_the_first_step(bad, message):
     samples = data.Conversations([TEXT, bad], "", llama2(False), "v1", TOWER, "pad")
@@ -319,7 +319,7 @@ def test_no_more_loader_processes_than_a_rank_has_cores(monkeypatch):
 def test_the_counts_are_kept_from_the_first_step_on(world, tmp_path):
     """A start that fails leaves OUT as it was: neither lengths of other records nor half a log."""
     out = tmp_path / "out"
-    options = ["--stage", "align", "--save_every", "2", "--out", out]
+    options = ["--stage", "align", "--save_every", "2", "--out", out, "--images", world[0] / "data/toy/images"]
     last = how_it_ends(train.main, world[0], *world[1], *options, "--llm", "none")
     assert "none: no such folder" in last and not out.exists()
     trained(world, *options)

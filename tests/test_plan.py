@@ -85,7 +85,7 @@ def test_what_cannot_fit_and_what_cannot_be_exported_is_said(capsys):
 
 @pytest.mark.parametrize("argv, words", [
     (["--gpus", "0"], "--gpus is 0"), (["--gpus", "3"], "does not divide into 3 ranks"),
-    (["--annotations", "x.json"], "one stage's list"), (["--val", "x.json"], "one stage's list"),
+    (["--annotations", "x.json"], "is of one stage: first"), (["--val", "x.json"], "is of one stage: first"),
     (["--stage", "align", "--annotations", "x.json"], "x.json: no such file; without --annotations")])
 def test_bad_options_end_in_one_line(argv, words, capsys):
     _, end = planned(capsys, "--preset", "small", *argv)
