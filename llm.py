@@ -95,7 +95,7 @@ def rope_frequencies(config: LLMConfig, device):
     """Radians that each pair of dimensions turns from one position to the next, (head_dim / 2,) in fp32:
     theta^(-2i / head_dim), so the first pairs turn fast and the last ones slowly.
 
-    Llama 3.1 slows some of them. It learned texts of `original_max_position_embeddings` tokens first, then longer ones. A pair that
+    Llama 3.1 learned texts of `original_max_position_embeddings` tokens first, then longer ones. A pair that
     turns fewer than `low_freq_factor` times in the first length would meet new angles in a longer text, so it
     is slowed by `factor`. One of more than `high_freq_factor` turns knows all and stays. Others are blended.
     """
