@@ -319,7 +319,8 @@ def test_no_more_loader_processes_than_a_rank_has_cores(monkeypatch):
 def test_the_counts_are_kept_from_the_first_step_on(world, tmp_path):
     """A start that fails leaves OUT as it was: neither lengths of other records nor half a log."""
     out = tmp_path / "out"
-    options = ["--stage", "align", "--save_every", "2", "--out", out, "--images", world[0] / "data/toy/images"]
+    images = world[0] / "data/toy/images"
+    options = ["--stage", "align", "--save_every", "2", "--out", out, "--images", images]
     last = how_it_ends(train.main, world[0], *world[1], *options, "--llm", "none")
     assert "none: no such folder" in last and not out.exists()
     trained(world, *options)
