@@ -70,6 +70,7 @@ RECIPES = {
     "first, own words": {"contrastive": "none", "words": "own"},
     "first, permuted words": {"contrastive": "none", "words": "permuted"},
     "first, random words": {"contrastive": "none", "words": "random"},
+    "first, prompt ratio 0.3": {"contrastive": "prompt", "contrastive_balance": 0.3, "words": "own"},
 }
 PAPERS = ("none", "patch", "prompt", "both")  # the papers' recipes; the others are ours
 WEIGHED = ("patch", "prompt", "both")  # recipes whose weight is tuned
