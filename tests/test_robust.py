@@ -128,7 +128,7 @@ ODD = [None, True, 0, -1, 1e400, 10**30, "", "x", "\ud800", "a\0b", [], [[]], {}
 
 def bad_records(folder, rng, images, tokenizer_folder):
     """One odd value somewhere in a record. `check` ends, keeps what is good and nothing else: what it keeps,
-    training reads, and what it lists, training refuses."""
+    training reads, and what it lists, training refuses or leaves out."""
     good = sorted(images.iterdir())[0].name
     for number, odd in enumerate(ODD * 4):
         bad = json.loads(json.dumps(record("<image>\nWhat color is it?", "a small red circle", image=good)))
@@ -142,8 +142,9 @@ def bad_records(folder, rng, images, tokenizer_folder):
         how, value = outcome(check, file, images, None, tokenizer_folder, "v1", 16, 200)
         clean = file.with_suffix(".clean.json")
         kept = len(json.loads(clean.read_text())) if clean.exists() else 2
-        trains = outcome(read_all, file, images, tokenizer_folder)[0]
-        is_right = how == "fine" and kept == 2 - value and (value == 0) == (trains == "fine")
+        trains, read = outcome(read_all, file, images, tokenizer_folder)
+        agrees = len(read["ids"]) == kept if trains == "fine" else value > 0
+        is_right = how == "fine" and kept == 2 - value and agrees
         yield how if trains in ("fine", "line") else trains, value, is_right
 
 

@@ -1215,11 +1215,12 @@ def test_a_run_that_fails_while_it_is_saved_is_no_run(linear_vlm, tmp_path, monk
     assert not (tmp_path / "config.json").exists()
 
 
-NO_IMAGE = r"record 'align-\d+': /nowhere/align-\d+.png: no such image"
+NO_IMAGE = r"record 'align-\d+': /align-\d+.png: no such image"
 BAD_INPUT = [
     (["--batch", "7", "--micro_batch", "2"], "batch of 7 does not divide"),
     (["--vit", "no/such-tower"], "no/such-tower"),
-    (["--images", "/nowhere"], NO_IMAGE),
+    (["--images", "/"], NO_IMAGE),
+    (["--images", "/nowhere"], "/nowhere: no such folder; --images names that of the pictures"),
     (["--data_fraction", "0"], "data_fraction is 0"),
     (["--steps", "-5"], "--steps is -5; it must be a number from 0 up"),
     (["--lr", "nan"], "--lr is nan"),
@@ -1437,7 +1438,7 @@ def test_dry_run_reads_and_writes_nothing(tmp_path):
 
 @pytest.mark.parametrize("args, message", [
     (["--annotations", "none.json"], "none.json: no such file"),
-    (["--images", "/nowhere", "--workers", "1"], NO_IMAGE)], ids=["in this process", "in a loader's"])
+    (["--images", "/", "--workers", "1"], NO_IMAGE)], ids=["in this process", "in a loader's"])
 def test_bad_input_ends_the_process_in_one_line(world, tmp_path, args, message):
     """The rest of bad input is tested above, in this process."""
     run = script(world, "--stage", "align", *args, "--out", tmp_path / "out", check=False)
