@@ -13,7 +13,7 @@ lab/score.py. OUT gets
     cells.jsonl     the scores of every run, one line each; a run whose line is there is not done again
     results.md      the tables; beside it results.json and a chart (lab/report.py)
     runs.log        what the runs printed
-    finished.json   which recipes and seeds are in the tables
+    finished.json   which recipes, seeds and parts of the data are in the tables
 
 If interrupted, the same command goes on; with more `--recipes` or `--seeds` it adds theirs. `--jobs`
 processes of one thread each share the work; the results do not depend on their number.
