@@ -256,8 +256,8 @@ def to_pieces(turns, form: Form, tokenizer, has_image: bool) -> list:
     pieces = []
     before = form.opening
     for number, (role, text) in enumerate(turns):
-        is_first = not any(IMAGE in said for said, _ in pieces)
-        text = as_text(text, tokenizer, has_image and is_first)
+        has_marker = has_image and not any(IMAGE in said for said, _ in pieces)  # the first that has one
+        text = as_text(text, tokenizer, has_marker)
         if role == "human":
             _, answer = turns[number + 1] if number + 1 < len(turns) else ("gpt", "")
             to_answer = form.to_thoughts if THOUGHTS_END in answer and form.to_thoughts else form.to_answer
@@ -506,8 +506,9 @@ def collate(samples, num_image_tokens: int, image_token_id: int, pad_id: int, im
     before_loss = has_loss.int().argmax(1) - 1  # (B,)
     batch["state_at"] = first_of_row + before_loss.clamp(min=0)
     if "text_ids" in samples[0]:
-        # A caption that is too long loses what follows its first token, and keeps the prompt behind it.
-        texts = [ids[:1] + ids[1:][1 - max_length :] for ids in (sample["text_ids"] for sample in samples)]
+        texts = [sample["text_ids"] for sample in samples]
+        # A row that is too long loses what follows its first token: the prompt stands at its end, and stays.
+        texts = [ids[:1] + ids[1:][1 - max_length :] for ids in texts]
         batch["text_ids"] = pad(texts, pad_id)  # (B, T')
         batch["text_mask"] = pad_mask(texts)  # (B, T')
         longest = batch["text_ids"].shape[1]
@@ -541,4 +542,3 @@ def marked_text(sample, tokenizer) -> str:
             is_inside = not is_inside
         text += IMAGE if token == IMAGE_MARKER else f" {tokenizer.decode([token])}"
     return text + ("]]" if is_inside else "")
-

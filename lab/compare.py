@@ -136,7 +136,7 @@ def compare(setting: Setting, jobs: int = 1) -> str:
     size, out = setting.size, setting.out
     open_cells(setting)
     asked = with_finished(setting)
-    recipes = list(dict.fromkeys(recipe for recipe, _, *_ in asked))
+    recipes = list(dict.fromkeys(recipe for recipe, *_ in asked))
     fractions = sorted({part for _, _, *parts in asked for part in parts})
     setting = setting._replace(size=size._replace(fractions=tuple(fractions)))
     keep_features(setting)

@@ -65,7 +65,8 @@ class Config:
                                         "this ratio to the captioning loss's, behind the projector; 0: off")
     contrastive_first: int = option(0, "steps of the patch loss alone, without the LLM, before all others")
     prompt: str = option("", f"before the caption, and the prompt loss's: {', '.join(PROMPTS)}, or "
-                         "'after the image | after the caption' (empty: none without that loss)")
+                         "'after the image | after the caption' (empty: none, but with that loss compress, "
+                         "of tiny describe)")
     epochs: float = option(1.0, "passes over the records", heading="the steps")
     steps: int = option(0, "steps with the captioning loss; 0: as many as the epochs need")
     batch: int = option(64, "samples in a step, over all ranks and micro-batches")

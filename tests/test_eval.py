@@ -306,6 +306,21 @@ def test_an_error_of_one_rank_is_heard_on_all(run, root, ranks):
     assert first == second and "question '200005': in base64: not a readable image" in first
 
 
+def loading(rank, world, root):
+    """What each rank says of a benchmark that only the first can load."""
+    folder = root / "GQA" if rank == 0 else root / "nowhere"
+    try:
+        evaluation.answer_bench(None, None, "v1", "gqa", folder)
+    except Exception as error:
+        return str(error)
+
+
+def test_a_benchmark_that_one_rank_cannot_load_ends_on_all(root, ranks):
+    """Otherwise the others would wait in it, while that rank is in the next one of --bench all."""
+    first, second = ranks(2, loading, root)
+    assert first == second and "nowhere" in first
+
+
 @pytest.fixture
 def llava_folder(clip_folder, llama_folder, tmp_path):
     """In transformers' format: its own chat template takes pictures where our marker would be lost, and its
