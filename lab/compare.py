@@ -309,9 +309,9 @@ def configured(setting: Setting, stage: str, options: dict):
 def keep_features(setting: Setting):
     """Make the file of features, before several processes want it."""
     device = start_ranks()
+    config = configured(setting, "align", {"steps": 1})
+    dtype = choose_dtype(device, config.dtype)
     with open(setting.out / "runs.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        config = configured(setting, "align", {"steps": 1})
-        dtype = choose_dtype(device, config.dtype)
         vit = ViT.from_pretrained(config.vit, config.feature_layer, dtype, device)
         features.load(config, order.load_samples(config, train.outline(config)), vit, device)
 

@@ -88,13 +88,30 @@ def keep_freed_memory():
 
 
 def choose_dtype(device, name: str = "") -> torch.dtype:
-    """The dtype called `name`. Without a name: fp32 on a CPU, bf16 on a GPU that has it, or fp16."""
+    """The dtype called `name`. Without a name: fp32 on a CPU, bf16 on a GPU that has it, or fp16. One line
+    says so if this CPU is slow in it."""
     if name:
-        return getattr(torch, name)
+        dtype = getattr(torch, name)
+        times = slowness(dtype) if device.type == "cpu" else 1
+        if times > 4:
+            say(f"{name} is slow on this processor: a product takes {times:.0f} times as long as in float32")
+        return dtype
     if device.type != "cuda":
         return torch.float32
     has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def slowness(dtype) -> float:
+    """The seconds of a product on the CPU, divided by those in fp32: some 70 of bfloat16 without AVX-512."""
+    seconds = {torch.float32: [], dtype: []}
+    for _ in range(3):
+        for kind, found in seconds.items():
+            x = torch.ones(256, 256, dtype=kind)
+            began = time.perf_counter()
+            x @ x
+            found.append(time.perf_counter() - began)
+    return min(seconds[dtype]) / min(seconds[torch.float32])
 
 
 def leave_ranks():

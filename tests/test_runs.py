@@ -23,7 +23,8 @@ import losses
 import train
 from lab import toy_world
 from llm import LLM
-from plumbing.ranks import caught_signals
+from plumbing import ranks as processes
+from plumbing.ranks import caught_signals, choose_dtype, slowness
 from projector import VLM
 from running import checkpoint, features, held_out, order, watch
 from running.options import Config, configure, parse_args
@@ -675,6 +676,20 @@ def test_a_contrastive_loss_that_is_zero_by_construction_is_told(capsys):
     line = {"step": 0, "generative": 2.0, "patch": 0.0, "tokens": 5, "ms": 1.0, "wait_ms": 0.0}
     watch.look(0, line, 100)
     assert "the patch loss is 0 by construction" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, times, is_told", [
+    ("bfloat16", 70, True), ("bfloat16", 2, False), ("", 70, False)])
+def test_a_dtype_that_this_processor_is_slow_in_is_told(monkeypatch, capsys, name, times, is_told):
+    monkeypatch.setattr(processes, "slowness", lambda dtype: times)
+    assert choose_dtype(torch.device("cpu"), name) == (torch.bfloat16 if name else torch.float32)
+    said = f"{name} is slow on this processor: a product takes 70 times"
+    assert (said in capsys.readouterr().out) == is_told
+
+
+def test_slowness_is_a_ratio():
+    assert slowness(torch.float32) == 1
+    assert slowness(torch.float64) > 1.2
 
 
 def timed_out_loader(batches):
