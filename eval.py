@@ -35,8 +35,7 @@ from plumbing.files import named, read_json, read_text, resolve_model
 from plumbing.ranks import choose_dtype, command, on_every_rank, rank, say, start_ranks, world_size
 from plumbing.tokenizer import check_vocabulary, load_tokenizer
 from projector import VLM
-from running import unfinished
-from running.checkpoint import fingerprint
+from running.checkpoint import fingerprint, latest
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -49,16 +48,12 @@ def load_run(folder, device, template=None) -> tuple:
     config["template"] is the form of the questions: `template`, or the one that the run was tuned with. A run
     that was only aligned takes the LLM's own chat template if its tokenizer has one, else Vicuna's.
     """
-    folder = resolve_model(folder)
-    found = unfinished.open_run(folder, device)
-    if found:
-        vlm, config = found
-    else:
-        file = folder / "config.json"
-        config = read_json(file)
-        with named(file):
-            dtype = choose_dtype(device, config.get("dtype") or "")
-        vlm = VLM.from_pretrained(folder, dtype, device)
+    folder = latest(resolve_model(folder))
+    file = folder / "config.json"
+    config = read_json(file)
+    with named(file):
+        dtype = choose_dtype(device, config.get("dtype") or "")
+    vlm = VLM.from_pretrained(folder, dtype, device)
     tokenizer = load_tokenizer(vlm.sources["llm"])
     check_vocabulary(tokenizer, vlm.llm.config.vocab_size)  # another LLM's would make nonsense, quietly
     own = vlm.template

@@ -1,5 +1,6 @@
 """A run on disk: a run that was stopped goes on as if it had not been, on any number of ranks.
 
+    OUT/checkpoint-STEP/             the model so far, a run directory like OUT itself
     OUT/checkpoint-STEP/rank-R.pt    step, options, masters and moments of rank R (without --shard: of rank 0)
     OUT/checkpoint-STEP/made_of.json fingerprints of records, tokenizer and towers
     OUT/log.jsonl                    a line a step
@@ -166,15 +167,19 @@ def checkpoints(out) -> list:
 
 
 def save(config, step: int, vlm, optimizer, terms, made_of: dict):
-    """Write OUT/checkpoint-STEP, complete or not at all. Keep the last two."""
+    """Write OUT/checkpoint-STEP, complete or not at all. Keep the last two.
+
+    It is a run directory, with what the ranks go on from beside it: eval.py and --init open it.
+    """
     final = Path(config.out) / f"checkpoint-{step:07d}"
     partial = final.with_suffix(".partial")
     if rank() == 0:
         partial.mkdir(parents=True)  # open_run has removed what a run that was stopped here left
     barrier()
+    if rank() == 0:
+        vlm.save(partial, asdict(config) | {"step": step}, config.stage == "instruct")
     state = {"step": step, "ranks": world_size(), "config": asdict(config)}
     state["squares"] = {name: term.squares for name, term in terms.items()}
-    state["learns"] = describe_buckets(vlm, optimizer)
     if config.shard or rank() == 0:
         state["optimizer"] = optimizer.state_dict()
     with whole(partial / f"rank-{rank()}.pt") as building, open(building, "wb") as file:
@@ -188,16 +193,6 @@ def save(config, step: int, vlm, optimizer, terms, made_of: dict):
         for old in checkpoints(config.out)[:-2]:
             shutil.rmtree(old)
     barrier()
-
-
-def describe_buckets(vlm, optimizer) -> list:
-    """[(name, shape, dtype)] of each bucket's parameters, for unfinished.py. What is no part of the model, a
-    loss's temperature, has the name ""."""
-    names = {p: name for name, p in vlm.named_parameters()}
-    described = []
-    for bucket in optimizer.buckets:
-        described.append([(names.get(p, ""), p.shape, p.dtype) for p in bucket.parameters])
-    return described
 
 
 def sync_folder(folder):
@@ -215,11 +210,24 @@ def refuse_changes(saved: dict, now: dict, where):
             raise ValueError(f"{where}: saved with {name} {saved.get(name)!r}, resumed with {now[name]!r}")
 
 
-def refuse_unfinished(run):
-    """ValueError for the folder of a run that is not finished."""
-    run = Path(run)
-    if (run / "log.jsonl").exists() and not (run / "config.json").exists():
-        raise ValueError(f"{run}: this run is not finished; with train.py, {GO_ON}")
+def is_unfinished(run) -> bool:
+    return (Path(run) / "log.jsonl").exists() and not (Path(run) / "config.json").exists()
+
+
+def latest(run: Path) -> Path:
+    """Where the model of a run is: the folder itself or, of a run that is not finished, its last checkpoint.
+    Rank 0 looks, because the run may be going on. ValueError if there is no checkpoint yet."""
+    def look():
+        if rank() > 0 or not is_unfinished(run):
+            return run
+        found = checkpoints(run)
+        if not found:
+            raise ValueError(f"{run}: not finished, and without a checkpoint so far; train.py writes one "
+                             "every --save_every steps")
+        say(f"{run} is not finished: this is the model of its {found[-1].name}; with train.py, {GO_ON}")
+        return found[-1]
+
+    return on_every_rank(look)[0]
 
 
 def is_finished(config) -> bool:
@@ -288,10 +296,7 @@ def allow_more_steps(saved: dict, now: dict, where) -> dict:
 
 def read_state(folder: Path, number: int) -> dict:
     """What rank `number` saved. Tensors stay on disk until they are used."""
-    state = torch.load(folder / f"rank-{number}.pt", map_location="cpu", weights_only=True, mmap=True)
-    if "learns" not in state:
-        raise ValueError(f"{folder}: saved by an older version of this program, which has to go on with it")
-    return state
+    return torch.load(folder / f"rank-{number}.pt", map_location="cpu", weights_only=True, mmap=True)
 
 
 def check_sums(folder: Path, files: int):

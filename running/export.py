@@ -10,18 +10,17 @@ from plumbing.files import resolve_model
 from plumbing.llava import describe, find_projector, read_projector
 from plumbing.ranks import command
 from projector import VLM
-from running.checkpoint import refuse_unfinished
+from running.checkpoint import latest
 
 
 def export(run, folder):
     """Export a run, or any model that VLM.from_pretrained opens, to a folder that is new or empty."""
     folder = Path(folder)
-    source = resolve_model(run)
-    refuse_unfinished(source)
+    run = latest(resolve_model(run))
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not empty; nothing is written over what is there")
     describe(run)  # tells what is wrong with a folder of something else
-    _, trained = next(read_projector(find_projector(source)))
+    _, trained = next(read_projector(find_projector(run)))
     vlm = VLM.from_pretrained(run, trained.dtype)
     vlm.export(folder)
     size = sum(file.stat().st_size for file in folder.iterdir())
@@ -31,7 +30,7 @@ def export(run, folder):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m running.export", description=__doc__.split("\n")[0])
-    parser.add_argument("run", help="a finished run, or another model that opens (folder or Hub id)")
+    parser.add_argument("run", help="a run, or another model that opens (folder or Hub id)")
     parser.add_argument("folder", help="new or empty")
     with command("running.export"):
         export(**vars(parser.parse_args(argv)))

@@ -163,8 +163,9 @@ def disk_sum(config, vlm, dtype, steps: int) -> dict:
     copies = 0
     if config.save_every and not config.resume:
         copies = min(3, (steps - 1) // config.save_every)
-    learning = count_weights(vlm, only_learning=True) / GIB
-    return {"the run": learning * dtype.itemsize, f"{copies} checkpoints": learning * 12 * copies}
+    weights = count_weights(vlm, only_learning=True) * dtype.itemsize / GIB
+    states = count_weights(vlm, only_learning=True) * 12 / GIB
+    return {"the run": weights, f"{copies} checkpoints": copies * (weights + states)}
 
 
 def check_disk(config, vlm, dtype, steps: int):

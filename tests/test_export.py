@@ -27,8 +27,8 @@ def test_a_run_is_exported_in_its_own_dtype(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda run, out: (run / "config.json").rename(run / "log.jsonl"), 
-     "run: this run is not finished; with train.py, the same command and --resume go on with it"),
+    (lambda run, out: (run / "config.json").rename(run / "log.jsonl"),
+     "run: not finished, and without a checkpoint so far"),
     (lambda run, out: (out / "x").mkdir(parents=True), "out: not empty; nothing is written over"),
     (lambda run, out: shutil.rmtree(run) or run.mkdir(), "run/config.json: no such file"),
     (lambda run, out: shutil.rmtree(run), "run: no such folder, and the Hub does not give it")])

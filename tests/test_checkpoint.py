@@ -9,7 +9,7 @@ import torch
 import eval as evaluation
 import train
 from projector import VLM
-from running import checkpoint, options, unfinished
+from running import checkpoint, options
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def test_eval_has_the_weights_that_training_had(ranks, align_run, clip_folder, l
     given |= {"init": str(align_run)} if stage == "instruct" else towers
     trained = ranks(2, stop_in_the_middle, given)[0] if world == 2 else stop_in_the_middle(0, 1, given)
     capsys.readouterr()
-    monkeypatch.setattr(unfinished, "choose_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(evaluation, "choose_dtype", lambda *_: torch.float32)
     vlm, _, config = evaluation.load_run(tmp_path / "run", CPU)
     found = dict(vlm.named_parameters())
     assert list(found) == list(trained)
@@ -63,37 +63,32 @@ def test_eval_has_the_weights_that_training_had(ranks, align_run, clip_folder, l
         assert torch.equal(mine, p.to(mine.dtype)), name
     assert not vlm.training and not any(p.requires_grad for p in found.values())
     assert config["step"] == 2 and config["template"] == "v1" and vlm.projector_kind == config["projector"]
-    what = "projector is that" if stage == "align" else "projector and LLM are those"
-    steps = 40 * {"align": 12, "instruct": 4}[stage] // 8
     said = capsys.readouterr().out
-    assert said == (f"{tmp_path / 'run'} is not finished: its {what} of step 2 of {steps}; with train.py, "
-                    f"{checkpoint.GO_ON}\n")
+    assert said == (f"{tmp_path / 'run'} is not finished: this is the model of its checkpoint-0000002; with "
+                    f"train.py, {checkpoint.GO_ON}\n")
     argv = ["--bench", "scienceqa", "--data", str(toy / "ScienceQA"), "--limit", "2", "--out", str(tmp_path)]
     evaluation.main([*argv, "--ckpt", str(tmp_path / "run/checkpoint-0000002")])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 2
+    begun = options.configure("instruct", {"preset": "tiny", "init": str(tmp_path / "run/checkpoint-0000002")})
+    assert begun.projector == vlm.projector_kind and begun.llm == vlm.sources["llm"]
 
 
-def test_what_is_no_unfinished_run_and_what_has_no_checkpoint(align_run, tmp_path):
+def test_where_the_model_of_a_run_is(align_run, tmp_path):
     """A finished run is read from its own files, whatever checkpoints lie there."""
-    finished = shutil.copytree(align_run, tmp_path / "finished")
-    (finished / "log.jsonl").touch()
-    (finished / "checkpoint-0000002").mkdir()
-    assert unfinished.last_checkpoint(finished) is None and unfinished.last_checkpoint(tmp_path) is None
-    (finished / "config.json").unlink()
-    (finished / "checkpoint-0000010").mkdir()
-    (finished / "checkpoint-0000012.partial").mkdir()
-    last = unfinished.last_checkpoint(finished)
-    assert last == finished / "checkpoint-0000010"
-    torch.save({"step": 10, "ranks": 1, "config": {}}, last / "rank-0.pt")
-    with pytest.raises(ValueError, match="^.*/checkpoint-0000010: saved by an older version of this program"):
-        evaluation.load_run(finished, CPU)
-    (last / "rank-0.pt").write_text("cut short")
-    with pytest.raises(ValueError, match="^.*/checkpoint-0000010: cannot be read: "):
-        evaluation.load_run(finished, CPU)
-    with pytest.raises(ValueError, match=f"^{finished}: this run is not finished; .*{checkpoint.GO_ON}$"):
-        options.configure("instruct", {"preset": "tiny", "init": str(finished)})
-    assert unfinished.last_checkpoint(last) == last
-    for folder in finished.glob("checkpoint-*"):
+    run = shutil.copytree(align_run, tmp_path / "run")
+    (run / "log.jsonl").touch()
+    (run / "checkpoint-0000002").mkdir()
+    assert checkpoint.latest(run) == run and checkpoint.latest(tmp_path) == tmp_path
+    (run / "config.json").unlink()
+    (run / "checkpoint-0000010").mkdir()
+    (run / "checkpoint-0000012.partial").mkdir()
+    last = run / "checkpoint-0000010"
+    assert checkpoint.latest(run) == last and checkpoint.latest(last) == last
+    with pytest.raises(ValueError, match=f"^{run}: not finished; name a checkpoint .*{checkpoint.GO_ON}$"):
+        options.configure("instruct", {"preset": "tiny", "init": str(run)})
+    with pytest.raises(FileNotFoundError, match="checkpoint-0000010/config.json"):
+        evaluation.load_run(run, CPU)
+    for folder in run.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    with pytest.raises(SystemExit, match="^eval.py: .*finished: not finished, and without a checkpoint so"):
-        evaluation.main(["--bench", "pope", "--ckpt", str(finished)])
+    with pytest.raises(SystemExit, match="^eval.py: .*run: not finished, and without a checkpoint so"):
+        evaluation.main(["--bench", "pope", "--ckpt", str(run)])
