@@ -6,7 +6,7 @@
 
 A Llama decoder (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288). GPT-2 has LayerNorm, learned
 positions, a plain MLP and biases. Llama has RMSNorm, rotary positions (RoPE), a gated MLP (SwiGLU) and no
-biases. Its larger models have fewer key-value heads than query heads (grouped-query attention, GQA). Vicuna,
+biases. Later ones have fewer key-value heads than query heads (grouped-query attention, GQA). Vicuna,
 TinyLlama, SmolLM2 and Mistral are Llamas of other sizes. FAMILIES lists what Qwen changes, `rope_frequencies`
 does what Llama 3 changes.
 

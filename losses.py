@@ -7,6 +7,8 @@ resemble the *input embeddings* of its caption's tokens more than those of other
     s_ij  = mean over the tokens t of caption j of cos(v_i, e_jt)
     L_con = - 1/(2B) sum_i [ log softmax_j(scale * s_ij)[j = i] + log softmax_j(scale * s_ji)[j = i] ]
 
+over the B images and captions of all ranks.
+
 The paper states: adapter output against the LLM's embedding layer, pooled patches, averaged similarities, a
 batch loss as in CLIP, a plain sum with the captioning loss. Ours: mean pooling, a learnable temperature.
 
@@ -109,11 +111,10 @@ def pool_caption(embeds, mask):
     return total / filled.sum(1).clamp(min=1)  # (B, C)
 
 
-def vectors(name, vlm, micro_batches, leaves, states) -> tuple:
+def vectors(name, vlm, micro_batches, patches, states) -> tuple:
     """Image and text vectors, each (B, C), of one contrastive loss over all micro-batches of this rank.
 
-    leaves: the projected patches (I, N, C) of each micro-batch, detached, so that gradients stop there
-    (leaves of autograd's graph, see train_step). states: what `caption_pass` returned of each micro-batch.
+    patches: projected, (I, N, C) of each micro-batch. states: (B, C) of each, as from `caption_pass`.
     """
     for m in micro_batches:
         if len(m["image_at"]) < len(m["ids"]) * vlm.num_image_tokens:
@@ -121,9 +122,9 @@ def vectors(name, vlm, micro_batches, leaves, states) -> tuple:
     image = []
     text = []
     if name == "patch":  # no LLM, only its embedding table
-        for m, leaf in zip(micro_batches, leaves):
+        for m, projected in zip(micro_batches, patches):
             words = vlm.llm.embed(m["caption_ids"])  # (B, T, C)
-            image.append(pool_patches(leaf))
+            image.append(pool_patches(projected))
             text.append(pool_caption(words, m["caption_mask"]))
     else:  # "prompt": one text-only pass of the LLM
         for m, state in zip(micro_batches, states):
@@ -225,7 +226,7 @@ class ContrastiveTerm(nn.Module):
         # Moving averages of two squared norms: of captioning's gradient, of our own. Checkpoints keep them.
         self.squares = [0.0, 0.0]
 
-    def forward(self):
+    def scale(self):
         return self.log_scale.exp()
 
     @torch.no_grad()
@@ -257,7 +258,7 @@ def clamp_scales(terms) -> dict:
         term.clamp_()
     if not len(terms):
         return {}
-    scales = torch.stack([term() for term in terms.values()]).tolist()  # a GPU is waited for once
+    scales = torch.stack([term.scale() for term in terms.values()]).tolist()  # a GPU is waited for once
     return {f"{name}_scale": scale for name, scale in zip(terms, scales)}
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import SYSTEM, v1
+from data import IMAGE_MARKER, SYSTEM, v1
 from llm import FAMILIES, LLM
 from plumbing import clip, llama, llava
 from plumbing.files import TOKENIZER_FILES, copy_files, named, resolve
@@ -30,14 +30,14 @@ from plumbing.weights import load_strictly, write_weights
 from vit import ViT
 
 # The placeholder's id is LLaVA's number. It is no row of the embedding table, so no vocabulary has to grow.
-IMAGE_TOKEN_ID = -200
+IMAGE_TOKEN_ID = IMAGE_MARKER
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Projectors: (B, P, D) -> (B, N, C)
 
 class PixelShuffle(nn.Module):
-    """Join each 2 x 2 square of patches into one token, by an MLP of the four side by side: N = P / 4."""
+    """Join each 2 x 2 square of patches into one token (torch: unshuffle), by an MLP of all 4: N = P / 4."""
 
     def __init__(self, D: int, C: int):
         super().__init__()

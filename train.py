@@ -509,7 +509,7 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     at_log_scale = {}
     for name in terms if with_llm else ["patch"]:
         image, text = losses.vectors(name, vlm, micro_batches, leaves, states)  # each (B, C)
-        loss, shares[f"{name}_retrieval"] = losses.contrastive_loss(image, text, terms[name](), keys)
+        loss, shares[f"{name}_retrieval"] = losses.contrastive_loss(image, text, terms[name].scale(), keys)
         shares[name] = loss.detach()
         inputs = [*(states if name == "prompt" else leaves), terms[name].log_scale]
         *at_cut[name], at_log_scale[name] = torch.autograd.grad(optimizer.loss_scale * loss, inputs)
@@ -557,11 +557,11 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 
 def train_stage(config: Config, device):
     """Run align or instruct, from the files on disk to the run directory `config.out`. Returns whether a
-    signal came in its last step: nothing should follow then."""
+    signal came in its last step: then `run_all` begins no other stage."""
     checkpoint.agree_on_options(config)
     if config.resume and checkpoint.is_finished(config):
         say(f"{config.out}: this run is finished; nothing is left to do")
-        return
+        return False
     options.ensure_data(config)
     began = time.time()
     dtype = choose_dtype(device, config.dtype)

@@ -5,16 +5,17 @@
 
 A ViT cuts the image into square patches and maps each to a vector. Then come blocks of attention, by which
 patches exchange information, and of an MLP, which works on each patch alone. One class serves CLIP (Radford
-et al. 2021, arXiv 2103.00020), SigLIP and SigLIP 2 (2303.15343) and DINOv2 (Oquab et al. 2023, 2304.07193).
-The table FAMILIES lists their differences. A wrong column makes loading fail. A wrong mean or std does not,
-and gives garbage features.
+et al. 2021, arXiv 2103.00020), SigLIP (2303.15343), SigLIP 2 (2502.14786) and DINOv2 (2304.07193). The table
+FAMILIES lists their differences. A wrong column makes loading fail. A wrong mean or std does not, and gives
+garbage features.
 
 LLaVA reads the output of the last block but one (`feature_layer=-2`), without final LayerNorm and class
 token. CLIP's training reads that token alone, so its last block need not describe the patches any more.
 
-Letters, here and in every other file: B batch, P patches, N image tokens (what a projector makes of the
-patches: often as many), T text tokens, S sequence, D ViT width, C LLM width, H heads, V vocabulary, W ranks,
-I images of a batch. In (B, 3, H, W) H and W are height and width.
+Letters, here and in every other file: B batch, P patches, L tokens in the ViT (a class token comes first), N
+image tokens (what a projector makes of the patches: often as many), T text tokens, S sequence, D ViT width,
+C LLM width, H heads, V vocabulary, W ranks, I images of a batch. In (B, 3, H, W) H and W are height and
+width.
 
 Module names are those of CLIP's and SigLIP's Hugging Face checkpoints, which plumbing/clip.py reads.
 Read next: llm.py (the language tower).

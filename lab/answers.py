@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 from benchmarks.questions import LETTER_ANSWER, SHORT_ANSWER
-from lab import errors_in_one_line, parser_of
+from lab import parser_of
 from plumbing.files import read_json
+from plumbing.ranks import command
 
 COLUMNS, ROWS = 4, 2
 SIDE, HEIGHT, LINE = 250, 110, 15  # pixels: a cell's side, the height of a picture and of a line of text
@@ -48,7 +49,7 @@ def main(argv=None):
     parser.add_argument("bench", help="the benchmark, such as scienceqa")
     args = parser.parse_args(argv)
     file = args.run / f"{args.bench}.png"
-    with errors_in_one_line("lab.answers"):
+    with command("lab.answers"):
         predictions = read_json(args.run / f"{args.bench}.json")["predictions"]
         if not any(prediction["image"] for prediction in predictions):
             raise ValueError(f"{args.run}: no question of {args.bench} has a picture")

@@ -31,7 +31,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -43,10 +42,10 @@ import torch
 from tqdm import tqdm
 
 import train
-from lab import errors_in_one_line, parser_of, score, tables, toy_world
+from lab import parser_of, score, tables, toy_world
 from lab.report import report
 from plumbing.files import read_json, resolve_model, write_json
-from plumbing.ranks import choose_dtype, start_ranks
+from plumbing.ranks import choose_dtype, command, start_ranks
 from running import features, options as run_options, order
 from running.records import read_records
 from vit import ViT
@@ -442,12 +441,9 @@ def main():
     given_fractions = size.fractions if ours.fractions is None else tuple(ours.fractions)
     size = size._replace(recipes=ours.recipes or size.recipes, seeds=ours.seeds or size.seeds,
                          fractions=given_fractions)
-    with errors_in_one_line("lab.compare"):
+    with command("lab.compare", "interrupted; the same command goes on from here"):
         setting = prepare(ours, given)
-        try:
-            print(compare(setting._replace(size=size), ours.jobs))
-        except KeyboardInterrupt:
-            sys.exit("lab.compare: interrupted; the same command goes on from here")
+        print(compare(setting._replace(size=size), ours.jobs))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@ from PIL import Image
 
 from benchmarks.questions import SHORT_ANSWER
 from data import IMAGE
-from lab import errors_in_one_line, parser_of
+from lab import parser_of
 from lab.toy_world import (SCIENCEQA, is_complete, problem_entry, turn_pair, write_json, write_reworded,
                            write_whole)
 from plumbing.clip import write_preprocessor_config
 from plumbing.files import named, read_json
+from plumbing.ranks import command
 from plumbing.weights import write_weights
 from vit import load_vit_config
 
@@ -500,7 +501,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of its splits, wordings and questions")
     parser.add_argument("--towers_only", action="store_true", help="write its towers, and no world")
     args = parser.parse_args()
-    with errors_in_one_line("lab.emoji_world"):
+    with command("lab.emoji_world"):
         if args.towers_only:
             write_towers(args.folder)
             print(f"--vit {args.folder}/dinov2-small --llm {args.folder}/smollm2")

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lab import compare, errors_in_one_line, parser_of
+from lab import compare, parser_of
 from lab.report import as_text, interval, p_value, table
+from plumbing.ranks import command
 from running.chart import GREY, Panel, dot, frame, line, save, sheet, style, ticks, write
 
 RECIPES = {"none": "captioning alone", "first, own words": "contrast first, then captioning"}
@@ -147,7 +148,7 @@ def main(argv=None):
     curves = SIZES[args.size]
     curves = curves._replace(steps=tuple(sorted(set(args.steps or curves.steps))))
     args.out, args.world, args.fractions = args.out or Path("runs", args.size), Path("data", curves.world), ()
-    with errors_in_one_line("lab.exposure"):
+    with command("lab.exposure"):
         if min(curves.steps) < 1:
             raise ValueError("--steps must be at least 1")
         setting = compare.prepare(args, {})

@@ -14,7 +14,8 @@ from torch import nn
 
 import data
 import losses
-from lab import errors_in_one_line, parser_of
+from lab import parser_of
+from plumbing.ranks import command
 from projector import VLM
 from running import options, order
 from train import learning_rate
@@ -69,7 +70,7 @@ def align(config):
 
 def main(argv=None):
     parser_of("lab.first_step", __doc__).parse_args(argv)
-    with errors_in_one_line("lab.first_step"):
+    with command("lab.first_step"):
         config = options.configure("align", {"preset": "tiny", "steps": 120})
         options.ensure_data(config)
         align(config)

@@ -20,10 +20,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from lab import errors_in_one_line, parser_of
+from lab import parser_of
 from lab.emoji_world import FILES, PIXELS, check_pip, write_files, write_towers
 from lab.toy_world import is_complete, write_whole
 from plumbing.files import read_json, read_text
+from plumbing.ranks import command
 
 PACKAGE, VERSION = "@phosphor-icons/core", "2.1.1"
 STYLES = ("thin", "bold", "fill", "duotone")  # of six; the other two are like "bold" and "thin"
@@ -91,7 +92,7 @@ def main():
     parser.add_argument("--packages", type=Path, default="node_modules", help="the folder npm installed to")
     parser.add_argument("--seed", type=int, default=0, help="of its splits, wordings and questions")
     args = parser.parse_args()
-    with errors_in_one_line("lab.icon_world"):
+    with command("lab.icon_world"):
         if is_complete(args.folder, FILES):
             print(f"{args.folder} holds a complete world already, which stays as it is")
         write_world(args.folder, args.packages, args.seed)

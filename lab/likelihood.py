@@ -22,9 +22,10 @@ from benchmarks import scienceqa
 from benchmarks.likelihood import to_read
 from benchmarks.questions import closed
 from benchmarks.score import percent
-from lab import errors_in_one_line, parser_of
+from lab import parser_of
 from llm import KVCache
 from plumbing.files import read_json
+from plumbing.ranks import command
 
 
 def load_problems(folder, split: str) -> list:
@@ -108,7 +109,7 @@ def main(argv=None):
     parser.add_argument("--data", required=True, help="a folder in ScienceQA's layout")
     parser.add_argument("--split", default="test", help="of pid_splits.json")
     args = parser.parse_args(argv)
-    with errors_in_one_line("lab.likelihood"):
+    with command("lab.likelihood"):
         for run in args.runs:
             print(json.dumps(score_run(run, args.data, args.split)))
 

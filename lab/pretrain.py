@@ -65,8 +65,8 @@ def pretrain_vit(folder: Path, seed: int, sees_text: bool = True, steps: int = 1
     vit = ViT(TINY_VIT, feature_layer=-1)
     word_vectors = nn.EmbeddingBag(len(tokenizer), 96)
     to_image = nn.Linear(96, 96)
-    scale = losses.ContrastiveTerm()
-    parts = nn.ModuleList([vit, to_image, scale])
+    term = losses.ContrastiveTerm()
+    parts = nn.ModuleList([vit, to_image, term])
     if sees_text:
         parts.append(word_vectors)
 
@@ -83,10 +83,10 @@ def pretrain_vit(folder: Path, seed: int, sees_text: bool = True, steps: int = 1
         keys = torch.tensor(numbers)[:, None]  # (B, 1): a scene is not its own negative
         image = image_vectors(chosen)
         other = caption_means(chosen, tokenizer, word_vectors) if sees_text else image_vectors(chosen)
-        loss, _ = losses.contrastive_loss(image, other, scale(), keys)
+        loss, _ = losses.contrastive_loss(image, other, term.scale(), keys)
         loss.backward()
         optimizer.step(learning_rate(step, steps, config))
-        scale.clamp_()
+        term.clamp_()
         bar.set_postfix(loss=f"{loss.item():.3f}")
     vit.half().save_pretrained(folder)
 

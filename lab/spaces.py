@@ -23,8 +23,9 @@ import data
 import eval as evaluation
 import losses
 from benchmarks.score import percent
-from lab import errors_in_one_line, parser_of
+from lab import parser_of
 from plumbing.files import named, resolve_model, whole
+from plumbing.ranks import command
 from running.chart import GREY, ZOOM, save, sheet, write
 from running.records import read_records
 
@@ -141,9 +142,9 @@ def score_prompt(vlm, tokenizer, records: list, images, prompts: tuple) -> dict:
     return {name: round(value.item(), 3) for name, value in scores.items()}
 
 
-def measure(command: str, ckpt, file, images, device) -> dict:
-    """What a command finds out about a run directory on a LLaVA JSON of captions. Also writes
-    RUN/COMMAND.json."""
+def measure(what: str, ckpt, file, images, device) -> dict:
+    """"retrieval", "gap" or "prompts" of a run directory on a LLaVA JSON of captions. Also writes
+    RUN/WHAT.json."""
     vlm, tokenizer, config = evaluation.load_run(ckpt, device)
     benchmarks = Path(config.get("benchmarks") or "")
     file = file or benchmarks / "captions.json"
@@ -151,18 +152,18 @@ def measure(command: str, ckpt, file, images, device) -> dict:
     images = images or benchmarks / "images"
     with named(file):
         image, text, keys, tokens = caption_vectors(vlm, tokenizer, records, images)
-    result = {"ckpt": str(ckpt), "measure": command, "pairs": len(keys)}
-    if command == "prompts":
+    result = {"ckpt": str(ckpt), "measure": what, "pairs": len(keys)}
+    if what == "prompts":
         for name, prompts in data.PROMPTS.items():
             words = tokenizer(" ".join(prompts), add_special_tokens=False).input_ids
             if tokenizer.unk_token_id not in words:  # the tiny LLM does not know every word
                 result[name] = score_prompt(vlm, tokenizer, records, images, prompts)
-    elif command == "retrieval":
+    elif what == "retrieval":
         result["distinct_captions"] = len(keys.unique())
         result |= score_retrieval(image, text, keys)
     else:
         result |= score_gap(image, text, tokens)
-    with whole(Path(ckpt) / f"{command}.json") as building:
+    with whole(Path(ckpt) / f"{what}.json") as building:
         building.write_text(json.dumps(result, indent=1))
     return result
 
@@ -254,22 +255,22 @@ def parse_args(argv=None):
     retrieval = commands.add_parser("retrieval", help="R@1 and R@5 of pictures against captions, both ways")
     gap = commands.add_parser("gap", help="distance of the centroids, cosine of pairs, norms, TACS")
     prompts = commands.add_parser("prompts", help="the prompted loss behind each prompt")
-    for command in (retrieval, gap, prompts):
-        command.add_argument("--data", help="LLaVA JSON of captions (default: that of the run's benchmarks)")
-        command.add_argument("--images", help="the folder of its pictures (default: likewise)")
+    for measured in (retrieval, gap, prompts):
+        measured.add_argument("--data", help="LLaVA JSON of captions (default: that of the run's benchmarks)")
+        measured.add_argument("--images", help="the folder of its pictures (default: likewise)")
     heatmap = commands.add_parser("heatmap", help="a row for each run, a column for each token")
     heatmap.add_argument("image")
     heatmap.add_argument("text")
     heatmap.add_argument("--out", help="the PNG to write (default: heatmap.png in the first run)")
-    for command in (retrieval, gap, prompts, heatmap):
-        command.add_argument("--ckpt", nargs="+", help="run directories (default: the last run)")
+    for each in (retrieval, gap, prompts, heatmap):
+        each.add_argument("--ckpt", nargs="+", help="run directories (default: the last run)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with errors_in_one_line("lab.spaces"):
+    with command("lab.spaces"):
         if args.ckpt:
             runs = [resolve_model(run) for run in args.ckpt]
         else:

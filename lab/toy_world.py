@@ -23,8 +23,9 @@ from PIL import Image, ImageDraw
 from benchmarks.questions import LETTER_ANSWER, LETTERS, SHORT_ANSWER
 from benchmarks.scienceqa import to_prompt
 from data import IMAGE, SYSTEM
-from lab import errors_in_one_line, parser_of
+from lab import parser_of
 from plumbing.files import read_json
+from plumbing.ranks import command
 
 IMAGE_SIZE = 48  # pixels a side
 VOCABULARY = 86  # tokens of `write_tokenizer`, special ones included
@@ -426,7 +427,7 @@ def main():
     args = parser.parse_args()
     if is_complete(args.folder, FILES):
         print(f"{args.folder} holds a complete toy world already, which stays as it is")
-    with errors_in_one_line("lab.toy_world"):
+    with command("lab.toy_world"):
         write_world(args.folder, args.seed)
 
 

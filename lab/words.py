@@ -18,7 +18,8 @@ import torch.nn.functional as F
 import data
 import eval as evaluation
 import losses
-from lab import errors_in_one_line, parser_of, toy_world
+from lab import parser_of, toy_world
+from plumbing.ranks import command
 
 
 def shape_patches(picture, scene: dict, patch_size: int):
@@ -69,7 +70,7 @@ def lead_of_right_words(run) -> dict:
 def main():
     parser = parser_of("lab.words", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of an align or instruct run")
-    with errors_in_one_line("lab.words"):
+    with command("lab.words"):
         for run in parser.parse_args().runs:
             print(json.dumps({"run": run} | lead_of_right_words(run)), flush=True)
 

@@ -8,10 +8,10 @@ import itertools
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 
 from plumbing.files import named, read_json, read_text
+from plumbing.ranks import command
 from running import chart
 
 PANELS = {  # key of the log: its unit
@@ -205,11 +205,9 @@ def main():
     args = parser.parse_args()
     folder = Path(args.runs[0]) if len(args.runs) == 1 else Path()
     file = args.out or folder / "curves.png"
-    try:
+    with command("running.curves"):
         draw(args.runs, file)
-    except (OSError, ValueError) as error:
-        sys.exit(f"running.curves: {error}")
-    print(f"wrote {file}")
+        print(f"wrote {file}")
 
 
 if __name__ == "__main__":

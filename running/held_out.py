@@ -106,7 +106,7 @@ def measure(config, vlm, terms, held, step: int, steps: int, signals) -> dict:
             keys = torch.cat([m["keys"] for m in micro_batches])  # (B, 2)
             everyones = on_every_rank(lambda: (image.cpu(), text.cpu(), keys.cpu()))
             gathered = [torch.cat(parts) for parts in zip(*everyones)]  # of the whole batch
-            compared[name].append(compare(*gathered, terms[name]().cpu()))
+            compared[name].append(compare(*gathered, terms[name].scale().cpu()))
     nats, tokens = sum_over_ranks([nats, tokens], device).tolist()
     line = {"val_generative": nats / max(1, tokens)}
     for name, pairs in compared.items():

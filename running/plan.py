@@ -3,7 +3,7 @@
     python -m running.plan --preset 7b --gpus 8 --memory 80
 
 plans for GPUs that are not here, with every option of train.py and neither weights nor data: the towers of
-the presets are known by their shapes, and a list of theirs that is missing by LLaVA's count. The largest
+the presets are known by their shapes, and a list of theirs that is missing by its count. The largest
 micro-batch is one of typical samples; a run's own plan knows its records, and so its longest rows.
 """
 
@@ -26,8 +26,11 @@ from running.order import count_steps, deal, largest_micro_batch, split_batch, s
 from running.records import parse_records
 
 RECORDS = {  # of the presets' lists
-    "LLaVA's": {"align": 558128, "instruct": 665298},
-    "the toy world's": {"align": 4000, "instruct": 2000},
+    "blip_laion_cc_sbu_558k.json": (558128, "LLaVA's"),
+    "llava_v1_5_mix665k.json": (665298, "LLaVA's"),
+    "llava_next.json": (779000, "LLaVA-NeXT's"),  # to the thousand
+    "align.json": (4000, "the toy world's"),
+    "instruct.json": (2000, "the toy world's"),
 }
 
 
@@ -209,8 +212,7 @@ def count_records(config) -> tuple:
     counted = on_every_rank(count)[0]
     if counted is not None:
         return counted, ""
-    whose = "the toy world's" if config.preset == "tiny" else "LLaVA's"
-    return RECORDS[whose][config.stage], whose
+    return RECORDS[file.name]
 
 
 def typical_step(config, vlm, world: int, text: int = 0) -> tuple:
@@ -236,7 +238,7 @@ def plan_stage(config, world: int, has: float) -> bool:
         say(str(error).replace("; ", "\n    "))
     print_passes(config, records, steps)
     if whose:
-        say(f"    {whose} count: there is no {config.annotations}")
+        say(f"    the count is {whose}: there is no {config.annotations}")
     say(f"on disk, GiB: {in_parts(disk_sum(config, vlm, dtype, steps))}")
     print_costs(config, vlm, steps, world)
     return fits

@@ -105,7 +105,7 @@ def dry_run(config, device) -> dict:
     hours = (planned[0] * min(first, default=0) + planned[1] * fastest) / 3600
     count = f"{planned[0]:,} + {planned[1]:,}" if planned[0] else f"{planned[1]:,}"
     say(f"at this speed the {count} steps of {records:,} records take {hours:.3g} h"
-        f"{f' ({whose} count)' if whose else ''}")
+        f"{f' (the count is {whose})' if whose else ''}")
     peak = next((peak for part, peak in costs.PEAK_FLOPS.items() if part in name), None)
     mfu = round(total / fastest / world_size() / peak, 3) if peak else None
     predicted = sum(plan.memory_sum(config, outlined, dtype, *largest, world_size()).values())
@@ -119,10 +119,11 @@ def dry_run(config, device) -> dict:
 
 
 def cost(preset: str) -> str:
-    """A line of the README's table: steps, and GPU-hours as of `costs.hours`, of LLaVA's lists."""
+    """A line of the README's table: steps, and GPU-hours as of `costs.hours`, of the preset's lists."""
     steps, hours = [], []
-    for stage, records in plan.RECORDS["LLaVA's"].items():
+    for stage in ("align", "instruct"):
         config = options.configure(stage, {"preset": preset})
+        records, _ = plan.RECORDS[Path(config.annotations).name]
         count, first = order.count_steps(config, records), config.contrastive_first
         steps.append(f"{first:,} + {count - first:,}" if first else f"{count:,}")
         hours.append(costs.hours(costs.flops_of_stage(config, costs.outline(config), count)))

@@ -66,10 +66,11 @@ def test_eval_has_the_weights_that_training_had(ranks, align_run, clip_folder, l
     said = capsys.readouterr().out
     assert said == (f"{tmp_path / 'run'} is not finished: this is the model of its checkpoint-0000002; with "
                     f"train.py, {checkpoint.GO_ON}\n")
+    last = str(tmp_path / "run/checkpoint-0000002")
     argv = ["--bench", "scienceqa", "--data", str(toy / "ScienceQA"), "--limit", "2", "--out", str(tmp_path)]
-    evaluation.main([*argv, "--ckpt", str(tmp_path / "run/checkpoint-0000002")])
+    evaluation.main([*argv, "--ckpt", last])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 2
-    begun = options.configure("instruct", {"preset": "tiny", "init": str(tmp_path / "run/checkpoint-0000002")})
+    begun = options.configure("instruct", {"preset": "tiny", "init": last})
     assert begun.projector == vlm.projector_kind and begun.llm == vlm.sources["llm"]
 
 

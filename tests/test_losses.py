@@ -132,21 +132,21 @@ def test_padding_and_empty_captions():
 
 
 def test_scale_starts_at_clip_and_is_clamped():
-    scale = losses.ContrastiveTerm()
-    assert scale().item() == pytest.approx(1 / 0.07)
+    term = losses.ContrastiveTerm()
+    assert term.scale().item() == pytest.approx(1 / 0.07)
     for value, clamped in ((9.0, 100.0), (-3.0, 1.0)):
-        scale.log_scale.data.fill_(value)
-        scale.clamp_()
-        assert scale().item() == pytest.approx(clamped)
+        term.log_scale.data.fill_(value)
+        term.clamp_()
+        assert term.scale().item() == pytest.approx(clamped)
 
 
 def test_one_batch_can_be_learned():
     """The loss starts near ln B and falls to almost nothing when the image side is free to move."""
     patches, text = torch.randn(16, 4, 32, requires_grad=True), losses.unit(torch.randn(16, 32))
-    scale, keys, history = losses.ContrastiveTerm(), torch.arange(16)[:, None], []
-    optimizer = torch.optim.Adam([patches, *scale.parameters()], lr=0.05)
+    term, keys, history = losses.ContrastiveTerm(), torch.arange(16)[:, None], []
+    optimizer = torch.optim.Adam([patches, *term.parameters()], lr=0.05)
     for _ in range(60):
-        loss, accuracy = losses.contrastive_loss(losses.pool_patches(patches), text, scale(), keys)
+        loss, accuracy = losses.contrastive_loss(losses.pool_patches(patches), text, term.scale(), keys)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -188,13 +188,13 @@ def inputs():
 def gradients(rows) -> tuple:
     """Loss share and the gradients of patches, token embeddings and log-scale for these rows of the batch."""
     patches, embeds, mask, keys = (x[rows] for x in inputs())
-    scale = losses.ContrastiveTerm()
+    term = losses.ContrastiveTerm()
     patches.requires_grad_(), embeds.requires_grad_()
     T = mask.sum(1).max()  # ranks pad their captions to different lengths
     text = losses.pool_caption(embeds[:, :T], mask[:, :T])
-    loss, accuracy = losses.contrastive_loss(losses.pool_patches(patches), text, scale(), keys)
+    loss, accuracy = losses.contrastive_loss(losses.pool_patches(patches), text, term.scale(), keys)
     loss.backward()
-    return loss.detach(), accuracy, patches.grad, embeds.grad, scale.log_scale.grad
+    return loss.detach(), accuracy, patches.grad, embeds.grad, term.log_scale.grad
 
 
 def compared(a, b) -> str:

@@ -895,7 +895,7 @@ def test_the_log_shows_the_gradients_at_the_cut(linear_vlm, llama_folder, contra
     assert line["generative_grad"] == pytest.approx(generative.norm().item(), rel=1e-4)
     for name in losses.CONTRASTIVE[contrastive]:
         vectors = losses.vectors(name, linear_vlm, [m], [cut], [state])
-        loss, _ = losses.contrastive_loss(*vectors, losses.ContrastiveTerm()(), m["keys"])
+        loss, _ = losses.contrastive_loss(*vectors, losses.ContrastiveTerm().scale(), m["keys"])
         own, = torch.autograd.grad(loss, cut, retain_graph=True)
         assert line[f"{name}_grad"] == pytest.approx(own.norm().item(), rel=1e-4)
         weight = line[f"{name}_weight"]
@@ -971,15 +971,15 @@ def test_contrast_first_never_runs_the_llm(linear_vlm, llama_folder, monkeypatch
 
 
 def test_the_clamp_of_the_scale_holds_in_the_optimizer():
-    scale = losses.ContrastiveTerm()
-    optimizer = DataParallelAdamW(scale.parameters())
+    term = losses.ContrastiveTerm()
+    optimizer = DataParallelAdamW(term.parameters())
     for _ in range(3):
-        (-1e3 * scale.log_scale).backward()
+        (-1e3 * term.log_scale).backward()
         optimizer.step(5.0)
-        scale.clamp_()
-    assert scale().item() == pytest.approx(100)
+        term.clamp_()
+    assert term.scale().item() == pytest.approx(100)
     optimizer.load_state_dict(optimizer.state_dict())
-    assert scale().item() == pytest.approx(100)
+    assert term.scale().item() == pytest.approx(100)
 
 
 @pytest.mark.parametrize("contrastive", ["none", "patch"])
