@@ -85,6 +85,7 @@ def cut_centre(image: Image.Image, width: int, height: int) -> Image.Image:
 # Records: LLaVA's JSON
 
 LIKE_IMAGE = re.compile("image|img|picture|photo|video", re.IGNORECASE)  # keys, of other formats of records
+SURELY_IMAGE = {"images", "video", "videos"}
 
 
 def find_problem(record, stage=None) -> str | None:
@@ -114,10 +115,9 @@ def find_problem(record, stage=None) -> str | None:
         return f"has {len(image)} images; one is supported"
     if not isinstance(image, (str, type(None))):
         return "has an image that is not a file name"
-    if marked and not image:
-        others = [key for key in tidy(record) if LIKE_IMAGE.search(key) and record[key]]
-        if others:
-            return f"has {IMAGE} in a turn, and no 'image'; is it {others[0]!r}?"
+    others = [key for key in tidy(record) if LIKE_IMAGE.search(key) and record[key]]
+    if not image and others and (marked or SURELY_IMAGE & set(others)):
+        return f"has no 'image'; is it {others[0]!r}?"
     if image and marked != ["human"]:
         return f"has an image, and {len(marked)} turns with {IMAGE} (one question must have it)"
     if stage == "align" and not (image and len(turns) == 2):
@@ -197,7 +197,7 @@ def chat(tokenizer) -> Form:
     our words.
 
     A model that can think does not, unless an answer brings its thoughts. ValueError for a template that
-    drops a question, changes what came before, or ends an answer with no special token. """
+    drops a question, changes what came before, or ends an answer with no special token."""
     if tokenizer.chat_template is None:
         raise ValueError("this tokenizer has no chat template")
     prompt = cut_chat(tokenizer, ASKED, add_generation_prompt=True)
@@ -220,7 +220,7 @@ def chat(tokenizer) -> Form:
     spaced = cut_chat(tokenizer, ("user", f" {QUESTION} "), add_generation_prompt=True)
     trim_question = str.strip if spaced == prompt else str
     _, to_thoughts = cut_chat(tokenizer, ASKED, add_generation_prompt=True, enable_thinking=True)
-    write_answer = thoughts_of(tokenizer, to_thoughts + lead)
+    write_answer = thoughts_of(tokenizer, to_thoughts)
     again = behind[end.end() :]
     return Form(opening, to_answer, lead, end[1], again, trim_question, write_answer, to_thoughts)
 
@@ -263,7 +263,8 @@ def to_pieces(turns, form: Form, tokenizer, has_image: bool) -> list:
             to_answer = form.to_thoughts if THOUGHTS_END in answer and form.to_thoughts else form.to_answer
             pieces.append((before + form.question(text) + to_answer, CONTEXT))
         else:
-            pieces.append((form.lead + form.answer(text), ANSWER))
+            lead = "" if THOUGHTS_END in text and form.to_thoughts else form.lead  # thoughts bring their own
+            pieces.append((lead + form.answer(text), ANSWER))
             pieces.append((form.end, END))
         before = form.again
     return pieces

@@ -13,12 +13,14 @@ a server scores its file.
 """
 
 import csv
+from collections import Counter
 from functools import partial
 
 from benchmarks.entries import find_files
 from benchmarks.questions import LETTER_ANSWER, grade, lettered, to_question
 from benchmarks.score import grouped, percent, summary
 from plumbing.files import read_entries
+from plumbing.ranks import say
 
 COLUMNS = ("index", "question", "A", "B", "C", "D", "image")
 # What pandas reads as missing, as LLaVA's and the authors' readers do.
@@ -39,6 +41,10 @@ def load(folder, split: str, chinese: bool = False):
             raise ValueError(f"{file}: the index {row['index']!r} is not a number")
         group = row["group"] = int(row["index"]) % ROTATION
         counts[group] = max(counts.get(group, 0), count_choices(row))
+    rotations = Counter(row["group"] for row in rows)
+    short = sum(rotations[group] < count for group, count in counts.items())
+    if short:
+        say(f"{file}: {short} questions lack rotations, so their circular score is too good")
     for row in rows:
         # A choice may be "None". In some rotation it is not the last.
         options = list("ABCD"[: counts[row["group"]]])

@@ -32,7 +32,7 @@ def thoughts_of(tokenizer, before: str) -> Callable:
     at all."""
     _, *loose = cut_chat(tokenizer, ASKED, ("assistant", f"<think>\n{THOUGHT}\n</think>\n\n{REPLY}"))
     _, *tight = cut_chat(tokenizer, ASKED, ("assistant", f"<think>{THOUGHT}</think>{REPLY}"))
-    if len(loose) != 3:
+    if len(loose) != 3 or not loose[0].startswith(before):
         return partial(with_thoughts, None, None)
     opens, closes, _ = loose
     opens = opens.removeprefix(before)

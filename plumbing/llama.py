@@ -66,6 +66,7 @@ def config_json(config, architecture: str) -> dict:
     """The content of config.json for an LLMConfig; `architecture` is transformers' class."""
     changes = {"architectures": [architecture], "hidden_act": "silu", "sliding_window": None}
     changes["rope_parameters"] = config.rope_parameters
+    changes["rope_scaling"] = config.rope_parameters  # the name in transformers 4
     if config.rope_parameters is None:
         changes["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     return asdict(config) | changes

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch.nn.functional as F
 
 from plumbing import clip
-from plumbing.files import TOKENIZER_FILES, named, resolve, resolve_model, write_json
+from plumbing.files import TOKENIZER_FILES, named, read_json, resolve, resolve_model, write_json
 from plumbing.llama import home
+from plumbing.tokenizer import give_padding
 from plumbing.weights import (files_of, is_llavas_own, open_config, read_config, read_shard, read_weights,
                               refuse_others, write_weights)
 
@@ -150,7 +151,7 @@ MESSAGES = """{%- set flat = namespace(messages=[]) -%}
 {%- set text = said.image + said.text.strip() if said.image else said.text -%}
 {%- set flat.messages = flat.messages + [{'role': m.role, 'content': text}] -%}
 {%- endfor -%}
-{%- set messages = flat.messages -%}{%- set enable_thinking = false -%}"""
+{%- set messages = flat.messages -%}{%- set enable_thinking = enable_thinking | default(false) -%}"""
 FORM = """{{- (messages[0].content if messages[0].role == 'system' else system) + gap -}}
 {%- for m in messages -%}
 {%- if m.role == 'user' -%}{{- again + m.content + to_answer -}}
@@ -175,7 +176,8 @@ def prepare_tokenizer(source: Path, template: str, system: str, v1) -> tuple:
     with named(source, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, padding_side="left")
     tokenizer.add_tokens(IMAGE, special_tokens=True)
-    own = tokenizer.chat_template
+    give_padding(tokenizer)
+    own = tokenizer.chat_template and tokenizer.get_chat_template()  # of several, the default
     template = "v1" if template == "v1" or not own else "chat"
     if template == "v1":
         own = as_jinja(system, v1(tokenizer))
@@ -246,3 +248,7 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
         "num_additional_image_tokens": int(settings["has_class_token"]),
         "vision_feature_select_strategy": strategy})
     tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    written = read_json(file)
+    if written["tokenizer_class"] == "TokenizersBackend":  # transformers 4 knows it by its older name
+        write_json(file, written | {"tokenizer_class": "PreTrainedTokenizerFast"})

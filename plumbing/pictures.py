@@ -45,10 +45,10 @@ def find_image(folder, name: str) -> Path:
 
     ValueError for a name that leads out of the folder: else the author of a record could have any file of
     this machine read. A link in the folder may lead out: whoever has the pictures made it. """
-    path = Path(os.path.normpath(Path(folder, name)))
-    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
+    within = os.path.relpath(Path(folder, name), folder)  # `folder` may be a link and `..`
+    if within.split(os.sep)[0] == os.pardir:
         raise ValueError(f"{name!r} leads out of the folder of images, {folder}")
-    return existing(path)
+    return existing(Path(folder, within))
 
 
 def load_image(source) -> Image.Image:

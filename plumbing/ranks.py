@@ -130,6 +130,8 @@ def command(program: str, interrupted: str = ""):
     One of several ranks prints its line and exits at once: a clean exit would wait for ranks that are waiting
     for this one. Rank 0 comes first, so that an error which all ranks share is printed once.
     """
+    with suppress(AttributeError):  # a console or pipe may lack letters of a caption: `\u4e00` is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except SystemExit:

@@ -9,7 +9,7 @@ from plumbing.files import TOKENIZER_FILES, named, resolve
 
 
 def load_tokenizer(folder_or_id):
-    """The LLM's tokenizer. Padding gets the id of the unknown token, as in LLaVA, or that of the end."""
+    """The LLM's tokenizer, with a token for padding."""
     from transformers import AutoTokenizer  # imported late: it takes seconds
     folder = llama.home(resolve(folder_or_id, ("*.json", *TOKENIZER_FILES)))
     problem = ("no tokenizer could be made. Without a tokenizer.json, as in Vicuna's folders, put one there "
@@ -22,9 +22,14 @@ def load_tokenizer(folder_or_id):
         raise ValueError(f"{folder}: the tokenizer names no end token (eos_token in tokenizer_config.json): "
                          "answers could not end")
     tokenizer.model_max_length = 10**9  # no warning of the tokenizer's own: collate cuts or refuses long rows
+    give_padding(tokenizer)
+    return tokenizer
+
+
+def give_padding(tokenizer):
+    """Without a token for padding, it gets that of the unknown, as in LLaVA, or that of the end."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
 
 
 def check_vocabulary(tokenizer, size: int):

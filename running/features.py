@@ -21,6 +21,8 @@ def load(config, samples, vit, device) -> dict:
     A file that was made of other pictures, or with another ViT, layer or fit, is made anew.
     """
     names = sorted({record["image"] for record in samples.records if "image" in record})
+    if not names:
+        raise ValueError(f"--features {config.features}: no record of {config.annotations} has an image")
     pictures = [picture_of(samples, name) for name in names]
     made_by = {
         "vit": config.vit,

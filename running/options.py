@@ -51,7 +51,8 @@ class Config:
     benchmarks: str = option("", "folder below which eval.py looks for ScienceQA, POPE, MME and captions")
     data_fraction: float = option(1.0, "part of the records to use; smaller parts are nested in larger ones; "
                                   "with both stages: of instruct's")
-    template: str = option("v1", "how a record becomes text; chat: the LLM's own", tuple(TEMPLATES))
+    template: str = option("v1", "how a record becomes text; chat: the LLM's own; with both stages: of "
+                          "instruct, like --fit", tuple(TEMPLATES))
     fit: str = option("pad", "how an image becomes square", ("crop", "pad"))
     max_length: int = option(2048, "most tokens in a row, image included; the rest is cut off")
     workers: int = option(0, "loader processes on each rank")
@@ -150,7 +151,7 @@ def parse_args(argv=None, prog=None) -> dict:
 
 
 OF_ALIGN = ("contrastive", "contrastive_weight", "contrastive_balance", "contrastive_first", "prompt")
-OF_INSTRUCT = ("data_fraction",)
+OF_INSTRUCT = ("data_fraction", "template", "fit")
 
 
 def of_stage(stage: str, given: dict) -> dict:
@@ -228,8 +229,8 @@ def refuse(config: Config):
         raise ValueError(f"--warmup_ratio is {config.warmup_ratio}; it is a part of the steps, at most 1")
     if config.seed >= 2**63:
         raise ValueError(f"--seed is {config.seed}; it must be below 2**63")
-    if min(config.batch, config.micro_batch, config.epochs) == 0:
-        raise ValueError("--batch, --micro_batch and --epochs must be above 0")
+    if min(config.batch, config.micro_batch, config.epochs, config.lr) == 0:
+        raise ValueError("--batch, --micro_batch, --epochs and --lr must be above 0")
     if config.contrastive != "none" and config.stage != "align":
         raise ValueError("--contrastive belongs to the align stage")
     has_prompt = config.prompt != "none" or "prompt" in CONTRASTIVE[config.contrastive]

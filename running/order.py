@@ -43,6 +43,8 @@ def load_samples(config, vlm):
         after_caption = None
     is_pairs = config.template == "plain" or config.contrastive != "none"
     records = load_records(config.annotations, "align" if is_pairs else None)
+    if config.stage == "align" and not any("image" in record for record in records):
+        raise ValueError(f"{config.annotations}: no record has an image, and align trains on nothing else")
     return data.Conversations(records, config.images, tokenizer, config.template, vlm.vit.config, config.fit,
                               (after_image, after_caption), config.cache)
 

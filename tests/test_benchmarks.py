@@ -484,11 +484,14 @@ def test_mmbench_only_lacks_the_choices_at_the_end_that_pandas_lacks(tmp_path, r
 
 
 @pytest.mark.parametrize("text", mmbench.MISSING[1:])
-def test_mmbench_has_a_choice_that_is_missing_nowhere_but_at_the_end(tmp_path, text):
+def test_mmbench_has_a_choice_that_is_missing_nowhere_but_at_the_end(tmp_path, text, capsys):
     """Two choices: one reads "None". What is at the end of one rotation comes first in the other."""
     rows = [["red", text, "", ""], [text, "red", "", ""]]
     for rotations in (rows, rows[::-1]):
         assert mmbench_choices(tmp_path, *rotations) == [row[:2] for row in rotations]
+    assert "lack rotations" not in capsys.readouterr().out
+    mmbench_choices(tmp_path, rows[1])
+    assert "mmbench_dev.tsv: 1 questions lack rotations" in capsys.readouterr().out
 
 
 def test_mmbench_needs_one_table(root, copy):

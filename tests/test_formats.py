@@ -470,6 +470,24 @@ def test_an_answer_of_an_export_is_not_cut_at_twenty_tokens(clip_folder, llama_f
     assert model.generate(TEXT).shape[1] - TEXT.shape[1] == 256 // 2  # half is for the question
 
 
+def test_an_export_pads_and_names_its_tokenizer_as_every_transformers_does(
+        clip_folder, llama_folder, tmp_path):
+    """Also of a tokenizer without padding, and of several templates, of which the default is taken."""
+    llm = Path(shutil.copytree(llama_folder, tmp_path / "llm"))
+    file = llm / "tokenizer_config.json"
+    written = json.loads(file.read_text()) | {"pad_token": None}
+    several = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "{{ tools }}"}]
+    file.write_text(json.dumps(written | {"chat_template": several}))
+    vlm = VLM.from_towers(clip_folder, llm)
+    assert load_tokenizer(llm).chat_template.keys() == {"default", "tool_use"}
+    vlm.export(tmp_path / "out")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    batch = processor.tokenizer(["What?", "What is it?"], padding=True)
+    assert batch.attention_mask[0][0] == 0 and processor.tokenizer.chat_template.endswith(CHATML)
+    found = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
 CHATML = ("{% for m in messages %}<|{{ m.role }}|> {{ m.content }} </s>{% endfor %}"
           "{% if add_generation_prompt %}<|assistant|> {% endif %}")
 

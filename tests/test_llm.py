@@ -102,6 +102,8 @@ def test_bfloat16_save_and_generation_equal_transformers(tmp_path, family):
     ours = LLM.from_pretrained(tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
     again = type(theirs).from_pretrained(tmp_path / "ours")
+    if family == "llama 3":  # transformers 4 reads another key than 5
+        assert json.loads((tmp_path / "ours/config.json").read_text())["rope_scaling"] == LLAMA3
     assert_close(again(ids).logits, theirs(ids).logits)
     expected = theirs.generate(ids[:1], max_new_tokens=10, do_sample=False, pad_token_id=0)[0, 40:]
     assert ours.generate(ours.embed(ids[:1]), max_new_tokens=10)[0].tolist() == expected.tolist()

@@ -22,7 +22,18 @@ def pictured(**fields):
 def test_a_picture_under_another_key_is_named(key):
     record = pictured()
     record[key] = record.pop("image")
-    assert data.find_problem(record) == f"has <image> in a turn, and no 'image'; is it {key!r}?"
+    assert data.find_problem(record) == f"has no 'image'; is it {key!r}?"
+
+
+@pytest.mark.parametrize("fields, says", [
+    ({"video": "a.mp4"}, "is it 'video'?"), ({"images": ["a.png"]}, "is it 'images'?"),
+    ({"videos": []}, None), ({"image_id": 5}, None), ({}, None)])
+def test_what_would_train_blind_is_told(fields, says):
+    """A question without <image>, and a picture under a key that we do not read."""
+    record = pictured(conversations=[{"from": "human", "value": "<video>\nWhat is it?"}, SAY]) | fields
+    del record["image"]
+    problem = data.find_problem(record)
+    assert problem is None if says is None else problem.endswith(says)
 
 
 @pytest.mark.parametrize("record, says", [

@@ -31,6 +31,8 @@ from benchmarks import scienceqa as scienceqa_bench
 from conftest import ROOT, checkpoints_kept, llama_config, shaken
 from eval import BENCHES
 from llm import LLM, load_llm_config
+from plumbing.llava import MESSAGES
+from plumbing.pictures import find_image
 from plumbing.tokenizer import load_tokenizer
 from plumbing.weights import read_shard, read_weights
 from projector import VLM
@@ -430,6 +432,15 @@ def test_a_name_leads_to_no_picture_outside_the_folder(tmp_path, name, message):
     assert all(samples[i]["pixels"].shape == (3, 32, 32) for i in range(3))
     with pytest.raises(ValueError, match=f"record 'r': .*{message}"):
         samples[3]
+
+
+def test_the_folder_of_pictures_may_be_beside_what_a_link_leads_to(tmp_path):
+    """LINK/.. is where the link leads, for us as for the system."""
+    (tmp_path / "disk/inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/inner")
+    Image.new("RGB", (4, 4)).save(tmp_path / "disk/a.png")
+    for name in ("a.png", "./x/../a.png"):
+        assert find_image(tmp_path / "link/..", name).is_file()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
@@ -850,10 +861,11 @@ def test_a_turn_may_end_with_another_token_than_the_tokenizers(monkeypatch, clip
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends[0]
 
 
-def test_answers_may_have_thoughts():
+@pytest.mark.parametrize("template", [QWEN3, f"{MESSAGES}{QWEN3}"], ids=["own", "exported"])
+def test_answers_may_have_thoughts(template):
     """Under a template like Qwen3's, which drops those of earlier turns: each answer is learned with its
     own."""
-    tokenizer = chatml(QWEN3)
+    tokenizer = chatml(template)
     turns = [("human", "What?"), ("gpt", "<think>\nred or blue</think> red"), ("human", "Sure?"),
              ("gpt", "yes"), ("human", "And?"), ("gpt", "<think>it is </think>\n\na circle")]
     ids, roles = encode("chat", turns, tokenizer, False)
@@ -862,6 +874,22 @@ def test_answers_may_have_thoughts():
                     "<think>\nit is\n</think>\n\na circle<|im_end|>")
     whole = tokenizer.decode(ids)
     assert whole.count("<|im_start|>") == 6 and "assistant\n<think>\n\n</think>\n\nyes" in whole
+
+
+def test_a_template_may_open_the_thoughts():
+    """Qwen3-Thinking's ends the question with <think>. An answer without thoughts would begin with half of
+    the token of two newlines."""
+    opens = QWEN3.replace("and '</think>' in m.content %}{% if last", "%}{% if last").replace(
+        "split('<think>')[-1].strip() }}", "split('<think>')[-1].strip() if '</think>' in m.content }}")
+    start, end = opens.rsplit("{% if enable_thinking", 1)
+    tokenizer = chatml(f"{start}<think>\n{{% endif %}}")
+    question, learned = "<|im_start|>user\nWhat?<|im_end|>\n", "red or blue\n</think>\n\nred<|im_end|>"
+    turns = [("human", "What?"), ("gpt", "<think>red or blue</think>red")]
+    ids, roles = encode("chat", turns, tokenizer, False)
+    assert tokenizer.decode([i for i, role in zip(ids, roles) if role != data.CONTEXT]) == learned
+    assert tokenizer.decode(ids) == f"{question}<|im_start|>assistant\n<think>\n{learned}"
+    with pytest.raises(ValueError, match="no boundary for labels"):
+        encode("chat", [turns[0], ("gpt", "red")], tokenizer, False)
 
 
 @pytest.mark.parametrize("template, reason", [
@@ -874,7 +902,7 @@ def test_templates_that_fit_no_answer_are_refused_before_loading(world, tmp_path
     content = json.loads((folder / "tokenizer_config.json").read_text())
     content["chat_template"] = template.replace("<|im_end|>", "</s>")
     (folder / "tokenizer_config.json").write_text(json.dumps(content))
-    file = write_records(tmp_path / "d.json", *[record("What?", "<think>x</think> red")] * 8)
+    file = write_records(tmp_path / "d.json", *[pictured("align-00000.png", answer="<think>x</think> red")] * 8)
     assert reason in with_chat(world, folder, "--annotations", file, "--out", tmp_path / "out")
 
 

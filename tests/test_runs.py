@@ -692,6 +692,13 @@ def test_slowness_is_a_ratio():
     assert slowness(torch.float64) > 1.2
 
 
+def test_a_console_without_the_letters_of_a_caption_ends_no_run(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    with processes.command("train.py"):
+        print("\u4e00 Stra\u00dfe", flush=True)
+    assert sys.stdout.buffer.getvalue() == b"\\u4e00 Stra\xdfe" + os.linesep.encode()
+
+
 def timed_out_loader(batches):
     """A loader whose first call times out."""
     yielded = iter(batches)
@@ -717,6 +724,12 @@ def test_a_full_shared_memory_ends_the_run_and_a_slow_disk_does_not(monkeypatch)
     loader._pin_memory_thread = SimpleNamespace(is_alive=lambda: False)
     with pytest.raises(ValueError, match="the loader hands nothing over"):
         order.next_batch(loader)
+
+
+def test_features_of_no_picture_are_refused():
+    samples = SimpleNamespace(records=[{"conversations": []}], images=Path())
+    with pytest.raises(ValueError, match="--features f.pt: no record of d.json has an image"):
+        features.load(Config(features="f.pt", annotations="d.json"), samples, torch.nn.Linear(1, 1), None)
 
 
 def test_features_that_are_no_features_are_named(world, tmp_path):

@@ -56,6 +56,12 @@ def test_options_become_config():
     assert options.configure("instruct", {"preset": "tiny"}).init == "runs/tiny/align"
 
 
+def test_a_form_that_is_typed_for_both_stages_is_of_instruct():
+    given = {"template": "chat", "fit": "crop", "preset": "tiny"}
+    align, instruct = (options.configure(s, options.of_stage(s, given)) for s in ("align", "instruct"))
+    assert (align.template, align.fit, instruct.template, instruct.fit) == ("plain", "crop", "chat", "crop")
+
+
 def test_epochs_that_are_typed_come_before_a_presets_steps():
     assert options.configure("align", {"preset": "speedrun"}).steps == 2180
     assert options.configure("align", {"preset": "speedrun", "epochs": 5.0}).steps == 0
@@ -1224,7 +1230,9 @@ BAD_INPUT = [
     (["--data_fraction", "0"], "data_fraction is 0"),
     (["--steps", "-5"], "--steps is -5; it must be a number from 0 up"),
     (["--lr", "nan"], "--lr is nan"),
-    (["--batch", "0"], "--batch, --micro_batch and --epochs must be above 0"),
+    (["--batch", "0"], "--batch, --micro_batch, --epochs and --lr must be above 0"),
+    (["--lr", "0"], "--lr must be above 0"),
+    (["--template", "v1", "--contrastive", "none", "--annotations", "data/toy/text.json"], "no record has an"),
     (["--contrastive_balance", "-1"], "--contrastive_balance is -1.0; it must be a number from 0 up"),
     (["--contrastive", "none", "--contrastive_balance", "1"], "nothing to balance with --contrastive none"),
     (["--contrastive", "prompt", "--contrastive_first", "5"], "--contrastive_first needs the patch loss"),
