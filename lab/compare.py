@@ -396,7 +396,7 @@ def parse_args(argv=None) -> tuple:
                         "runs/compare-emoji, runs/words, runs/emoji-words)")
     parser.add_argument("--world", type=Path, help="folder of the data; a missing toy world is written "
                         "(default data/toy-1200, of 1,200 test questions with a picture; --quick: "
-                        "data/toy, of 300)")
+                        "data/toy, of 300; --size emoji: data/emoji)")
     ours, rest = parser.parse_known_args(argv)
     is_emoji = ours.size.startswith("emoji")
     name = ours.size if ours.size.endswith("words") else "compare-emoji" if is_emoji else "compare"

@@ -125,7 +125,7 @@ def read_original(folder: Path, config: dict, name: str) -> dict:
     known = dict(KNOWN_OF_LLAVAS_OWN)
     for field in config:
         if field.startswith("mm_") and field not in ANY_VALUE:
-            known.setdefault(field, (None,))
+            known.setdefault(field, (None, False))
     with named(folder, "of LLaVA's own checkpoints only those like version 1.5's are supported"):
         refuse_others(config, known, "config.json")
         if not isinstance(config.get("mm_vision_tower"), str):

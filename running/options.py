@@ -48,7 +48,7 @@ class Config:
     images: str = option("", "folder below which its images lie")
     val: str = option("", "records as in --annotations that are held out: their losses are logged as val_..")
     val_every: int = option(100, "steps from one measurement of these to the next; 0: only at both ends")
-    benchmarks: str = option("", "folder below which eval.py looks for ScienceQA, POPE, MME and captions")
+    benchmarks: str = option("", "folder below which eval.py looks for benchmarks, and lab/ for captions")
     data_fraction: float = option(1.0, "part of the records to use; smaller parts are nested in larger ones; "
                                   "with both stages: of instruct's")
     template: str = option("v1", "how a record becomes text; chat: the LLM's own; with both stages: of "

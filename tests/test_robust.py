@@ -902,7 +902,8 @@ def test_templates_that_fit_no_answer_are_refused_before_loading(world, tmp_path
     content = json.loads((folder / "tokenizer_config.json").read_text())
     content["chat_template"] = template.replace("<|im_end|>", "</s>")
     (folder / "tokenizer_config.json").write_text(json.dumps(content))
-    file = write_records(tmp_path / "d.json", *[pictured("align-00000.png", answer="<think>x</think> red")] * 8)
+    thoughtful = pictured("align-00000.png", answer="<think>x</think> red")
+    file = write_records(tmp_path / "d.json", *[thoughtful] * 8)
     assert reason in with_chat(world, folder, "--annotations", file, "--out", tmp_path / "out")
 
 

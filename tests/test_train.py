@@ -1232,7 +1232,7 @@ BAD_INPUT = [
     (["--lr", "nan"], "--lr is nan"),
     (["--batch", "0"], "--batch, --micro_batch, --epochs and --lr must be above 0"),
     (["--lr", "0"], "--lr must be above 0"),
-    (["--template", "v1", "--contrastive", "none", "--annotations", "data/toy/text.json"], "no record has an"),
+    (["--template", "v1", "--contrastive", "none", "--annotations", "data/toy/text.json"], "no record has"),
     (["--contrastive_balance", "-1"], "--contrastive_balance is -1.0; it must be a number from 0 up"),
     (["--contrastive", "none", "--contrastive_balance", "1"], "nothing to balance with --contrastive none"),
     (["--contrastive", "prompt", "--contrastive_first", "5"], "--contrastive_first needs the patch loss"),
