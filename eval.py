@@ -32,7 +32,7 @@ from benchmarks.predictions import append_answers, name_result, read_answers, wr
 from benchmarks.questions import closed, without_picture
 from benchmarks.score import in_words, measures, score_floors, scores_and_errors
 from plumbing.files import named, read_json, read_text, resolve_model
-from plumbing.ranks import choose_dtype, command, on_every_rank, rank, say, start_ranks, world_size
+from plumbing.ranks import choose_dtype, command, halved, on_every_rank, rank, say, start_ranks, world_size
 from plumbing.tokenizer import check_vocabulary, load_tokenizer
 from projector import VLM
 from running.checkpoint import fingerprint, latest
@@ -197,7 +197,7 @@ def answer_batches(questions, batches, answer, file) -> dict:
     with tqdm(desc="ask", total=sum(map(len, batches)), unit=" questions", disable=is_quiet) as bar:
         for indices in batches:
             rows = [questions[i] for i in indices]
-            texts = answer(rows)
+            texts = halved(answer, rows)
             answers |= dict(zip(indices, texts))
             if file:
                 append_answers(f"{file}.{rank()}.jsonl", rows, texts)

@@ -6,9 +6,8 @@
 
 A Llama decoder (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288). GPT-2 has LayerNorm, learned
 positions, a plain MLP and biases. Llama has RMSNorm, rotary positions (RoPE), a gated MLP (SwiGLU) and no
-biases. Later ones have fewer key-value heads than query heads (grouped-query attention, GQA). Vicuna,
-TinyLlama, SmolLM2 and Mistral are Llamas of other sizes. FAMILIES lists what Qwen changes, `rope_frequencies`
-does what Llama 3 changes.
+biases. Later ones have fewer key-value heads than query heads (grouped-query attention, GQA). Vicuna, SmolLM2
+and Mistral are Llamas of other sizes. FAMILIES has what Qwen changes, `rope_frequencies` what Llama 3 does.
 
 A vision-language model feeds it *embeddings*, because image tokens have no id. So everything below works on
 embeddings, and `embed` is the only place where an id becomes a vector.
@@ -212,9 +211,13 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)  # (B, key heads, S, head_dim)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, key heads, start + S, head_dim)
-        is_grouped = k.shape[1] != q.shape[1]  # several query heads share one key-value head
+        groups = q.shape[1] // k.shape[1]  # so many query heads share one key-value head
+        if groups > 1 and not is_causal:  # as more queries of that head: a GPU has no fast kernel for both
+            q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, key heads, groups S, head_dim)
+            visible = visible if visible is None else torch.cat(groups * [visible], dim=-2)
         x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=is_causal, enable_gqa=is_grouped)  # (B, H, S, head_dim)
+            q, k, v, attn_mask=visible, is_causal=is_causal, enable_gqa=is_causal and groups > 1)
+        x = x.reshape(B, -1, S, self.head_dim)  # (B, H, S, head_dim)
         return self.o_proj(x.transpose(1, 2).flatten(2))  # (B, S, C)
 
 

@@ -7,10 +7,9 @@ resemble the *input embeddings* of its caption's tokens more than those of other
     s_ij  = mean over the tokens t of caption j of cos(v_i, e_jt)
     L_con = - 1/(2B) sum_i [ log softmax_j(scale * s_ij)[j = i] + log softmax_j(scale * s_ji)[j = i] ]
 
-over the B images and captions of all ranks.
-
-The paper states: adapter output against the LLM's embedding layer, pooled patches, averaged similarities, a
-batch loss as in CLIP, a plain sum with the captioning loss. Ours: mean pooling, a learnable temperature.
+Here B counts the pairs of all ranks. The paper states: adapter output against the LLM's embedding layer,
+pooled patches, averaged similarities, a batch loss as in CLIP, a plain sum with the captioning loss. Ours:
+mean pooling, a learnable temperature.
 
 Cosine is linear in the unit token vector, so the average moves inside: s_ij = unit(v_i) . mean_t unit(e_jt).
 Ranks exchange two (B, C) matrices, and the LLM does not run.

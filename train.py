@@ -1,5 +1,4 @@
-"""Training: data parallelism, mixed precision and gradient checkpointing by hand, one step, and the two
-stages.
+"""Training: data parallelism, mixed precision and gradient checkpointing by hand; a step; two stages.
 
     python train.py                                        # no GPU: the tiny preset, both stages, scored
     torchrun --nproc_per_node=8 train.py --stage align     # with GPUs: patch loss, then LLaVA's stage 1
@@ -14,8 +13,7 @@ unless a weight is given.
 A step is one update from a batch over all ranks. Each rank takes its part of the batch in micro-batches: as
 many samples as fit through the LLM at once.
 
-The models know nothing of what is in this file. Options, the plan, checkpoints and the order of the records
-have files of their own in running/.
+Options, the plan, checkpoints and the order of the records have files of their own in running/.
 
 Read next: eval.py, which asks the trained model.
 """
@@ -403,6 +401,8 @@ def checkpoint_blocks(blocks, which: str):
 
 def compile_blocks(blocks):
     """Compile the blocks: one graph for all lengths, one of the last. Call it before `checkpoint_blocks`."""
+    torch._dynamo.config.recompile_limit = 64  # also without gradients, of one row: graphs of their own
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # a rank without graphs sends in another order
     compiled = torch.compile(type(blocks[0]).forward, dynamic=True)
     for block in blocks:
         block.forward = partial(compiled, block)

@@ -12,10 +12,9 @@ garbage features.
 LLaVA reads the output of the last block but one (`feature_layer=-2`), without final LayerNorm and class
 token. CLIP's training reads that token alone, so its last block need not describe the patches any more.
 
-Letters, here and in every other file: B batch, P patches, L tokens in the ViT (a class token comes first), N
-image tokens (what a projector makes of the patches: often as many), T text tokens, S sequence, D ViT width,
-C LLM width, H heads, V vocabulary, W ranks, I images of a batch. In (B, 3, H, W) H and W are height and
-width.
+Letters, here and in every other file: B batch, P patches, L patches and class token, N image tokens (what a
+projector makes of the patches: often as many), T text tokens, S sequence, D ViT width, C LLM width, H heads,
+V vocabulary, W ranks, I images of a batch. In (B, 3, H, W) H and W are height and width.
 
 Module names are those of CLIP's and SigLIP's Hugging Face checkpoints, which plumbing/clip.py reads.
 Read next: llm.py (the language tower).

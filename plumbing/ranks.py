@@ -35,6 +35,7 @@ def start_ranks() -> torch.device:
             raise ValueError(f"{local_ranks} ranks on this machine, {torch.cuda.device_count()} GPUs")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new length, which takes longer
     else:
         device = torch.device("cpu")
         keep_freed_memory()
@@ -112,6 +113,18 @@ def slowness(dtype) -> float:
             x @ x
             found.append(time.perf_counter() - began)
     return min(seconds[dtype]) / min(seconds[torch.float32])
+
+
+def halved(function, rows: list) -> list:
+    """function(rows), a list, in halves if the GPU's memory does not suffice."""
+    try:
+        return function(rows)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    torch.cuda.empty_cache()  # not in `except`: the error holds the tensors
+    half = len(rows) // 2
+    return halved(function, rows[:half]) + halved(function, rows[half:])
 
 
 def leave_ranks():
@@ -248,7 +261,8 @@ def on_every_rank(function) -> list:
 def total_memory(device) -> float:
     """The bytes that a rank may have: its GPU's, or its share of this machine's, where the system tells."""
     if device.type == "cuda":  # 2 GiB go to CUDA, NCCL and what is between the tensors
-        return torch.cuda.get_device_properties(device).total_memory - 2 * 2**30
+        free, _ = torch.cuda.mem_get_info(device)  # a desktop may have its part
+        return free + torch.cuda.memory_reserved(device) - 2 * 2**30
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):  # Windows
         return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.getenv("LOCAL_WORLD_SIZE", 1))

@@ -99,6 +99,8 @@ def dry_run(config, device) -> dict:
         micro_batches = random_step(config, vlm)
         began = time.time()
         train.train_step(vlm, terms, optimizer, micro_batches, config, config.lr, step)
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # the last things of a step are AdamW's, and nobody has waited for them
         seconds.append(time.time() - began)
     first, fastest = seconds[: config.contrastive_first], min(seconds[-2:])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import ROOT, assert_close, first_wrong, grades, layer_by_layer, llama_config, shaken
 from safetensors.torch import save_file
@@ -198,6 +199,22 @@ def test_a_sequence_in_parts_equals_the_whole(llama_folder, padding):
         seen = mask[:, :end] if padding else None
         parts.append(llm.hidden(embeds[:, start:end], seen, cache))
     torch.testing.assert_close(torch.cat(parts, dim=1), llm.hidden(embeds, mask))
+
+
+def test_no_kernel_gets_a_mask_and_shared_heads(llama_folder, monkeypatch):
+    """On a GPU no fused one takes both; without a mask they may."""
+    attention, seen = F.scaled_dot_product_attention, []
+
+    def noted(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+        seen.append((attn_mask is not None, is_causal, enable_gqa))
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        return attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    ours, embeds = LLM.from_pretrained(llama_folder), torch.randn(2, 9, 32)
+    for mask in (None, torch.arange(9) >= torch.tensor([[4], [0]])):
+        ours.generate(embeds, mask, max_new_tokens=2)
+    assert set(seen) == {(False, True, True), (False, False, False), (True, False, False)}
 
 
 def test_each_row_stops_at_its_own_end(llama_folder):

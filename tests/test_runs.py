@@ -692,6 +692,21 @@ def test_slowness_is_a_ratio():
     assert slowness(torch.float64) > 1.2
 
 
+def test_what_does_not_fit_is_halved_and_one_that_does_not_is_an_error():
+    asked = []
+
+    def answer(rows):
+        asked.append(len(rows))
+        if len(rows) > 2 or "large" in rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [row.upper() for row in rows]
+
+    assert processes.halved(answer, list("abcdefg")) == list("ABCDEFG")
+    assert asked == [7, 3, 1, 2, 4, 2, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        processes.halved(answer, ["a", "large"])
+
+
 def test_a_console_without_the_letters_of_a_caption_ends_no_run(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
     with processes.command("train.py"):

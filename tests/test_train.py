@@ -697,6 +697,7 @@ def test_compiled_blocks_equal_plain_ones(llama_folder, monkeypatch, backend):
             train.compile_blocks(llm.model.layers)
         train.checkpoint_blocks(llm.model.layers, which)
         results = []
+        assert not is_compiled or torch._dynamo.config.fail_on_recompile_limit_hit  # else ranks may part ways
         for S in (20, 33):
             embeds = llm.embed(torch.arange(4 * S).view(4, S) % 75)  # (B, S, C)
             logits = llm.logits(llm.hidden(embeds, at=torch.arange(0, 4 * S, 3)))  # (n, V)
