@@ -163,6 +163,9 @@ class Odd(nn.Module):
     def forward(self, x):
         return self.out(self.twice(torch.tanh(self.twice(self.table[x]))))
 
+    def save(self, *_):
+        """No run directory."""
+
     def learning(self):
         return [p for p in self.parameters() if p.requires_grad]
 
