@@ -85,7 +85,7 @@ def cut_centre(image: Image.Image, width: int, height: int) -> Image.Image:
 # Records: LLaVA's JSON
 
 LIKE_IMAGE = re.compile("image|img|picture|photo|video", re.IGNORECASE)  # keys, of other formats of records
-SURELY_IMAGE = {"images", "video", "videos"}
+SURELY_IMAGE = re.compile("^(images|videos?)$")
 
 
 def find_problem(record, stage=None) -> str | None:
@@ -115,8 +115,9 @@ def find_problem(record, stage=None) -> str | None:
         return f"has {len(image)} images; one is supported"
     if not isinstance(image, (str, type(None))):
         return "has an image that is not a file name"
-    others = [key for key in tidy(record) if LIKE_IMAGE.search(key) and record[key]]
-    if not image and others and (marked or SURELY_IMAGE & set(others)):
+    pattern = LIKE_IMAGE if marked else SURELY_IMAGE
+    others = [key for key in tidy(record) if pattern.search(key) and record[key]]
+    if others and not image:
         return f"has no 'image'; is it {others[0]!r}?"
     if image and marked != ["human"]:
         return f"has an image, and {len(marked)} turns with {IMAGE} (one question must have it)"
@@ -169,7 +170,7 @@ class Form(NamedTuple):
     again: str  # before each further question
     question: Callable = str  # what a question becomes: itself, or `str.strip`
     answer: Callable = str
-    to_thoughts: str = ""  # in place of `to_answer`, before an answer that brings its thoughts
+    to_thoughts: str | None = None  # in place of `to_answer`, before an answer that brings its thoughts
 
 
 def plain(tokenizer, prompt: str = "") -> Form:
@@ -260,10 +261,11 @@ def to_pieces(turns, form: Form, tokenizer, has_image: bool) -> list:
         text = as_text(text, tokenizer, has_marker)
         if role == "human":
             _, answer = turns[number + 1] if number + 1 < len(turns) else ("gpt", "")
-            to_answer = form.to_thoughts if THOUGHTS_END in answer and form.to_thoughts else form.to_answer
+            has_thoughts = THOUGHTS_END in answer and form.to_thoughts is not None
+            to_answer = form.to_thoughts if has_thoughts else form.to_answer
             pieces.append((before + form.question(text) + to_answer, CONTEXT))
         else:
-            lead = "" if THOUGHTS_END in text and form.to_thoughts else form.lead  # thoughts bring their own
+            lead = "" if has_thoughts else form.lead  # thoughts bring their own
             pieces.append((lead + form.answer(text), ANSWER))
             pieces.append((form.end, END))
         before = form.again

@@ -319,9 +319,7 @@ def run_bench(name: str, ckpt, run: tuple, folder, args) -> dict:
             blind = choose_likeliest(vlm, tokenizer, template, by, unseen, blind, f"{kept}-blind-{by}")
             result["floors"][f"without_picture_by_{by}"] = measures(bench.score(questions, blind))
     on_every_rank(write)
-    say(in_words(result))
-    if args.score and not by or args.floors and not is_scored:
-        say(f"{name}: --score needs choices of its kind, and answers, as --floors does: not done")
+    say(in_words(result, [args.score or "accuracy", *["floors"] * args.floors]))
     if bench.submit and rank() == 0:
         ending = "tsv" if name.startswith("mmbench") else "json"
         table = args.submit or f"{file}-submit.{ending}"

@@ -401,8 +401,8 @@ def checkpoint_blocks(blocks, which: str):
 
 def compile_blocks(blocks):
     """Compile the blocks: one graph for all lengths, one of the last. Call it before `checkpoint_blocks`."""
-    torch._dynamo.config.recompile_limit = 64  # also without gradients, of one row: graphs of their own
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # a rank without graphs sends in another order
+    torch._dynamo.config.recompile_limit = 64  # a pass without gradients, or of one row, is another graph
+    torch._dynamo.config.fail_on_recompile_limit_hit = world_size() > 1  # eager would send in another order
     compiled = torch.compile(type(blocks[0]).forward, dynamic=True)
     for block in blocks:
         block.forward = partial(compiled, block)

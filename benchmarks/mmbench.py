@@ -44,7 +44,7 @@ def load(folder, split: str, chinese: bool = False):
     rotations = Counter(row["group"] for row in rows)
     short = sum(rotations[group] < count for group, count in counts.items())
     if short:
-        say(f"{file}: {short} questions lack rotations, so their circular score is too good")
+        say(f"{file}: questions without all their rotations: {short}; their circular score is too good")
     for row in rows:
         # A choice may be "None". In some rotation it is not the last.
         options = list("ABCD"[: counts[row["group"]]])

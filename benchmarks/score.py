@@ -97,8 +97,8 @@ def scores_and_errors(score, questions, choices) -> dict:
     return measures(scores) | standard_errors(score, questions, choices) | scores
 
 
-def in_words(result: dict) -> str:
-    """What a person wants to read of scores and errors."""
+def in_words(result: dict, wanted=()) -> str:
+    """What a person wants to read of scores and errors. Of what is `wanted` and missing, it says why."""
     words = [f"{result['bench']} of {result['ckpt']}: {counted(result['questions'], 'question')}"]
     for name in measures(result):
         if not name.endswith("_se"):
@@ -111,6 +111,8 @@ def in_words(result: dict) -> str:
     for name, floor in result.get("floors", {}).items():
         name = name.replace("_picture", " the picture").replace("_", " ")
         words.append(f"{name} {floor['accuracy']}")
+    why = "no question has choices of this kind" if "accuracy" in result else "a server or a judge scores it"
+    words += [f"no {name} ({why})" for name in wanted if name not in result]
     return ", ".join(words)
 
 

@@ -51,7 +51,7 @@ def with_thoughts(opens: str | None, closes: str | None, answer: str) -> str:
     if not mark:
         return answer
     if opens is None:
-        raise ValueError("the tokenizer's chat template drops the thoughts of an answer")
+        raise ValueError("the tokenizer's chat template drops or rewrites the thoughts of an answer")
     if closes is None:
         return opens + answer
     return opens + thoughts.removeprefix("<think>").strip() + closes + said.strip()

@@ -248,7 +248,14 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
         "num_additional_image_tokens": int(settings["has_class_token"]),
         "vision_feature_select_strategy": strategy})
     tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
+    write_older_names(folder / "tokenizer_config.json")
+
+
+def write_older_names(file: Path):
+    """Rewrite a tokenizer_config.json of transformers 5 so that 4 opens it, too."""
     written = read_json(file)
-    if written["tokenizer_class"] == "TokenizersBackend":  # transformers 4 knows it by its older name
-        write_json(file, written | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    if written["tokenizer_class"] == "TokenizersBackend":
+        written["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(written.get("extra_special_tokens"), list):  # 4 wants names with them
+        written["additional_special_tokens"] = written.pop("extra_special_tokens")
+    write_json(file, written)

@@ -11,6 +11,7 @@ import traceback
 import uuid
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ def start_ranks() -> torch.device:
             raise ValueError(f"{local_ranks} ranks on this machine, {torch.cuda.device_count()} GPUs")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new length, which takes longer
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, and that takes longer
     else:
         device = torch.device("cpu")
         keep_freed_memory()
@@ -89,18 +90,24 @@ def keep_freed_memory():
 
 
 def choose_dtype(device, name: str = "") -> torch.dtype:
-    """The dtype called `name`. Without a name: fp32 on a CPU, bf16 on a GPU that has it, or fp16. One line
-    says so if this CPU is slow in it."""
+    """The dtype called `name`. Without a name: fp32 on a CPU, bf16 on a GPU that has it, or fp16."""
     if name:
-        dtype = getattr(torch, name)
-        times = slowness(dtype) if device.type == "cpu" else 1
-        if times > 4:
-            say(f"{name} is slow on this processor: a product takes {times:.0f} times as long as in float32")
-        return dtype
+        if device.type == "cpu":
+            warn_of_slow(name)
+        return getattr(torch, name)
     if device.type != "cuda":
         return torch.float32
     has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+@cache
+def warn_of_slow(name: str):
+    """One line, once, if this CPU is slow in the dtype."""
+    times = slowness(getattr(torch, name))
+    if times > 4 and rank() == 0:
+        print(f"{name} is slow on this processor: a product takes {times:.0f} times as long as in float32",
+              file=sys.stderr)
 
 
 def slowness(dtype) -> float:
@@ -123,6 +130,7 @@ def halved(function, rows: list) -> list:
         if len(rows) == 1:
             raise
     torch.cuda.empty_cache()  # not in `except`: the error holds the tensors
+    print(f"rank {rank()}: {len(rows)} do not fit into the GPU's memory: now in halves", file=sys.stderr)
     half = len(rows) // 2
     return halved(function, rows[:half]) + halved(function, rows[half:])
 
@@ -259,10 +267,12 @@ def on_every_rank(function) -> list:
 # Memory
 
 def total_memory(device) -> float:
-    """The bytes that a rank may have: its GPU's, or its share of this machine's, where the system tells."""
-    if device.type == "cuda":  # 2 GiB go to CUDA, NCCL and what is between the tensors
+    """The bytes that each rank may have: what is free of its GPU, of all ranks' the least; or its share of
+    this machine's, where the system tells. All ranks call it."""
+    if device.type == "cuda":  # 2 GiB go to NCCL and what is between the tensors
         free, _ = torch.cuda.mem_get_info(device)  # a desktop may have its part
-        return free + torch.cuda.memory_reserved(device) - 2 * 2**30
+        ours = free + torch.cuda.memory_reserved(device) - 2 * 2**30
+        return min(on_every_rank(lambda: ours))
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):  # Windows
         return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.getenv("LOCAL_WORLD_SIZE", 1))

@@ -169,7 +169,7 @@ def checkpoints(out) -> list:
 def save(config, step: int, vlm, optimizer, terms, made_of: dict):
     """Write OUT/checkpoint-STEP, complete or not at all. Keep the last two.
 
-    It is a run directory, with what the ranks go on from beside it: eval.py and --init open it.
+    It is a run directory, and beside that what the ranks go on from. eval.py opens it, and --init a copy.
     """
     final = Path(config.out) / f"checkpoint-{step:07d}"
     partial = final.with_suffix(".partial")
@@ -212,6 +212,12 @@ def refuse_changes(saved: dict, now: dict, where):
 
 def is_unfinished(run) -> bool:
     return (Path(run) / "log.jsonl").exists() and not (Path(run) / "config.json").exists()
+
+
+def is_checkpoint(folder) -> bool:
+    """Whether the folder is a checkpoint in its run, and not a copy elsewhere."""
+    folder = Path(folder).resolve()
+    return folder in checkpoints(folder.parent) and (folder.parent / "log.jsonl").exists()
 
 
 def latest(run: Path) -> Path:

@@ -8,10 +8,10 @@ import itertools
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 
 from plumbing.files import named, read_json, read_text
-from plumbing.ranks import command
 from running import chart
 
 PANELS = {  # key of the log: its unit
@@ -205,9 +205,11 @@ def main():
     args = parser.parse_args()
     folder = Path(args.runs[0]) if len(args.runs) == 1 else Path()
     file = args.out or folder / "curves.png"
-    with command("running.curves"):
+    try:
         draw(args.runs, file)
-        print(f"wrote {file}")
+    except (OSError, ValueError) as error:  # no `command`: it would import torch, for seconds
+        sys.exit(f"running.curves: {error}")
+    print(f"wrote {file}")
 
 
 if __name__ == "__main__":

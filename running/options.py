@@ -19,7 +19,7 @@ from losses import CONTRASTIVE
 from plumbing.files import ROOT, named, read_text
 from plumbing.llava import describe, find_projector
 from plumbing.ranks import barrier, launch, rank, say
-from running.checkpoint import GO_ON, is_unfinished
+from running.checkpoint import GO_ON, is_checkpoint, is_unfinished
 
 def option(default, help, choices=None, heading=None):
     return field(default=default, metadata={"help": help, "choices": choices, "heading": heading})
@@ -207,7 +207,9 @@ def follow_init(config: Config, given: dict):
     if Path(config.init).resolve() == Path(config.out).resolve():
         raise ValueError(f"--out {config.out} is what the run starts from; name another")
     if is_unfinished(config.init):
-        raise ValueError(f"{config.init}: not finished; name a checkpoint of it, or finish it: {GO_ON}")
+        raise ValueError(f"{config.init}: not finished; name a copy of a checkpoint, or finish it: {GO_ON}")
+    if is_checkpoint(config.init):
+        raise ValueError(f"{config.init}: copy it first; its run removes it, and this one needs it")
     with named(config.init, "cannot be started from"):
         if find_projector(config.init).name == "mm_projector.bin":
             return  # a projector alone: it fits these towers or is refused

@@ -159,7 +159,7 @@ def print_costs(config, vlm, steps: int, gpus: int):
 
 
 def disk_sum(config, vlm, dtype, steps: int) -> dict:
-    """GiB on disk, by purpose: what learned, and up to three checkpoints.
+    """GiB on disk, by purpose: what learned, and up to three checkpoints, each of that and 12 bytes a number.
 
     Two checkpoints are kept while a third is being written. Those of a resumed run are there already.
     """

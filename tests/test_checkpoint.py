@@ -70,8 +70,13 @@ def test_eval_has_the_weights_that_training_had(ranks, align_run, clip_folder, l
     argv = ["--bench", "scienceqa", "--data", str(toy / "ScienceQA"), "--limit", "2", "--out", str(tmp_path)]
     evaluation.main([*argv, "--ckpt", last])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 2
-    begun = options.configure("instruct", {"preset": "tiny", "init": last})
-    assert begun.projector == vlm.projector_kind and begun.llm == vlm.sources["llm"]
+    with pytest.raises(ValueError, match="checkpoint-0000002: copy it first; its run removes it"):
+        options.configure("instruct", {"preset": "tiny", "init": last})
+    copied = str(shutil.copytree(last, tmp_path / "copy"))
+    shutil.rmtree(tmp_path / "run")
+    begun = options.configure("instruct", {"preset": "tiny", "init": copied})
+    assert begun.projector == vlm.projector_kind
+    assert begun.llm == (f"{copied}/llm" if stage == "instruct" else vlm.sources["llm"])
 
 
 def test_where_the_model_of_a_run_is(align_run, tmp_path):
@@ -85,7 +90,7 @@ def test_where_the_model_of_a_run_is(align_run, tmp_path):
     (run / "checkpoint-0000012.partial").mkdir()
     last = run / "checkpoint-0000010"
     assert checkpoint.latest(run) == last and checkpoint.latest(last) == last
-    with pytest.raises(ValueError, match=f"^{run}: not finished; name a checkpoint .*{checkpoint.GO_ON}$"):
+    with pytest.raises(ValueError, match=f"^{run}: not finished; name a copy .*{checkpoint.GO_ON}$"):
         options.configure("instruct", {"preset": "tiny", "init": str(run)})
     with pytest.raises(FileNotFoundError, match="checkpoint-0000010/config.json"):
         evaluation.load_run(run, CPU)

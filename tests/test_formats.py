@@ -472,8 +472,12 @@ def test_an_answer_of_an_export_is_not_cut_at_twenty_tokens(clip_folder, llama_f
 
 def test_an_export_pads_and_names_its_tokenizer_as_every_transformers_does(
         clip_folder, llama_folder, tmp_path):
-    """Also of a tokenizer without padding, and of several templates, of which the default is taken."""
+    """Also of a tokenizer without padding, with special tokens of its own, and of several templates, of which
+    the default is taken."""
     llm = Path(shutil.copytree(llama_folder, tmp_path / "llm"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llm)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["red"]})
+    tokenizer.save_pretrained(llm)
     file = llm / "tokenizer_config.json"
     written = json.loads(file.read_text()) | {"pad_token": None}
     several = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "{{ tools }}"}]
@@ -485,7 +489,8 @@ def test_an_export_pads_and_names_its_tokenizer_as_every_transformers_does(
     batch = processor.tokenizer(["What?", "What is it?"], padding=True)
     assert batch.attention_mask[0][0] == 0 and processor.tokenizer.chat_template.endswith(CHATML)
     found = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
-    assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in found
+    assert "red" in found["additional_special_tokens"] and "red" in processor.tokenizer.all_special_tokens
 
 
 CHATML = ("{% for m in messages %}<|{{ m.role }}|> {{ m.content }} </s>{% endfor %}"

@@ -27,6 +27,7 @@ def test_a_picture_under_another_key_is_named(key):
 
 @pytest.mark.parametrize("fields, says", [
     ({"video": "a.mp4"}, "is it 'video'?"), ({"images": ["a.png"]}, "is it 'images'?"),
+    ({"image_id": 5, "images": ["a.png"]}, "is it 'images'?"),
     ({"videos": []}, None), ({"image_id": 5}, None), ({}, None)])
 def test_what_would_train_blind_is_told(fields, says):
     """A question without <image>, and a picture under a key that we do not read."""

@@ -876,6 +876,16 @@ def test_answers_may_have_thoughts(template):
     assert whole.count("<|im_start|>") == 6 and "assistant\n<think>\n\n</think>\n\nyes" in whole
 
 
+def test_thoughts_behind_a_template_without_a_generation_prompt_have_one_lead():
+    template = ("{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}{% else %}"
+                " ASSISTANT: {{ m.content }}<|im_end|>{% endif %}{% endfor %}")
+    tokenizer = chatml(template)
+    for answer in ("<think>t</think> red", "red"):
+        ids, roles = encode("chat", [("human", "What?"), ("gpt", answer)], tokenizer, False)
+        said = tokenizer.decode([i for i, role in zip(ids, roles) if role != data.CONTEXT])
+        assert said == f" ASSISTANT: {answer}<|im_end|>"
+
+
 def test_a_template_may_open_the_thoughts():
     """Qwen3-Thinking's ends the question with <think>. An answer without thoughts would begin with half of
     the token of two newlines."""
@@ -893,7 +903,7 @@ def test_a_template_may_open_the_thoughts():
 
 
 @pytest.mark.parametrize("template, reason", [
-    (CHATML.replace("m.content", "m.content.split('</think>')[-1]"), "drops the thoughts"),
+    (CHATML.replace("m.content", "m.content.split('</think>')[-1]"), "drops or rewrites the thoughts"),
     ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "does not end an answer")])
 def test_templates_that_fit_no_answer_are_refused_before_loading(world, tmp_path, llama_folder, template,
                                                                  reason):

@@ -57,9 +57,9 @@ def test_options_become_config():
 
 
 def test_a_form_that_is_typed_for_both_stages_is_of_instruct():
-    given = {"template": "chat", "fit": "crop", "preset": "tiny"}
+    given = {"template": "chat", "fit": "pad", "preset": "tiny"}
     align, instruct = (options.configure(s, options.of_stage(s, given)) for s in ("align", "instruct"))
-    assert (align.template, align.fit, instruct.template, instruct.fit) == ("plain", "crop", "chat", "crop")
+    assert (align.template, align.fit, instruct.template, instruct.fit) == ("plain", "crop", "chat", "pad")
 
 
 def test_epochs_that_are_typed_come_before_a_presets_steps():
@@ -700,7 +700,6 @@ def test_compiled_blocks_equal_plain_ones(llama_folder, monkeypatch, backend):
             train.compile_blocks(llm.model.layers)
         train.checkpoint_blocks(llm.model.layers, which)
         results = []
-        assert not is_compiled or torch._dynamo.config.fail_on_recompile_limit_hit  # else ranks may part ways
         for S in (20, 33):
             embeds = llm.embed(torch.arange(4 * S).view(4, S) % 75)  # (B, S, C)
             logits = llm.logits(llm.hidden(embeds, at=torch.arange(0, 4 * S, 3)))  # (n, V)
