@@ -188,7 +188,7 @@ def test_two_processes_find_what_one_finds(tmp_path, toy, check):
 def test_ctrl_c_ends_it_in_a_line(tmp_path, toy):
     """The terminal sends it to all processes of the command."""
     good = pictured(sorted((toy / "images").iterdir())[0].name)
-    file = write_records(tmp_path / "d.json", {}, *[good] * 100_000)  # 20 s: a busy machine may stall for some
+    file = write_records(tmp_path / "d.json", {}, *[good] * 100_000)  # 20 s: machines stall for some
     command = [sys.executable, "-m", "running.check", file, toy / "images", "--workers", "2"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
