@@ -176,14 +176,14 @@ def save(config, step: int, vlm, optimizer, terms, made_of: dict):
     if rank() == 0:
         partial.mkdir(parents=True)  # open_run has removed what a run that was stopped here left
     barrier()
-    if rank() == 0:
-        vlm.save(partial, asdict(config) | {"step": step}, config.stage == "instruct")
     state = {"step": step, "ranks": world_size(), "config": asdict(config)}
     state["squares"] = {name: term.squares for name, term in terms.items()}
     if config.shard or rank() == 0:
         state["optimizer"] = optimizer.state_dict()
     with whole(partial / f"rank-{rank()}.pt") as building, open(building, "wb") as file:
         torch.save(state, file)
+    if rank() == 0:
+        vlm.save(partial, asdict(config) | {"step": step}, config.stage == "instruct")
     barrier()
     if rank() == 0:
         (partial / "made_of.json").write_text(json.dumps(made_of))

@@ -649,7 +649,7 @@ def test_held_out_records_that_cannot_be_are_refused(world, ranks, tmp_path):
 @pytest.mark.parametrize("options, says", [
     (["--warmup_ratio", "100"], "--warmup_ratio is 100.0; it is a part of the steps, at most 1"),
     (["--steps", "1"], "1 steps, all at learning rate 0"),
-    (["--lr", "0"], "6 steps, all at learning rate 0"),
+    (["--lr", "0"], "--batch, --micro_batch, --epochs and --lr must be above 0"),
 ])
 def test_a_schedule_that_never_trains_is_refused(world, options, says):
     assert says in refusal(world, "--out", "never", *options)
