@@ -182,10 +182,9 @@ def save(config, step: int, vlm, optimizer, terms, made_of: dict):
         state["optimizer"] = optimizer.state_dict()
     with whole(partial / f"rank-{rank()}.pt") as building, open(building, "wb") as file:
         torch.save(state, file)
-    if rank() == 0:
-        vlm.save(partial, asdict(config) | {"step": step}, config.stage == "instruct")
     barrier()
     if rank() == 0:
+        vlm.save(partial, asdict(config) | {"step": step}, config.stage == "instruct")
         (partial / "made_of.json").write_text(json.dumps(made_of))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
