@@ -212,7 +212,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, key heads, start + S, head_dim)
         groups = q.shape[1] // k.shape[1]  # so many query heads share one key-value head
-        if groups > 1 and not is_causal:  # as more queries of that head: a GPU has no fast kernel for both
+        if groups > 1 and not is_causal:  # no fused GPU kernel takes mask and shared heads: make them queries
             q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, key heads, groups S, head_dim)
             visible = visible if visible is None else torch.cat(groups * [visible], dim=-2)
         x = F.scaled_dot_product_attention(
