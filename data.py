@@ -207,8 +207,8 @@ def chat(tokenizer) -> Form:
     if (len(prompt), len(short), len(long)) != (2, 3, 4):
         raise ValueError("the tokenizer's chat template drops a question or an answer")
     opening, to_answer = prompt
-    before = short[1]  # the answer
-    behind = long[2]
+    before = short[1]  # what stands before the answer
+    behind = long[2]  # and behind it
     is_same_start = opening == short[0] == long[0]
     if not is_same_start or not (before.startswith(to_answer) or to_answer.startswith(before)):
         raise ValueError("the tokenizer's chat template rewrites earlier turns: no boundary for labels")
@@ -256,17 +256,16 @@ def to_pieces(turns, form: Form, tokenizer, has_image: bool) -> list:
     """[(text, role)] of turns [(role, text)]: what is given, what is to be said, what ends it."""
     pieces = []
     before = form.opening
-    for number, (role, text) in enumerate(turns):
+    answers = [answer for _, answer in turns[1::2]] + [None]  # None: the question is open
+    for (_, question), answer in zip(turns[::2], answers):
         has_marker = has_image and not any(IMAGE in said for said, _ in pieces)  # the first that has one
-        text = as_text(text, tokenizer, has_marker)
-        if role == "human":
-            _, answer = turns[number + 1] if number + 1 < len(turns) else ("gpt", "")
-            has_thoughts = THOUGHTS_END in answer and form.to_thoughts is not None
-            to_answer = form.to_thoughts if has_thoughts else form.to_answer
-            pieces.append((before + form.question(text) + to_answer, CONTEXT))
-        else:
+        question = form.question(as_text(question, tokenizer, has_marker))
+        has_thoughts = form.to_thoughts is not None and THOUGHTS_END in (answer or "")
+        to_answer = form.to_thoughts if has_thoughts else form.to_answer
+        pieces.append((before + question + to_answer, CONTEXT))
+        if answer is not None:
             lead = "" if has_thoughts else form.lead  # thoughts bring their own
-            pieces.append((lead + form.answer(text), ANSWER))
+            pieces.append((lead + form.answer(as_text(answer, tokenizer, False)), ANSWER))
             pieces.append((form.end, END))
         before = form.again
     return pieces

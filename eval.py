@@ -8,12 +8,12 @@
 
 A score is only as good as its prompt, its parser and its denominator: published ScienceQA numbers of one and
 the same checkpoint differ by ten points. So the prompt is built from the raw files, the answer is greedy, and
-the official rule reads it. An answer that the rule cannot read is wrong. It stays in the denominator, and the
-number of such answers is printed. benchmarks/ has a file with the rule of each benchmark.
+the official rule reads it. An answer that the rule cannot read is wrong (MMMU's guesses instead). It stays in
+the denominator, and the number of such answers is printed. benchmarks/ has the rule of each, in its own file.
 
 Answers are appended to BENCH.partial.RANK.jsonl in the run directory, or --out, as they come. After a kill,
-the same command goes on from there. At the end all answers are in BENCH.json, beside the scores. These are
-also printed: one JSON object a line, one line for each run and benchmark.
+the same command goes on from there. At the end all answers are in BENCH.json, beside the scores. Two lines
+of each run and benchmark are printed: a sentence, and the scores as a JSON object.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def ask_likeliest(vlm, tokenizer, questions, template: str, batch: int = 16, fil
                 samples.append(asked | {"ids": ids, "roles": [data.CONTEXT] * len(ids), "said": said})
         m = to_batch(vlm, tokenizer, samples, room)
         embeds = vlm.splice(m["ids"], vlm.encode(m["pixels"]))  # (B, S, C)
-        states = vlm.llm.hidden(embeds, m["mask"])  # (B, S, C), a row ends where an answer's last token comes
+        states = vlm.llm.hidden(embeds, m["mask"])  # (B, S, C), the last foretells an answer's last token
         for sample, state in zip(samples, states):
             for option, ids in sample["said"]:
                 log_p = vlm.llm.logits(state[-len(ids) :]).float().log_softmax(-1)  # (tokens, V)
@@ -261,7 +261,7 @@ def ask_about_picture(ckpt, args, device):
 def ask_bench(vlm, tokenizer, template: str, bench: Bench, questions, file) -> tuple:
     """(answers, the choices that the benchmark's rule reads from them)."""
     tokens = min(bench.tokens, vlm.llm.config.max_position_embeddings // 2)  # half for the question
-    batch = min(64, 4096 // tokens)  # the key-value cache is as long as the longest answer
+    batch = min(64, 4096 // tokens)  # the key-value cache has room for `tokens` more in each row
     answers = ask(vlm, tokenizer, questions, template, tokens, batch, file)
     choices = [bench.parse(text, question) for text, question in zip(answers, questions)]
     return answers, choices
@@ -319,7 +319,8 @@ def run_bench(name: str, ckpt, run: tuple, folder, args) -> dict:
             blind = choose_likeliest(vlm, tokenizer, template, by, unseen, blind, f"{kept}-blind-{by}")
             result["floors"][f"without_picture_by_{by}"] = measures(bench.score(questions, blind))
     on_every_rank(write)
-    say(in_words(result, [args.score or "accuracy", *["floors"] * args.floors]))
+    floors = ["floors"] if args.floors else []
+    say(in_words(result, [args.score or "accuracy", *floors]))
     if bench.submit and rank() == 0:
         ending = "tsv" if name.startswith("mmbench") else "json"
         table = args.submit or f"{file}-submit.{ending}"

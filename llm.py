@@ -42,6 +42,7 @@ FAMILIES = {  # by config.json's model_type
     "qwen2": Family("Qwen2ForCausalLM", has_bias=True, has_norm=False),
     "qwen3": Family("Qwen3ForCausalLM", has_bias=False, has_norm=True),
 }
+NO_TOKEN = -1  # fills a row of new ids behind its end
 
 
 @dataclass
@@ -96,7 +97,7 @@ def rope_frequencies(config: LLMConfig, device):
 
     Llama 3.1 learned texts of `original_max_position_embeddings` tokens first, then longer ones. A pair that
     turns fewer than `low_freq_factor` times in the first length would meet new angles in a longer text, so it
-    is slowed by `factor`. One of more than `high_freq_factor` turns knows all and stays. Others are blended.
+    is slowed by `factor`. One of over `high_freq_factor` turns has met all angles: it stays. Between, a mix.
     """
     even = torch.arange(0, config.head_dim, 2, device=device).float()  # (head_dim / 2,)
     frequencies = config.rope_theta ** -(even / config.head_dim)  # (head_dim / 2,)
@@ -135,7 +136,7 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_len, config.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0  # positions filled so far; `LLM.hidden` counts on when all layers have appended
+        self.length = 0  # positions filled so far; `LLM.hidden` raises it when all layers have appended
 
     def append(self, layer: int, k, v):
         """Store k, v (B, key heads, S, head_dim) after the earlier ones; return all of this layer so far."""
@@ -212,7 +213,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, key heads, start + S, head_dim)
         groups = q.shape[1] // k.shape[1]  # so many query heads share one key-value head
-        if groups > 1 and not is_causal:  # no fused GPU kernel takes mask and shared heads: make them queries
+        if groups > 1 and not is_causal:  # no fused GPU kernel takes a mask with GQA: heads become queries
             q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, key heads, groups S, head_dim)
             visible = visible if visible is None else torch.cat(groups * [visible], dim=-2)
         x = F.scaled_dot_product_attention(
@@ -314,11 +315,9 @@ class LLM(nn.Module):
     def logits(self, hidden):
         return F.linear(hidden, self.head_weight)  # (..., V)
 
-    def forward(self, ids=None, embeds=None, mask=None, cache=None):
-        """Logits (B, S, V) of `ids` (B, S), or of `embeds` (B, S, C) in their place."""
-        if embeds is None:
-            embeds = self.embed(ids)
-        return self.logits(self.hidden(embeds, mask, cache))  # (B, S, V)
+    def forward(self, ids, mask=None):
+        """Logits (B, S, V) at every position of `ids` (B, S)."""
+        return self.logits(self.hidden(self.embed(ids), mask))  # (B, S, V)
 
     @torch.no_grad()
     def generate(self, embeds, mask=None, max_new_tokens: int = 32, temperature: float = 0.0,
@@ -368,9 +367,6 @@ class LLM(nn.Module):
         """Write config.json and model.safetensors, which transformers opens as the family's own class."""
         config = llama.config_json(self.config, FAMILIES[self.config.model_type].architecture)
         write_weights(dict(self.named_parameters()), folder, config)
-
-
-NO_TOKEN = -1  # fills a row of new ids behind its end
 
 
 def choose(logits, temperature: float, top_p: float):

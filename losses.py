@@ -105,9 +105,8 @@ def pool_caption(embeds, mask):
     These are not unit vectors. The paper averages similarities, not embeddings, so the length of the mean
     says how alike the tokens are. A caption without tokens gives zeros.
     """
-    filled = mask[..., None].to(embeds.dtype)  # (B, T, 1)
-    total = (unit(embeds) * filled).sum(1)  # (B, C)
-    return total / filled.sum(1).clamp(min=1)  # (B, C)
+    total = (unit(embeds) * mask[..., None]).sum(1)  # (B, C)
+    return total / mask.sum(1, keepdim=True).clamp(min=1)  # (B, C)
 
 
 def vectors(name, vlm, micro_batches, patches, states) -> tuple:
@@ -144,8 +143,8 @@ class GatherWithGradient(torch.autograd.Function):
     with SUM. (In align only images need it. Captions are columns, too, but come from a frozen LLM.)
 
     Two common shortcuts are wrong, and neither the loss nor the retrieval shows it, nor any test on one rank.
-    A gather without gradient loses all terms in which our row is a column. To return only the own slice of
-    the own gradient loses those in the other ranks' losses. (It is right where every rank computes all
+    A gather without gradient loses all terms in which our row is a column. Returning only this rank's slice
+    of this rank's gradient loses those in the other ranks' losses. (It is right where every rank computes all
     WB x WB products, as OpenCLIP does by default, up to the 1/W of a mean. Here each computes B x WB.)
     """
 
@@ -205,7 +204,7 @@ def contrastive_loss(image, text, scale, keys):
 #
 # CG-VLM writes a plain sum, but a weight that suits one pair of towers may not suit another. All losses
 # reach the projector through the projected patches alone. train_step stops each backward there, at the *cut*:
-# gradients of one shape are measured, weighted and added up. This is ours, and the balance that can be held.
+# gradients of one shape are measured, weighted and added up. Cut and balance are ours, not CG-VLM's.
 
 class ContrastiveTerm(nn.Module):
     """The temperature and the weight of one contrastive loss.
@@ -213,8 +212,8 @@ class ContrastiveTerm(nn.Module):
     The temperature is CLIP's (section 2.5): a learnable scale of the similarities, exp(log_scale), from
     1/0.07 and at most 100. The parameter is the logarithm, in fp32, and takes no weight decay.
 
-    The weight is `weight`, of a plain sum. With a `balance` above 0 it follows the gradients: it is
-    whatever makes the norm of this loss's gradient so many times that of the captioning loss's.
+    The weight is fixed, as in a plain sum. With a `balance` above 0 it follows the gradients: it is
+    whatever makes the norm of this loss's gradient `balance` times that of the captioning loss's.
     """
 
     def __init__(self, weight: float = 1.0, balance: float = 0.0):

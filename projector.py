@@ -152,9 +152,9 @@ class VLM(nn.Module):
         I, N, C = patches.shape
         if image_at is None:
             image_at = self.find_placeholders(ids)  # (I N,)
-        if len(image_at) not in (0, I * N):
+        if len(image_at) != I * N and (len(image_at), I) != (0, 1):  # (0, 1): text alone
             raise ValueError(f"{len(image_at)} placeholders; {I} images of {N} tokens")
-        # No row of the embedding table belongs to the placeholder. Any row will do: it is replaced.
+        # The placeholder may have no row in the embedding table. Any row will do: it is replaced.
         words = ids.masked_fill(ids == self.image_token_id, 0)  # (B, S)
         embeds = self.llm.embed(words).flatten(0, 1)  # (B S, C)
         patches = patches.to(embeds.dtype).flatten(0, 1)  # (I N, C)
@@ -173,7 +173,8 @@ class VLM(nn.Module):
 
     def forward(self, ids, pixels, mask=None):
         """Logits (B, S, V) at every position. Training needs only a few of them and calls `llm.hidden`."""
-        return self.llm(embeds=self.splice(ids, self.encode(pixels)), mask=mask)  # (B, S, V)
+        embeds = self.splice(ids, self.encode(pixels))  # (B, S, C)
+        return self.llm.logits(self.llm.hidden(embeds, mask))  # (B, S, V)
 
     @torch.no_grad()
     def generate(self, ids, pixels, max_new_tokens: int = 32, mask=None, **how):

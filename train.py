@@ -7,8 +7,8 @@
 Two stages on LLaVA's recipe (arXiv 2310.03744). Align: image-caption pairs; only the projector learns (and a
 temperature), from the captioning loss and a contrastive loss. Instruct: conversations; the projector and the
 LLM learn, from the next-token loss alone. The ViT is frozen throughout. Align may put *contrast first*: its
-first steps then have the patch loss alone, and the LLM does not run. After them that loss has weight 0,
-unless a weight is given.
+first steps then have the patch loss alone, and the LLM does not run. With --contrastive patch that loss has
+weight 0 after them, unless a weight or a ratio is given.
 
 A step is one update from a batch over all ranks. Each rank takes its part of the batch in micro-batches: as
 many samples as fit through the LLM at once.
@@ -99,22 +99,21 @@ class Bucket:
         return flat.chunk(world_size())[rank()] if self.shard else flat
 
     def open(self):
-        """Make an empty gradient."""
-        self.gradient = torch.zeros_like(self.weight, dtype=self.master.dtype)
-        self.waiting = set(self.parameters)
+        """Make a gradient of zeros, if there is none."""
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.weight, dtype=self.master.dtype)
+            self.waiting = set(self.parameters)
 
     def add(self, p):
         """Add p.grad to the flat gradient, in fp32, and forget it."""
-        if self.gradient is None:
-            self.open()
+        self.open()
         self.gradient[self.place[p]].view_as(p).add_(p.grad)
         p.grad = None
         self.waiting.discard(p)
 
     def close(self):
         """Hand out the flat gradient. A parameter that nobody used has a gradient of zero."""
-        if self.gradient is None:
-            self.open()
+        self.open()
         gradient = self.gradient
         self.gradient = None
         self.is_sent = True
@@ -138,7 +137,7 @@ class Bucket:
 
     def state_dict(self) -> dict:
         state = {"master": self.master, "m": self.m, "v": self.v, "steps": self.steps}
-        return {name: x.to("cpu", copy=True) for name, x in state.items()}  # a slice alone; a GPU may be full
+        return {name: x.to("cpu", copy=True) for name, x in state.items()}  # not what a slice is a view of
 
     def load_state_dict(self, *states):
         """Take this rank's part out of the parts that all ranks saved, however many they were."""
@@ -400,7 +399,7 @@ def checkpoint_blocks(blocks, which: str):
 
 
 def compile_blocks(blocks):
-    """Compile the blocks: one graph for all lengths, one of the last. Call it before `checkpoint_blocks`."""
+    """Compile the blocks: one graph for all but the last, one for it. Call it before `checkpoint_blocks`."""
     torch._dynamo.config.recompile_limit = 64  # a pass without gradients, or of one row, is another graph
     torch._dynamo.config.fail_on_recompile_limit_hit = world_size() > 1  # eager would send in another order
     compiled = torch.compile(type(blocks[0]).forward, dynamic=True)
@@ -511,8 +510,9 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
         image, text = losses.vectors(name, vlm, micro_batches, leaves, states)  # each (B, C)
         loss, shares[f"{name}_retrieval"] = losses.contrastive_loss(image, text, terms[name].scale(), keys)
         shares[name] = loss.detach()
-        inputs = [*(states if name == "prompt" else leaves), terms[name].log_scale]
-        *at_cut[name], at_log_scale[name] = torch.autograd.grad(optimizer.loss_scale * loss, inputs)
+        inputs = states if name == "prompt" else leaves
+        gradients = torch.autograd.grad(optimizer.loss_scale * loss, [*inputs, terms[name].log_scale])
+        *at_cut[name], at_log_scale[name] = gradients
     at_states = at_cut.pop("prompt", [])  # (B, C) each: this loss is not at the cut yet
 
     # 4. Captioning, backward to the cut. The prompted loss takes part from `state` on, with its weight. Then
@@ -539,7 +539,7 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     shares |= losses.products(at_cut)
     sums = dict(zip(shares, sum_over_ranks(list(shares.values()), device).tolist()))
     losses.measure(sums, terms, optimizer.loss_scale)
-    weights = {name: term.weight() if with_llm else 1.0 for name, term in terms.items()}  # alone: 1
+    weights = {name: terms[name].weight() if with_llm else 1.0 for name in at_log_scale}  # alone: 1
     optimizer.last_backward(False)
     for projected, gradient in zip(patches, losses.weighted_sum(at_cut, weights)):
         projected.backward(gradient)
@@ -690,7 +690,7 @@ def run_all(given: dict, device):
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # eval.py needs the memory
-    alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # else it waits
+    alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # or it awaits others
     sys.exit(subprocess.run(command_line, env=alone).returncode)
 
 

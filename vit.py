@@ -209,16 +209,14 @@ class ViT(nn.Module):
         self.num_patches = config.num_patches
         self.blocks_run = feature_layer % (layers + 1)  # -2 of 24 blocks: 23
         self.embeddings = Embeddings(config)
-        if config.family.pre_norm:
-            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # CLIP's own spelling
+        has_norm, D, eps = config.family.pre_norm, config.hidden_size, config.layer_norm_eps
+        self.pre_layrnorm = nn.LayerNorm(D, eps) if has_norm else nn.Identity()  # CLIP's own spelling
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Block(config) for _ in range(layers))})
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # never runs
+        self.post_layernorm = nn.LayerNorm(D, eps)  # never runs
 
     def forward(self, pixels):
         pixels = pixels.to(self.embeddings.patch_embedding.weight.dtype)  # (B, 3, H, W)
-        x = self.embeddings(pixels)  # (B, L, D)
-        if self.config.family.pre_norm:
-            x = self.pre_layrnorm(x)
+        x = self.pre_layrnorm(self.embeddings(pixels))  # (B, L, D)
         for block in self.encoder["layers"][: self.blocks_run]:
             x = block(x)
         if self.config.family.class_token:

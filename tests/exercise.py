@@ -36,7 +36,8 @@ EXERCISES = {
         "projector.py", "VLM.splice",
         "An image enters the sentence: its projected patches replace its N placeholders.",
         "`find_placeholders` without `image_at`. Id 0 where they stand, embed all, flatten, `index_copy_` as "
-        "many patches, in that dtype. ValueError('32 placeholders; 3 images of 16 tokens') if not 0 or I N.",
+        "many patches, in that dtype. If neither I N nor, with I = 1, 0: "
+        "ValueError('32 placeholders; 3 images of 16 tokens').",
         "tests/test_projector.py -k 'splice or text_only'"),
     "contrastive_loss": Exercise(
         "losses.py", "contrastive_loss",

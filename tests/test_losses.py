@@ -131,6 +131,14 @@ def test_padding_and_empty_captions():
     assert (pooled[1] == 0).all()
 
 
+def test_a_long_caption_in_bfloat16_has_all_its_tokens_counted():
+    """301 equal tokens have the mean of one; bfloat16 cannot count to 301."""
+    token = torch.randn(1, 1, 8, dtype=torch.bfloat16)
+    alone = losses.pool_caption(token, torch.ones(1, 1, dtype=torch.bool))
+    many = losses.pool_caption(token.expand(1, 301, 8), torch.ones(1, 301, dtype=torch.bool))
+    assert torch.allclose(many, alone, rtol=1e-5)
+
+
 def test_scale_starts_at_clip_and_is_clamped():
     term = losses.ContrastiveTerm()
     assert term.scale().item() == pytest.approx(1 / 0.07)

@@ -123,9 +123,9 @@ def test_splice_equals_a_plain_loop(vlm):
 @grades("splice")
 def test_splice_with_known_places_equals_splice(vlm):
     """Of two images, and of a batch of text."""
-    for ids in (torch.tensor([row(2, 1, 3), row(5, 0, 9), row(1, 1, 1)]), torch.tensor([row(5, 0, 9)])):
+    two, text = torch.tensor([row(2, 1, 3), row(5, 0, 9), row(1, 1, 1)]), torch.tensor([row(5, 0, 9)])
+    for ids, patches in ((two, torch.randn(2, 16, 32)), (text, torch.randn(1, 16, 32))):
         image_at = (ids == IMAGE_TOKEN_ID).flatten().nonzero()[:, 0]
-        patches = torch.randn(2, 16, 32)
         assert torch.equal(vlm.splice(ids, patches, image_at), vlm.splice(ids, patches)), (
             "with `image_at` given it is another answer than with the places found")
 
@@ -140,6 +140,8 @@ def test_splice_refuses_wrong_counts(vlm):
     for image_at in (None, (ids == IMAGE_TOKEN_ID).flatten().nonzero()[:, 0]):
         said = refusal(vlm.splice, ids, torch.randn(3, 16, 32), image_at)
         assert "32 placeholders; 3 images of 16 tokens" in said, "images without placeholders are not refused"
+    said = refusal(vlm.splice, torch.tensor([row(2, 0, 3)]), torch.randn(2, 16, 32))
+    assert "0 placeholders; 2 images of 16 tokens" in said, "two images without places are not refused"
 
 
 @grades("splice")

@@ -977,6 +977,7 @@ def test_contrast_first_never_runs_the_llm(linear_vlm, llama_folder, monkeypatch
     lines, _ = first_steps(linear_vlm, llama_folder, 2, contrastive="both", contrastive_first=2,
                            contrastive_weight=0.0)
     assert lines[1]["patch"] < lines[0]["patch"] == lines[0]["loss"] and "generative" not in lines[0]
+    assert "prompt_weight" not in lines[0]  # a loss that does not run has none
 
 
 def test_the_clamp_of_the_scale_holds_in_the_optimizer():
