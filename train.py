@@ -504,8 +504,7 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
         states = [state for _, state in passes]  # each (B, C)
 
     # 3. The contrastive losses, over all images and captions, and back: to the cut, or to `states`.
-    at_cut = {}  # loss -> its gradient at the cut, (I, N, C) for each micro-batch
-    at_log_scale = {}
+    at_cut, at_log_scale = {}, {}  # loss -> its gradient at the cut, (I, N, C) for each micro-batch
     for name in terms if with_llm else ["patch"]:
         image, text = losses.vectors(name, vlm, micro_batches, leaves, states)  # each (B, C)
         loss, shares[f"{name}_retrieval"] = losses.contrastive_loss(image, text, terms[name].scale(), keys)
