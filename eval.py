@@ -62,6 +62,8 @@ def load_run(folder, device, template=None) -> tuple:
         is_llava = str(config.get("model_type")).startswith("llava")
         has_own = tokenizer.chat_template and not is_llava
         own = "chat" if has_own else "v1"
+        if is_llava and not template:
+            say(f"{folder}: names no template of ours; asked with {own}, LLaVA-1.5's (--template)")
     if template:
         say(f"{folder}: asked with template {template}; its own is {own}")
     config["template"] = template or own
@@ -427,6 +429,8 @@ def parse_args(argv=None):
         writers = [name for name, bench in BENCHES.items() if bench.submit]
         if args.bench not in writers:
             parser.error(f"--submit is for {', '.join(writers)}")
+        if args.submit.suffix == ".xlsx":
+            parser.error("--submit: pandas makes Excel of our .tsv (benchmarks/README.md)")
         if not args.submit.parent.is_dir():
             parser.error(f"--submit: no folder {args.submit.parent}")
     return args

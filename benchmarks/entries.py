@@ -6,11 +6,11 @@ from plumbing.files import read_entries
 
 ID = (int, str)  # the types that an id may have
 
-# Parquet and Excel need packages that we do not have. These lines of pandas convert them.
+# Excel (MMBench) and Parquet (MMMU) need packages that we do not have. These lines of pandas convert them.
 CONVERT = {
-    ".xlsx": 'pandas.read_excel("IN").to_csv("OUT.tsv", sep="\\t", index=False)',
-    ".parquet": 'json.dump(pandas.read_parquet("IN").to_dict("records"), open("OUT.json", "w"), default='
-                'lambda x: base64.b64encode(x).decode() if isinstance(x, bytes) else x.tolist())',
+    ".tsv": (".xlsx", 'pandas.read_excel("IN").to_csv("OUT.tsv", sep="\\t", index=False)'),
+    ".json*": (".parquet", 'json.dump(pandas.read_parquet("IN").to_dict("records"), open("OUT.json", "w"), '
+               'default=lambda x: base64.b64encode(x).decode() if isinstance(x, bytes) else x.tolist())'),
 }
 
 
@@ -22,23 +22,21 @@ def find_files(folder, pattern: str) -> list:
     """
     folder = Path(folder)
     files = sorted(folder.glob(pattern))
-    unread = unread_files(folder, pattern, files)
+    unread_suffix, how = CONVERT.get(Path(pattern).suffix, (None, None))
+    unread = unread_files(folder, pattern, files, unread_suffix) if how else []
     if unread:
         where = unread[0].parent if files else folder
-        how = CONVERT[unread[0].suffix]
         raise FileNotFoundError(f"{where}: no {pattern}; {unread[0]} is not read here, but {how} converts it")
     if not files:
         raise FileNotFoundError(f"{folder}: no {pattern}")
     return files
 
 
-def unread_files(folder: Path, pattern: str, files: list) -> list:
-    """The sorted Parquet and Excel files in folders that have none of `files`."""
+def unread_files(folder: Path, pattern: str, files: list, suffix: str) -> list:
+    """The sorted files with this suffix in folders that have none of `files`."""
     done = {file.parent for file in files}
-    unread = []
-    for suffix in CONVERT:
-        same_name = str(Path(pattern).with_suffix(suffix))
-        unread += folder.glob(same_name if files else f"**/*{suffix}")
+    same_name = str(Path(pattern).with_suffix(suffix))
+    unread = folder.glob(same_name if files else f"**/*{suffix}")
     return sorted(file for file in unread if file.parent not in done)
 
 

@@ -66,12 +66,14 @@ load_chinese = partial(load, chinese=True)
 
 
 def find_table(folder, split: str, chinese: bool):
-    """The file. Tables of both languages may lie together."""
+    """The file. Tables of both languages may lie together, and `dev_en` beside `dev_en_v11`."""
     files = []
+    split = split.lower()
     for file in find_files(folder, "*.tsv"):
         name = file.stem.lower()
         if split in name and ("cn" in name) == chinese:
             files.append(file)
+    files = [file for file in files if file.stem.lower().endswith(split)] or files
     if len(files) != 1:
         names = [file.name for file in files]
         raise ValueError(f"{folder}: --split has to name one table; {split!r} fits {names}")

@@ -13,13 +13,12 @@ no."; LLaVA asks for a short answer instead, and so do we.
 import re
 
 from benchmarks.entries import find_files, first_folder
-from benchmarks.questions import grade, to_question
+from benchmarks.questions import YES_OR_NO, grade, to_question
 from benchmarks.score import grouped, percent, summary
 from plumbing.files import read_text
 from plumbing.pictures import SUFFIXES, find_image
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
-YES_OR_NO = ["yes", "no"]
 
 
 def load(folder, split: str):

@@ -11,12 +11,11 @@ The files may also lie in coco/, as LLaVA has them.
 """
 
 from benchmarks.entries import ID, find_entries, first_folder
-from benchmarks.questions import to_question
+from benchmarks.questions import YES_OR_NO, to_question
 from benchmarks.score import grouped, percent
 from data import find_image
 
 KINDS = {"question_id": ID, "image": str, "text": str, "label": str}
-YES_OR_NO = ["yes", "no"]
 
 
 def load(folder, split: str):

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from benchmarks import BENCHES
 from data import key_of
-from plumbing.files import named, read_entries, read_json, read_text, whole
+from plumbing.files import named, old_name, read_entries, read_json, read_text, whole
 from plumbing.ranks import rank, say
 
 
@@ -81,15 +81,14 @@ def write_predictions(file, scores: dict, questions, answers, choices):
         predictions.append(prediction)
     file = Path(f"{file}.json")
     before = read_json(file) if file.exists() else None
-    if before and before.get("predictions") == json.loads(json.dumps(predictions)):
+    if isinstance(before, dict) and before.get("predictions") == json.loads(json.dumps(predictions)):
         older = before["scores"]  # an earlier command may have asked for floors, or by another --score
         floors = older.get("floors", {}) | scores.get("floors", {})
         scores = older | scores
         if floors:
             scores["floors"] = floors
     elif before:
-        names = [Path(f"{file}.old{number}") for number in ("", *range(2, 1000))]
-        old = next(name for name in names if not name.exists())
+        old = old_name(file)
         file.rename(old)
         say(f"{file} had other answers: it is now {old}")
     with whole(file) as building:

@@ -50,7 +50,7 @@ def load(folder, split: str = "test") -> list:
             image = find_image(folder / "images", f"{own_split}/{pid}/{problem['image']}")
         options = list(LETTERS[: len(problem["choices"])])
         question = {"id": pid, "prompt": to_prompt(problem), "image": image, "file": str(file)}
-        question |= {"num_choices": len(options), "options": options, "answer": LETTERS[problem["answer"]]}
+        question |= {"options": options, "answer": LETTERS[problem["answer"]]}
         question |= {"choices": [str(choice) for choice in problem["choices"]], "open": to_text(problem)}
         for key in ("subject", "grade", "hint"):
             question[key] = str(problem.get(key) or "")
@@ -89,7 +89,7 @@ def parse(text: str, question: dict):
         # The last dot is any character: LLaVA's own pattern has it so. Two answers are none.
         found = re.findall(r"The answer is ([A-Z]).", text)
         letter = found[0] if len(found) == 1 else None
-    return letter if letter in list(LETTERS[: question["num_choices"]]) else None
+    return letter if letter in question["options"] else None
 
 
 def official_parts(question: dict) -> list:

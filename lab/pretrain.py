@@ -294,7 +294,7 @@ def text_questions(form: str, rng: random.Random, count: int) -> list:
             hint = rng.choice(toy_world.HINTS)
             problem = toy_world.problem(scene, kind, rng, hint, None)
             asked = scienceqa.to_prompt(problem)
-            question["num_choices"] = len(problem["choices"])
+            question["options"] = list(LETTERS[: len(problem["choices"])])
             question["answer"] = LETTERS[problem["answer"]]
         else:
             is_true = rng.random() < 0.5

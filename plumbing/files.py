@@ -3,6 +3,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import shutil
@@ -79,6 +80,12 @@ def read_text(path) -> str:
         raise FileNotFoundError(f"{path}: no such file")
     with named(path, "not UTF-8"):
         return path.read_text(encoding="utf-8-sig")
+
+
+def old_name(path) -> Path:
+    """PATH.old, or the first of PATH.old2, PATH.old3 .. that is free: what is finished is never deleted."""
+    names = (Path(f"{path}.old{number}") for number in itertools.chain([""], itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def read_json(path):

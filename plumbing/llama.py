@@ -72,10 +72,8 @@ def config_json(config, architecture: str) -> dict:
     return asdict(config) | changes
 
 
-# Old files store RoPE's frequencies, which we compute. LLaVA's folders hold more than the LLM. A vision tower
-# that was tuned, in LLaVA's own form, has another name: it is not left out, and refused.
-NOT_OURS = re.compile(
-    r".*inv_freq$|(model\.)?(vision_tower\.(?!vision_tower)|multi_modal_projector\.|mm_projector\.)")
+# Old files store RoPE's frequencies, which we compute. LLaVA's folders hold more than the LLM.
+NOT_OURS = re.compile(r".*inv_freq$|(model\.)?(vision_tower|multi_modal_projector|mm_projector)\.")
 
 
 def our_name(name: str, is_tied: bool = False) -> str:

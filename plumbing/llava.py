@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from plumbing import clip
 from plumbing.files import TOKENIZER_FILES, named, read_json, resolve, resolve_model, write_json
 from plumbing.llama import home
-from plumbing.tokenizer import give_padding
+from plumbing.tokenizer import give_padding, open_tokenizer
 from plumbing.weights import (files_of, is_llavas_own, open_config, read_config, read_shard, read_weights,
                               refuse_others, write_weights)
 
@@ -171,10 +171,9 @@ def as_jinja(system: str, form) -> str:
 def prepare_tokenizer(source: Path, template: str, system: str, v1) -> tuple:
     """(the LLM's tokenizer with the placeholder and an export's chat template, that template's name, a list:
     the special token that it puts after an answer, if there is one)."""
-    from transformers import AutoTokenizer  # imported late: it takes seconds
     # In a batch of prompts, padding comes before them: an answer behind padding would be nonsense.
     with named(source, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, padding_side="left")
+        tokenizer = open_tokenizer(source, padding_side="left")
     tokenizer.add_tokens(IMAGE, special_tokens=True)
     give_padding(tokenizer)
     own = tokenizer.chat_template and tokenizer.get_chat_template()  # of several, the default

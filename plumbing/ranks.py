@@ -40,8 +40,6 @@ def start_ranks() -> torch.device:
     else:
         device = torch.device("cpu")
         keep_freed_memory()
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, os.cpu_count() // local_ranks))
     if "RANK" in os.environ and not dist.is_initialized():
         interface = os.environ.get("NCCL_SOCKET_IFNAME", "")
         if interface.isalnum():  # the CPUs' group takes the network of the GPUs'

@@ -5,17 +5,33 @@ import re
 from functools import lru_cache
 
 from plumbing import llama
-from plumbing.files import TOKENIZER_FILES, named, resolve
+from plumbing.files import TOKENIZER_FILES, named, read_json, resolve
+
+
+def open_tokenizer(folder, **how):
+    """transformers' tokenizer of a folder, which splits texts as its tokenizer.json says.
+
+    AutoTokenizer 5 takes from that file the vocabulary alone, for each class with an `__init__` of its own:
+    SmolLM2's digits are no longer split, DeepSeek's spaces are lost (transformers issues 45812, 48206). Only
+    Llama 2's it makes better than the file: without SentencePiece's own space behind a special token.
+    """
+    from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast  # late: it takes seconds
+    kind = AutoTokenizer
+    if (folder / "tokenizer.json").exists():
+        has_space = "Prepend" in str(read_json(folder / "tokenizer.json").get("normalizer"))
+        told = folder / "tokenizer_config.json"
+        is_new = told.exists() and read_json(told).get("legacy") is False
+        kind = LlamaTokenizer if has_space and is_new else PreTrainedTokenizerFast
+    return kind.from_pretrained(folder, trust_remote_code=False, **how)  # None would ask, and wait
 
 
 def load_tokenizer(folder_or_id):
     """The LLM's tokenizer, with a token for padding."""
-    from transformers import AutoTokenizer  # imported late: it takes seconds
     folder = llama.home(resolve(folder_or_id, ("*.json", *TOKENIZER_FILES)))
     problem = ("no tokenizer could be made. Without a tokenizer.json, as in Vicuna's folders, put one there "
                "(for Vicuna 1.5 that of llava-hf/llava-1.5-7b-hf) or `pip install sentencepiece protobuf`")
     with named(folder, problem):  # transformers raises many kinds, most of them about packages
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask, and wait
+        tokenizer = open_tokenizer(folder)
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: labels need to know where tokens stand; a tokenizer.json says so")
     if tokenizer.eos_token_id is None:

@@ -25,7 +25,7 @@ from data import (IGNORE, IMAGE, TEMPLATES, Conversations, clean_turns, expand, 
 from plumbing.files import named, whole
 from plumbing.ranks import command
 from plumbing.tokenizer import load_tokenizer, special_names
-from running.order import cores_of_a_rank, leave_group
+from running.order import cores_of_a_rank, processes
 from running.records import Records, parse_records
 
 CHUNK = 32  # records that a process looks at before it tells what it found
@@ -46,8 +46,7 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
     look_at_chunk = partial(look_at, images=images, stage=stage, tokenizer=tokenizer, template=template,
                             image_tokens=image_tokens, max_length=max_length)
     loader = torch.utils.data.DataLoader(records, batch_size=CHUNK, collate_fn=look_at_chunk,
-                                         num_workers=min(workers, len(records) // CHUNK),
-                                         worker_init_fn=leave_group)
+                                         **processes(min(workers, len(records) // CHUNK)))
     everything = itertools.chain.from_iterable(loader)
     good = {}
     problems = Counter()

@@ -10,7 +10,6 @@
 """
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 
 from data import find_image, key_of
-from plumbing.files import named, read_json, read_text, whole
+from plumbing.files import named, old_name, read_json, read_text, whole, write_json
 from plumbing.ranks import barrier, launch, on_every_rank, rank, say, world_size
 
 GO_ON = "the same command and --resume go on with it"
@@ -131,11 +130,11 @@ def refuse_foreign(*outs):
 def lock(path: Path, out: str):
     """The open file, locked for this process."""
     file = open(path, "a")
-    with contextlib.suppress(ImportError):  # Windows has no such module, and no lock
+    with contextlib.suppress(ImportError, OSError):  # Windows, and some network file systems, have no lock
         import fcntl
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(f"{out}: another run is writing there") from None
     file.truncate(0)
     return file
@@ -324,13 +323,6 @@ def refuse_other(folder: Path, made_of: dict):
                          f"there, which makes it another run, remove {file}")
 
 
-def old_names(path: Path):
-    """PATH.old, PATH.old2, PATH.old3 ..: what is finished is never deleted."""
-    yield Path(f"{path}.old")
-    for number in itertools.count(2):
-        yield Path(f"{path}.old{number}")
-
-
 def open_run(config, start: int, counted: list):
     """Make OUT ready for its first line of log.
 
@@ -340,7 +332,7 @@ def open_run(config, start: int, counted: list):
     is_finished = (out / "config.json").exists()
     if start == 0 and (is_finished or checkpoints(out)):
         what = "a finished" if is_finished else "an unfinished"
-        old = next(path for path in old_names(out) if not path.exists())
+        old = old_name(out)
         say(f"{out} holds {what} run: it is now {old}")
         out.rename(old)
     out.mkdir(parents=True, exist_ok=True)
@@ -385,8 +377,7 @@ def save_run(config, vlm, results: dict):
     with_llm = config.stage == "instruct"
     shutil.rmtree(out / "llm", ignore_errors=True)  # of a run that was stopped right here
     try:
-        with whole(out / "results.json") as building:
-            building.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(out / "results.json", results)
         vlm.save(out, asdict(config), with_llm)
     except (OSError, ValueError) as error:
         elsewhere = tempfile.mkdtemp()

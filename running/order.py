@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -271,10 +272,9 @@ def make_loader(config, samples, vlm, mine: list, device):
         samples,
         batch_sampler=list(itertools.chain(*mine)),
         collate_fn=to_batch,
-        num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=leave_group,
+        **processes(workers),
         timeout=20 if workers and os.path.isdir("/dev/shm") else 0,  # then `next_batch` looks, and waits on
         generator=torch.Generator().manual_seed(config.seed),  # its own: not the run's random state
     )
@@ -307,6 +307,12 @@ def cores_of_a_rank() -> int:
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def processes(workers: int) -> dict:
+    """How a DataLoader starts so many. Forked ones share the records; Python 3.14 alone would copy them."""
+    context = "fork" if workers and sys.platform == "linux" else None
+    return {"num_workers": workers, "worker_init_fn": leave_group, "multiprocessing_context": context}
 
 
 def leave_group(_):

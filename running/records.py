@@ -114,9 +114,12 @@ def load_records(file, stage=None) -> Records:
         with tempfile.NamedTemporaryFile(delete=False) as packed:
             try:
                 for _, own in good_records(file, stage):
-                    lengths.append(packed.write(own.encode()))
+                    with named(packed.name, "TMPDIR names another folder"):
+                        lengths.append(packed.write(own.encode()))
             except BaseException:
                 os.remove(packed.name)
+                with contextlib.suppress(OSError):  # a full disk says it again
+                    packed.close()
                 raise
         return packed.name, np.cumsum(lengths)
 

@@ -49,7 +49,7 @@ def edit_json(file, change):
     ("E. x", None), ("A. The answer is B.", "A"),
 ])
 def test_scienceqa_reads_a_letter(text, choice):
-    assert scienceqa.parse(text, {"num_choices": 3}) == choice
+    assert scienceqa.parse(text, {"options": ["A", "B", "C"]}) == choice
 
 
 @pytest.mark.parametrize("text, by_pope, by_mme", [
@@ -503,6 +503,10 @@ def test_mmbench_needs_one_table(root, copy):
     with pytest.raises(ValueError, match="--split has to name one table; 'dev' fits .*0712.*1003"):
         load_questions("mmbench", folder)
     assert len(load_questions("mmbench", folder, "dev_20231003")) == 20
+    shutil.move(folder / "mmbench_dev_20230712.tsv", folder / "MMBench_DEV_EN.tsv")
+    shutil.copy(folder / "MMBench_DEV_EN.tsv", folder / "MMBench_DEV_EN_V11.tsv")
+    assert load_questions("mmbench", folder, "DEV_EN")[0]["file"] == str(folder / "MMBench_DEV_EN.tsv")
+    assert len(load_questions("mmbench", folder, "en_v11")) == 20
 
 
 def test_pope_and_mme_folders(toy):
@@ -574,7 +578,7 @@ def test_scienceqas_prompt():
 def test_scienceqas_folder(toy):
     questions = load_questions("scienceqa", toy / "ScienceQA", "test")
     assert len(questions) == 40 and sum(q["image"] is not None for q in questions) == 30
-    assert {q["num_choices"] for q in questions} == {2, 3, 4}
+    assert {len(q["options"]) for q in questions} == {2, 3, 4}
     with pytest.raises(ValueError, match="pid_splits.json: no split 'tset'; it has "):
         load_questions("scienceqa", toy / "ScienceQA", "tset")
 
@@ -751,6 +755,13 @@ def test_mme_files_are_pairs(tmp_path):
     (tmp_path / "color/a.txt").write_text("Is it red?\tYes\n")
     with pytest.raises(ValueError, match="not two lines"):
         load_questions("mme", tmp_path)
+
+
+def test_no_other_benchmark_is_told_to_convert_parquet(tmp_path):
+    """No JSON would become POPE's lists."""
+    (tmp_path / "test.parquet").touch()
+    with pytest.raises(FileNotFoundError, match=r"pope_\*random.json$"):
+        load_questions("pope", tmp_path, "random")
 
 
 @pytest.mark.parametrize("name, file, words", [

@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import re
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -275,6 +276,24 @@ def test_records_are_what_json_reads(tmp_path, monkeypatch, write):
     assert isinstance(loaded.text, np.memmap) and [*tmp_path.iterdir()] == [tmp_path / "d.json"]
     for records in (loaded, pickle.loads(pickle.dumps(loaded))):
         assert list(records) == written and records[-1] == written[3] and len(records) == 4
+
+
+def test_a_full_temporary_folder_is_named(tmp_path, monkeypatch):
+    """2 MB of records and room for one."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(records_module.tempfile, "tempdir", str(tmp_path))
+    file = tmp_path / "d.json"
+    file.write_text(json.dumps([record("q", "a" * 10**6)] * 2))
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, before[1]))
+    try:
+        with pytest.raises(ValueError, match=f"{tmp_path}/tmp.*TMPDIR names another folder.*File too large"):
+            load_records(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [*tmp_path.iterdir()] == [file]
 
 
 def loaded_by(rank, ranks, file, local_ranks):

@@ -166,7 +166,7 @@ def test_questions_open_with_their_pictures(world, folder, split, count):
     questions = scienceqa.load(world / folder, split)
     assert len(questions) == count
     for question in questions:
-        assert question["num_choices"] == 4 and data.load_image(question["image"]).size == (64, 64)
+        assert len(question["options"]) == 4 and data.load_image(question["image"]).size == (64, 64)
 
 
 def test_choices_are_of_the_split_and_fair(world):

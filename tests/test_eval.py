@@ -288,6 +288,9 @@ def test_a_model_with_other_weights_is_scored_by_its_own_answers(own_run, root):
     change_template(own_run, argv)
     scored(own_run, *argv)
     assert json.loads((own_run / "pope.json.old2").read_text()) == after
+    (own_run / "pope.json").write_text("[1]")  # somebody else's
+    scored(own_run, *argv)
+    assert json.loads((own_run / "pope.json.old3").read_text()) == [1]
 
 
 def failing(rank, world, run, root):
@@ -330,6 +333,7 @@ def llava_folder(clip_folder, llama_folder, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(template)
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["eos_token_id"] = 7
+    del config["template"]  # only ours name one
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "generation_config.json").unlink()
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
@@ -337,9 +341,10 @@ def llava_folder(clip_folder, llama_folder, tmp_path):
 
 
 @pytest.mark.parametrize("said, tokens", [("of the config", 1), ("of the tokenizer", 1), ("any other", 4)])
-def test_a_llava_folder_is_asked_in_vicunas_form(llava_folder, monkeypatch, said, tokens):
-    """Not in its own. Its answers end with either end token."""
+def test_a_llava_folder_is_asked_in_vicunas_form(llava_folder, monkeypatch, capsys, said, tokens):
+    """Not in its own, and that is told. Its answers end with either end token."""
     vlm, tokenizer, config = evaluation.load_run(llava_folder, CPU)
+    assert f"{llava_folder}: names no template of ours; asked with v1" in capsys.readouterr().out
     assert tokenizer.chat_template and config["template"] == "v1" and vlm.llm.config.eos_token_id == 7
     token, drawn = {"of the config": 7, "of the tokenizer": tokenizer.eos_token_id, "any other": 9}[said], []
 
@@ -671,6 +676,7 @@ def test_a_pointer_to_no_run_names_itself(tmp_path, monkeypatch, content):
     *(["--ask", "a.png", "What?", "--top_p", value] for value in ("1e-300", "0", "nan")),
     ["--bench", "pope", "--limit", "1.5"], ["--bench", "all", "--split", "test"],
     ["--bench", "pope", "--submit", "x"], ["--bench", "vqav2", "--submit", "no/such/folder/x"],
+    ["--bench", "mmbench", "--submit", "x.xlsx"],
     ["--bench", "vqav2", "--submit", "x", "--ckpt", "a", "b"], ["--ask", "a.png", "What?", "--out", "x"],
     ["--bench", "vqav2", "--out", "x", "--ckpt", "a", "b"], ["--bench", "pope", "--template", "plain"],
     ["--bench", "pope", "--max_new_tokens", "1"], ["--bench", "pope", "--temperature", "5"],

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -311,6 +312,13 @@ def test_no_more_loader_processes_than_a_rank_has_cores(monkeypatch):
     for local_ranks, cores in ((1, 12), (4, 3), (99, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
         assert order.cores_of_a_rank() == cores
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes cannot be forked, or not safely")
+def test_loader_processes_share_the_records():
+    """Python 3.14 starts others by default, and sends each of them all records."""
+    loader = torch.utils.data.DataLoader(range(4), **order.processes(1))
+    assert loader.multiprocessing_context.get_start_method() == "fork" and len([*loader]) == 4
 
 
 # ---- the start of a run ------------------------------------------------------------------------------------

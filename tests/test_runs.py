@@ -1,5 +1,7 @@
 """What happens to a run: two writers, ranks that disagree, stale caches, old results, steps that go wrong."""
 
+import errno
+import fcntl
 import io
 import json
 import math
@@ -73,6 +75,14 @@ def test_nothing_finished_is_ever_deleted(world):
     for folder in sorted(world[0].glob("kept*")):
         seeds[folder.name] = json.loads((folder / "config.json").read_text())["seed"]
     assert seeds == {"kept.old": 0, "kept.old2": 1, "kept.old3": 2, "kept": 3}
+
+
+def test_a_file_system_without_locks_has_none(monkeypatch, tmp_path):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    checkpoint.lock(tmp_path / "lock", "shared").close()
 
 
 def test_a_second_writer_is_refused_and_a_dead_one_is_not_in_the_way(world):
