@@ -430,7 +430,7 @@ def prepare(ours, given: dict) -> Setting:
     if not ours.world.exists():
         print(f"writing the toy world to {ours.world}")
         toy_world.write_world(ours.world, test=400 if ours.size == "quick" else 1600)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes to come: train.py looks at it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes to come: torch looks at it
     torch.set_num_threads(1)
     return Setting(SIZES[ours.size], ours.out, ours.world, given)
 

@@ -255,6 +255,7 @@ def write_older_names(file: Path):
     written = read_json(file)
     if written["tokenizer_class"] == "TokenizersBackend":
         written["tokenizer_class"] = "PreTrainedTokenizerFast"
+        written.setdefault("model_input_names", ["input_ids", "attention_mask"])  # 4 has one more
     if isinstance(written.get("extra_special_tokens"), list):  # 4 wants names with them
         written["additional_special_tokens"] = written.pop("extra_special_tokens")
     write_json(file, written)

@@ -11,17 +11,18 @@ from plumbing.files import TOKENIZER_FILES, named, read_json, resolve
 def open_tokenizer(folder, **how):
     """transformers' tokenizer of a folder, which splits texts as its tokenizer.json says.
 
-    AutoTokenizer 5 takes from that file the vocabulary alone, for each class with an `__init__` of its own:
-    SmolLM2's digits are no longer split, DeepSeek's spaces are lost (transformers issues 45812, 48206). Only
-    Llama 2's it makes better than the file: without SentencePiece's own space behind a special token.
+    AutoTokenizer 5 drops the file's normalizer and pre-tokenizer for classes with an `__init__` of their own.
+    SmolLM2's digits are then not split, and DeepSeek's spaces are lost (transformers issues 45812, 48206).
+    Only Llama 2's it makes better than the file: without SentencePiece's space behind a special token.
     """
     from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast  # late: it takes seconds
     kind = AutoTokenizer
     if (folder / "tokenizer.json").exists():
         has_space = "Prepend" in str(read_json(folder / "tokenizer.json").get("normalizer"))
-        told = folder / "tokenizer_config.json"
-        is_new = told.exists() and read_json(told).get("legacy") is False
-        kind = LlamaTokenizer if has_space and is_new else PreTrainedTokenizerFast
+        file = folder / "tokenizer_config.json"
+        told = read_json(file) if file.exists() else {}
+        is_llama = str(told.get("tokenizer_class")).startswith("Llama") and told.get("legacy") is False
+        kind = LlamaTokenizer if has_space and is_llama else PreTrainedTokenizerFast
     return kind.from_pretrained(folder, trust_remote_code=False, **how)  # None would ask, and wait
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tempfile
+from functools import partial
 
 import numpy as np
 
@@ -112,10 +113,13 @@ def load_records(file, stage=None) -> Records:
             return None
         lengths = [0]
         with tempfile.NamedTemporaryFile(delete=False) as packed:
+            has_room = partial(named, packed.name, "TMPDIR names another folder")
             try:
                 for _, own in good_records(file, stage):
-                    with named(packed.name, "TMPDIR names another folder"):
+                    with has_room():
                         lengths.append(packed.write(own.encode()))
+                with has_room():
+                    packed.flush()
             except BaseException:
                 os.remove(packed.name)
                 with contextlib.suppress(OSError):  # a full disk says it again

@@ -278,15 +278,16 @@ def test_records_are_what_json_reads(tmp_path, monkeypatch, write):
         assert list(records) == written and records[-1] == written[3] and len(records) == 4
 
 
-def test_a_full_temporary_folder_is_named(tmp_path, monkeypatch):
-    """2 MB of records and room for one."""
+@pytest.mark.parametrize("length, room", [(10**6, 10**6), (100, 100)])
+def test_a_full_temporary_folder_is_named(tmp_path, monkeypatch, length, room):
+    """Two records and room for one, whether or not they are written at once."""
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(records_module.tempfile, "tempdir", str(tmp_path))
     file = tmp_path / "d.json"
-    file.write_text(json.dumps([record("q", "a" * 10**6)] * 2))
+    file.write_text(json.dumps([record("q", "a" * length)] * 2))
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
         with pytest.raises(ValueError, match=f"{tmp_path}/tmp.*TMPDIR names another folder.*File too large"):
             load_records(file)

@@ -492,6 +492,7 @@ def test_an_export_pads_and_names_its_tokenizer_as_every_transformers_does(
     assert batch.attention_mask[0][0] == 0 and processor.tokenizer.chat_template.endswith(CHATML)
     found = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert found["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in found
+    assert found["model_input_names"] == ["input_ids", "attention_mask"]  # else 4 has one that no LLaVA takes
     assert "red" in found["additional_special_tokens"] and "red" in processor.tokenizer.all_special_tokens
 
 
@@ -508,12 +509,14 @@ def test_a_tokenizer_splits_as_its_file_says(llama_folder, tmp_path, kind):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "llava"])
-@pytest.mark.parametrize("legacy, behind", [(False, "USER"), (True, "▁US ER"), (None, "▁US ER")])
+@pytest.mark.parametrize("kind, legacy, behind", [
+    ("LlamaTokenizer", False, "USER"), ("LlamaTokenizer", True, "▁US ER"),
+    ("LlamaTokenizer", None, "▁US ER"), ("PreTrainedTokenizerFast", False, "▁US ER")])
 def test_whether_a_space_stands_behind_an_end_is_told_by_legacy(
-        llama_folder, tmp_path, model_type, legacy, behind):
+        llama_folder, tmp_path, model_type, kind, legacy, behind):
     """Llama 2's tokenizer.json always puts it there. What kind of model stands beside it says nothing."""
-    folder = as_tokenizer(test_ids.llama2("legacy"), llama_folder, tmp_path, tokenizer_class="LlamaTokenizer",
-                          legacy=legacy)
+    llama2 = test_ids.llama2("legacy")
+    folder = as_tokenizer(llama2, llama_folder, tmp_path, tokenizer_class=kind, legacy=legacy)
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     tokenizer = open_tokenizer(folder)
     ids = tokenizer("</s>USER").input_ids
