@@ -22,7 +22,7 @@ from data import IMAGE
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
 LETTERS = "ABCDE"  # the most options that a question of ScienceQA or MMBench has
-YES_OR_NO = ["yes", "no"]  # the options of the others
+YES_OR_NO = ["yes", "no"]  # the options of POPE and MME
 
 
 def to_question(file, name, text: str, image, answer=None, category=None, ending=SHORT_ANSWER,

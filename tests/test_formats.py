@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_llm import LLAMA3, their_llm
 from test_projector import their_llava
 from test_vit import FAMILIES as TOWERS
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
 import eval as evaluation
@@ -506,6 +506,16 @@ def test_a_tokenizer_splits_as_its_file_says(llama_folder, tmp_path, kind):
     assert load_tokenizer(folder)(text).input_ids == expected.ids
     exported, *_ = llava.prepare_tokenizer(folder, "chat", "", data.v1)
     assert exported(text).input_ids == expected.ids and exported.eos_token == "<|eot_id|>"
+
+
+def test_smollm2s_digits_are_tokens_of_their_own(llama_folder, tmp_path):
+    vocabulary = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "12"]
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, [("1", "2")]))
+    made.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>")
+    folder = as_tokenizer(made, llama_folder, tmp_path, tokenizer_class="GPT2Tokenizer")
+    assert load_tokenizer(folder).tokenize("12") == ["1", "2"]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "llava"])
