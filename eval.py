@@ -64,7 +64,7 @@ def load_run(folder, device, template=None) -> tuple:
         own = "chat" if has_own else "v1"
         if is_llava and not template:
             say(f"{folder}: names no template of ours; asked with {own}, LLaVA-1.5's (--template)")
-    if template:
+    if template not in (None, own):
         say(f"{folder}: asked with template {template}; its own is {own}")
     config["template"] = template or own
     return vlm, tokenizer, config
@@ -391,7 +391,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="+", help="run directories, or Hub ids [the last run]")
-    parser.add_argument("--template", choices=["v1", "chat"], help="of the questions [the run's own]")
+    parser.add_argument("--template", choices=sorted({*data.TEMPLATES} - {"plain"}),
+                        help="of the questions [the run's own]")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--bench", choices=[*BENCHES, "all"])
     what.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"), help="one question about one picture")

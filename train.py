@@ -504,14 +504,14 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
         states = [state for _, state in passes]  # each (B, C)
 
     # 3. The contrastive losses, over all images and captions, and back: to the cut, or to `states`.
-    at_cut, at_log_scale = {}, {}  # loss -> its gradient at the cut, (I, N, C) for each micro-batch
+    at_cut, of_term = {}, {}  # loss -> gradients: at the cut, (I, N, C) of each micro-batch; of its term
     for name in terms if with_llm else ["patch"]:
         image, text = losses.vectors(name, vlm, micro_batches, leaves, states)  # each (B, C)
         loss, shares[f"{name}_retrieval"] = losses.contrastive_loss(image, text, terms[name].scale(), keys)
         shares[name] = loss.detach()
         inputs = states if name == "prompt" else leaves
-        gradients = torch.autograd.grad(optimizer.loss_scale * loss, [*inputs, terms[name].log_scale])
-        *at_cut[name], at_log_scale[name] = gradients
+        gradients = torch.autograd.grad(optimizer.loss_scale * loss, [*inputs, *terms[name].parameters()])
+        at_cut[name], of_term[name] = gradients[: len(inputs)], gradients[len(inputs) :]
     at_states = at_cut.pop("prompt", [])  # (B, C) each: this loss is not at the cut yet
 
     # 4. Captioning, backward to the cut. The prompted loss takes part from `state` on, with its weight. Then
@@ -538,12 +538,12 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
     shares |= losses.products(at_cut)
     sums = dict(zip(shares, sum_over_ranks(list(shares.values()), device).tolist()))
     losses.measure(sums, terms, optimizer.loss_scale)
-    weights = {name: terms[name].weight() if with_llm else 1.0 for name in at_log_scale}  # alone: 1
+    weights = {name: terms[name].weight() if with_llm else 1.0 for name in of_term}  # alone: 1
     optimizer.last_backward(False)
     for projected, gradient in zip(patches, losses.weighted_sum(at_cut, weights)):
         projected.backward(gradient)
-    for name, gradient in at_log_scale.items():
-        terms[name].log_scale.backward(weights[name] * gradient)
+    for name, gradients in of_term.items():
+        torch.autograd.backward([*terms[name].parameters()], [weights[name] * g for g in gradients])
     line = figures(sums, weights, optimizer.loss_scale, config.batch)
 
     # 6. Sum over ranks, clip, update.

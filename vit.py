@@ -106,22 +106,22 @@ class Embeddings(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         D = config.hidden_size
-        self.num_patches = config.num_patches
+        self.image_size = config.image_size
         self.has_class_token = config.family.class_token
         if self.has_class_token:
             self.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
         # One matrix maps each patch to D numbers: a convolution whose stride is its own width.
         self.patch_embedding = nn.Conv2d(
             3, D, kernel_size=config.patch_size, stride=config.patch_size, bias=config.family.patch_bias)
-        self.position_embedding = nn.Embedding(self.has_class_token + self.num_patches, D)
+        self.position_embedding = nn.Embedding(self.has_class_token + config.num_patches, D)
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, pixels):
         B, _, height, width = pixels.shape
+        if (height, width) != (self.image_size, self.image_size):
+            raise ValueError(f"an image of {height} x {width} pixels; the position table is of "
+                             f"{self.image_size} x {self.image_size}")
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, P, D)
-        if x.shape[1] != self.num_patches:
-            raise ValueError(f"an image of {height} x {width} gives {x.shape[1]} patches; "
-                             f"the position table holds {self.num_patches}")
         if self.has_class_token:
             x = torch.cat([self.class_embedding.expand(B, 1, -1), x], dim=1)  # (B, 1 + P, D)
         return x + self.position_embedding.weight  # (B, L, D)

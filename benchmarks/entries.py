@@ -8,7 +8,8 @@ ID = (int, str)  # the types that an id may have
 
 # Excel (MMBench) and Parquet (MMMU) need packages that we do not have. These lines of pandas convert them.
 CONVERT = {
-    ".tsv": (".xlsx", 'pandas.read_excel("IN").to_csv("OUT.tsv", sep="\\t", index=False)'),
+    ".tsv": (".xlsx", 'pandas.read_excel("IN", keep_default_na=False).to_csv("OUT.tsv", sep="\\t", '
+             'index=False)'),
     ".json*": (".parquet", 'json.dump(pandas.read_parquet("IN").to_dict("records"), open("OUT.json", "w"), '
                'default=lambda x: base64.b64encode(x).decode() if isinstance(x, bytes) else x.tolist())'),
 }

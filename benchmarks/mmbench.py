@@ -110,7 +110,7 @@ def parse(text: str, question: dict):
     told = [letter for letter in question["options"] if letter in words]
     if len(told) != 1:
         pairs = zip(question["options"], question["choices"])
-        told = [letter for letter, choice in pairs if choice.lower() in text.lower()]
+        told = [letter for letter, choice in pairs if choice and choice.lower() in text.lower()]
     return told[0] if len(told) == 1 else None
 
 

@@ -8,9 +8,9 @@
     file       where the question stands
 
     options    the allowed answers of a multiple-choice question: letters, or yes and no
-    choices    the texts of the options
+    choices    the texts of the options, with `open`
     open       what is asked, without the options
-    group      questions of one group count only together
+    group      questions of one group have one picture, and count only together
 
 The last four are there for some benchmarks only.
 """

@@ -1,7 +1,7 @@
 """From choices to numbers: accuracy, standard errors, and the floors below which a score means nothing.
 
-A benchmark's `score(questions, choices)` returns a dict. Its floats are percentages (MME's are points), its
-ints are counts, and "categories" is a dict of such dicts.
+A benchmark's `score(questions, choices)` returns a dict. Its floats are percentages (MME's are points), among
+them "accuracy"; its ints are counts, and "categories" is a dict of such dicts.
 """
 
 import random
@@ -62,7 +62,8 @@ def standard_errors(score, questions, choices) -> dict:
 
     Draw the pictures again, with replacement, score, repeat: the spread of the scores is the standard error
     (the bootstrap, Efron 1979). Questions about one picture are not independent, so they are drawn together.
-    There is none of a single picture, nor of a part of so few that a draw had none of them.
+    There is none of a single picture, nor of a part of so few that a draw had none of them. (MME's points are
+    a sum over categories: a draw that lacks one tells only accuracies.)
     """
     pictures = {}
     for question, choice in zip(questions, choices):
@@ -73,6 +74,7 @@ def standard_errors(score, questions, choices) -> dict:
         return {}
 
     rng = random.Random(0)
+    categories = score(questions, choices).get("categories", {}).keys()
     values = {}
     for _ in range(DRAWS):
         drawn_questions = []
@@ -83,8 +85,11 @@ def standard_errors(score, questions, choices) -> dict:
                     question = question | {"group": (number, question["group"])}
                 drawn_questions.append(question)
                 drawn_choices.append(choice)
-        for name, value in measures(score(drawn_questions, drawn_choices)).items():
-            values.setdefault(name, []).append(value)
+        scores = score(drawn_questions, drawn_choices)
+        is_whole = scores.get("categories", {}).keys() == categories
+        for name, value in measures(scores).items():
+            if is_whole or name.startswith("accuracy"):
+                values.setdefault(name, []).append(value)
     complete = {name: drawn for name, drawn in values.items() if len(drawn) == DRAWS}
     return {f"{name}_se": round(statistics.stdev(drawn), 2) for name, drawn in complete.items()}
 

@@ -130,6 +130,8 @@ def read_original(folder: Path, config: dict, name: str) -> dict:
         refuse_others(config, known, "config.json")
         if not isinstance(config.get("mm_vision_tower"), str):
             raise ValueError("config.json: mm_vision_tower names no vision tower")
+        if not isinstance(config.get("mm_vision_select_layer"), int):
+            raise ValueError("config.json: mm_vision_select_layer is no number")
     return {"vit": config["mm_vision_tower"], "llm": name,
             "projector": config.get("mm_projector_type", "linear"),
             "feature_layer": config["mm_vision_select_layer"], "template": "v1"}
@@ -177,6 +179,8 @@ def prepare_tokenizer(source: Path, template: str, system: str, v1) -> tuple:
     tokenizer.add_tokens(IMAGE, special_tokens=True)
     give_padding(tokenizer)
     own = tokenizer.chat_template and tokenizer.get_chat_template()  # of several, the default
+    if template not in (None, "plain", "v1", "chat"):
+        raise ValueError(f"a model tuned with template {template!r}: transformers would ask in another form")
     template = "v1" if template == "v1" or not own else "chat"
     if template == "v1":
         own = as_jinja(system, v1(tokenizer))

@@ -151,6 +151,7 @@ def command(program: str, interrupted: str = ""):
     """
     with suppress(AttributeError):  # a console or pipe may lack letters of a caption: `\u4e00` is no error
         sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdin.reconfigure(errors="strict")  # other bytes than letters end a question in a line
     try:
         yield
     except SystemExit:

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from data import (IGNORE, IMAGE, TEMPLATES, Conversations, clean_turns, expand, find_image, find_problem,
                   key_of, load_image, tidy)
+from llm import load_llm_config
 from plumbing.files import named, whole
 from plumbing.ranks import command
-from plumbing.tokenizer import load_tokenizer, special_names
+from plumbing.tokenizer import check_vocabulary, load_tokenizer, special_names
 from running.order import cores_of_a_rank, processes
 from running.records import Records, parse_records
 
@@ -42,6 +43,10 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
     records = packed(file)
     template = template or ("plain" if stage == "align" else "v1")
     tokenizer = load_tokenizer(llm) if llm else None
+    if llm:
+        sizes = load_llm_config(llm)
+        check_vocabulary(tokenizer, sizes.vocab_size)
+        max_length = min(max_length, sizes.max_position_embeddings)
     workers = cores_of_a_rank() if workers is None else workers
     look_at_chunk = partial(look_at, images=images, stage=stage, tokenizer=tokenizer, template=template,
                             image_tokens=image_tokens, max_length=max_length)
@@ -109,6 +114,7 @@ def look(record, images, stage, tokenizer, template: str, image_tokens: int, max
     "answers"           a number for all that is answered
     "length"            of its text in words; with a tokenizer, of its row in tokens, before it is cut
     "has_special"       whether its text has the name of a special token
+    "has_unknown"       whether the tokenizer does not know a word of it
     """
     problem = find_problem(record, stage)
     if problem:
@@ -123,6 +129,7 @@ def look(record, images, stage, tokenizer, template: str, image_tokens: int, max
         "answers": key_of(answers_of(turns)),
         "length": sum(len(text.split()) for text in texts),
         "has_special": any(re.search(special, text) for text in texts),
+        "has_unknown": False,
     }
     if found["image"]:
         file = find_image(images, found["image"])
@@ -134,6 +141,7 @@ def look(record, images, stage, tokenizer, template: str, image_tokens: int, max
         row = expand(sample, image_tokens, max_length)
         if all(label == IGNORE for label in row["labels"]):
             raise ValueError(f"has no word of an answer within {max_length} tokens")
+        found["has_unknown"] = tokenizer.unk_token_id in sample["ids"]
         found["length"] = len(sample["ids"]) + (image_tokens - 1) * ("image" in record)
     return found
 
@@ -179,6 +187,9 @@ def print_summary(good: dict, records: Records, unit: str, max_length: int):
     has_special = sum(found["has_special"] for found in good.values())
     if has_special:
         print(f"{has_special:,} have the name of a special token in their text; it is read as text")
+    has_unknown = sum(found["has_unknown"] for found in good.values())
+    if has_unknown:
+        print(f"{has_unknown:,} have words that the LLM does not know: it reads and learns <unk>")
 
 
 def main():

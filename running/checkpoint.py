@@ -137,6 +137,8 @@ def lock(path: Path, out: str):
         except BlockingIOError:
             raise ValueError(f"{out}: another run is writing there") from None
     file.truncate(0)
+    if hasattr(os, "register_at_fork"):  # a loader process, which outlives a killed rank, does not hold it
+        os.register_at_fork(after_in_child=file.close)
     return file
 
 
@@ -184,7 +186,9 @@ def save(config, step: int, vlm, optimizer, terms, made_of: dict):
     barrier()
     if rank() == 0:
         vlm.save(partial, asdict(config) | {"step": step}, config.stage == "instruct")
-        (partial / "made_of.json").write_text(json.dumps(made_of))
+        write_json(partial / "made_of.json", made_of)
+        with open(Path(config.out) / "log.jsonl", "a") as log:
+            os.fsync(log.fileno())  # its lines up to this step are part of the run
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         sync_folder(final.parent)

@@ -14,27 +14,15 @@ from pathlib import Path
 from plumbing.files import named, read_json, read_text
 from running import chart
 
-PANELS = {  # key of the log: its unit
-    "generative": "captioning loss, nats a token",
-    "patch": "contrastive loss, nats",
-    "prompt": "contrastive loss, nats",
-    "patch_relative": "contrastive loss over ln(batch)",
-    "prompt_relative": "contrastive loss over ln(batch)",
-    "patch_retrieval": "part that finds its caption",
-    "prompt_retrieval": "part that finds its caption",
-    "patch_ratio": "gradient over captioning's",
-    "prompt_ratio": "gradient over captioning's",
-    "patch_weight": "factor of the loss",
-    "prompt_weight": "factor of the loss",
-    "patch_cosine": "with captioning's gradient",
-    "prompt_cosine": "with captioning's gradient",
-    "patch_scale": "one over temperature",
-    "prompt_scale": "one over temperature",
-    "lr": "learning rate",
-    "grad_norm": "norm before clipping",
+OF_A_LOSS = {  # ending of a contrastive loss's key in the log: its unit
+    "": "contrastive loss, nats",
+    "_relative": "contrastive loss over ln(batch)",
+    "_retrieval": "part that finds its caption",
+    "_ratio": "gradient over captioning's",
+    "_weight": "factor of the loss",
+    "_cosine": "with captioning's gradient",
+    "_scale": "one over temperature",
 }
-IN_NATS = ("patch", "prompt")  # runs of several batch sizes start at several values: there RELATIVE is drawn
-RELATIVE = ("patch_relative", "prompt_relative")
 UNSAID = ("stage", "preset", "out", "steps", "contrastive_first",  # these the legend says anyway
           "resume", "save_every", "val", "val_every", "benchmarks", "cache", "features", "micro_batch")
 LINEAR = ("_retrieval", "_cosine", "lr")  # endings of keys whose zero matters; others may have a log axis
@@ -112,6 +100,18 @@ def title_of(run, lines: list, differ=()) -> str:
     return ", ".join([title, *told[:4]])
 
 
+def units_of(logs: list, has_batches: bool) -> dict:
+    """{key of the log: its unit} of what is drawn, in order. Runs of several batch sizes (`has_batches`)
+    start at several contrastive losses in nats: these are drawn over ln(batch)."""
+    keys = {key for lines in logs for line in lines for key in line}
+    names = sorted(key.removesuffix("_weight") for key in keys if key.endswith("_weight"))
+    units = {"generative": "captioning loss, nats a token"}
+    for ending, unit in OF_A_LOSS.items():
+        if ending != ("" if has_batches else "_relative"):
+            units |= {f"{name}{ending}": unit for name in names}
+    return units | {"lr": "learning rate", "grad_norm": "norm before clipping"}
+
+
 def is_worth_a_panel(key: str, curves: list) -> bool:
     """Whether there are values, and not only zeros where zero says nothing."""
     known = [point for points, held_out in curves for point in points + held_out if point]
@@ -124,12 +124,11 @@ def draw(runs: list, file):
     longest = max(len(lines) for lines in logs)
     window = max(1, int(chart.round_up(longest / POINTS)))
     differ = differing([options_of(run, lines) for run, lines in zip(runs, logs)])
-    left_out = IN_NATS if "batch" in differ else RELATIVE
-    panels = {}  # key: [(points, those of held-out data) of each run]
-    for key in PANELS:
+    panels = {}  # key: its unit, [(points, those of held-out data) of each run]
+    for key, unit in units_of(logs, "batch" in differ).items():
         curves = [(points_of(lines, key, window), points_of(lines, f"val_{key}")) for lines in logs]
-        if key not in left_out and is_worth_a_panel(key, curves):
-            panels[key] = curves
+        if is_worth_a_panel(key, curves):
+            panels[key] = unit, curves
     head = 40 + 22 * len(runs)
     foot = head + HEIGHT * math.ceil(len(panels) / COLUMNS)
     image, pen = chart.sheet(COLUMNS * WIDTH, foot + 34)
@@ -140,19 +139,19 @@ def draw(runs: list, file):
         chart.write(pen, 124, y, title_of(run, lines, differ), 14, "lm")
     starts = [first_captioning(lines) for lines in logs]
     last = max(5, *(lines[-1]["step"] for lines in logs))
-    for number, (key, curves) in enumerate(panels.items()):
+    for number, (key, (unit, curves)) in enumerate(panels.items()):
         row, column = divmod(number, COLUMNS)
-        draw_panel(pen, column * WIDTH, head + row * HEIGHT, key, curves, starts, last)
+        draw_panel(pen, column * WIDTH, head + row * HEIGHT, key, unit, curves, starts, last)
     said = "Lines: every step."
     if window > 1:
         said = f"Lines: medians of {window} steps. Grey: from the least to the largest of them."
-    if any(any(held_out) for curves in panels.values() for _, held_out in curves):
+    if any(any(held_out) for _, curves in panels.values() for _, held_out in curves):
         said += " Rings: held-out data."
     chart.write(pen, 64, foot + 10, said, 13, "lm", chart.GREY)
     chart.save(image, file)
 
 
-def draw_panel(pen, left: int, top: int, key: str, curves: list, starts: list, last: int):
+def draw_panel(pen, left: int, top: int, key: str, unit: str, curves: list, starts: list, last: int):
     """One quantity of all runs, on steps 0 to `last`; `starts`: where captioning begins in each."""
     known = []
     for points, held_out in curves:
@@ -168,8 +167,7 @@ def draw_panel(pen, left: int, top: int, key: str, curves: list, starts: list, l
     chart.frame(pen, panel, steps, rules, 12)
     chart.write(pen, panel.right, panel.bottom + 21, "steps", 12, "ra", chart.GREY)
     chart.write(pen, panel.left, top + 10, key, 14, "ls")
-    unit = f"{PANELS[key]}, log" if is_log else PANELS[key]
-    chart.write(pen, panel.right, top + 10, unit, 12, "rs", chart.GREY)
+    chart.write(pen, panel.right, top + 10, f"{unit}, log" if is_log else unit, 12, "rs", chart.GREY)
     for number, start in enumerate(starts):
         if start:
             draw_start(pen, panel, start, chart.style(number)[0])

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import data
+from losses import CONTRASTIVE
 from plumbing.files import named
 from plumbing.ranks import on_every_rank, rank, say, world_size
 from plumbing.tokenizer import check_vocabulary, load_tokenizer
@@ -40,7 +41,7 @@ def load_samples(config, vlm):
     if tokenizer.unk_token_id in words:
         raise ValueError(f"--prompt: the LLM does not know every word of {' | '.join(prompts)!r}")
     after_image, after_caption = prompts
-    if config.contrastive not in ("prompt", "both"):
+    if "prompt" not in CONTRASTIVE[config.contrastive]:
         after_caption = None
     is_pairs = config.template == "plain" or config.contrastive != "none"
     records = load_records(config.annotations, "align" if is_pairs else None)

@@ -26,7 +26,8 @@ def command(out, world: int, *args) -> list:
         launch = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", "--rdzv_backend=c10d",
                   "--rdzv_endpoint=localhost:0"]
     options = ["--preset", "tiny", "--stage", "align", "--steps", "24", "--batch", "8", "--micro_batch", "4",
-               "--save_every", "1", "--shard", str(world > 1), "--out", out]
+               "--save_every", "1", "--shard", str(world > 1), "--workers", "1", "--cache", "False",
+               "--out", out]
     return [sys.executable, *launch, ROOT / "train.py", *options, *args]
 
 

@@ -4,15 +4,18 @@ import csv
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from layouts import write_all
 
 import data
-from benchmarks import BENCHES, gqa, load_questions, mmbench, mme, mmmu, pope, scienceqa, seed, textvqa, vqa
+from benchmarks import (BENCHES, check, gqa, load_questions, mmbench, mme, mmmu, pope, scienceqa, seed,
+                        textvqa, vqa)
 from benchmarks.predictions import read_answers
 from benchmarks.questions import LETTER_ANSWER, SHORT_ANSWER, without_picture
 from benchmarks.score import score_accuracy, score_floors, scores_and_errors, standard_errors
@@ -289,6 +292,11 @@ def test_mmbench_counts_a_question_only_if_it_is_right_in_every_rotation():
     assert (scores["questions"], scores["rotations"], scores["unparsed"]) == (3, 6, 1)
 
 
+def test_mmbench_reads_no_choice_that_is_blank():
+    question = {"options": ["A", "B", "C"], "choices": ["red", "", "blue"]}
+    assert [mmbench.parse(text, question) for text in ("I cannot tell", "the red one")] == [None, "A"]
+
+
 def with_pictures(right, each: int = 1) -> tuple:
     """(questions, choices), `each` of them about one picture."""
     questions = [{"id": i, "image": f"{i // each}", "answer": "A"} for i in range(len(right))]
@@ -379,6 +387,9 @@ def test_the_error_of_mmes_points_is_that_of_a_sum_of_means(yes_and_no):
     errors = standard_errors(mme.score, questions, choices)
     assert errors["perception_se"] == pytest.approx(math.sqrt(variance), rel=0.1)
     assert errors["others_se"] == 0
+    few = [0, 1, 2, 3]  # a picture of each category: many a draw has but one, and half the points
+    assert standard_errors(mme.score, [questions[i] for i in few], [choices[i] for i in few]).keys() == {
+        "accuracy_se", "accuracy_plus_se"}
 
 
 def test_floors_are_chance_the_commonest_letter_and_the_blind_model(root):
@@ -507,6 +518,17 @@ def test_mmbench_needs_one_table(root, copy):
     shutil.copy(folder / "MMBench_DEV_EN.tsv", folder / "MMBench_DEV_EN_V11.tsv")
     assert load_questions("mmbench", folder, "DEV_EN")[0]["file"] == str(folder / "MMBench_DEV_EN.tsv")
     assert len(load_questions("mmbench", folder, "en_v11")) == 20
+
+
+def test_questions_of_ones_own_in_gqas_layout_are_as_the_readme_has_them(tmp_path):
+    readme = (ROOT / "benchmarks/README.md").read_text()
+    example, = re.findall(r"`(\{\"1\": [^`]*), \.\.\}`", readme)
+    (tmp_path / "own_questions.json").write_text(f"{example}}}")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").touch()
+    question, = load_questions("gqa", tmp_path, "own")
+    assert question["prompt"] == f"{data.IMAGE}\nWhich shape is it?{SHORT_ANSWER}"
+    assert gqa.parse("Circle.") == question["answer"] and question["image"] == tmp_path / "images/a.png"
 
 
 def test_pope_and_mme_folders(toy):
@@ -719,6 +741,17 @@ def test_bad_files_are_named_with_their_question(copy, case, message):
     spoil(folder)
     with pytest.raises(ValueError, match=message):
         load_questions(name, folder)
+
+
+@pytest.mark.parametrize("more, message", [
+    ({"options": list("AB"), "choices": ["red", "blue", "green"], "open": "q"}, "3 choices for 2 options"),
+    ({"options": list("AB"), "choices": ["red", "blue"]}, "2 choices for 2 options, or is not open"),
+    ({"group": 1, "image": "b"}, "another picture than its group")])
+def test_what_a_benchmark_of_ones_own_gets_wrong_is_refused(more, message):
+    first = {"id": 1, "file": "f", "prompt": "q", "image": "a", "answer": "A", "group": 1}
+    check([first, first | {"id": 2}])
+    with pytest.raises(ValueError, match=f"f: question 2 has {message}"):
+        check([first, first | {"id": 2} | more])
 
 
 @pytest.mark.parametrize("name, file", [

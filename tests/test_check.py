@@ -123,6 +123,18 @@ def test_typed_special_tokens_are_counted(tmp_path, toy, llama_folder, check):
         assert status == 0 and "3 have the name of a special token in their text" in printed
 
 
+def test_words_that_the_llm_does_not_know_are_counted(tmp_path, toy, check):
+    file = write_records(tmp_path / "d.json", record("What is it?", "a red circle"), record("q", "\u00fc"))
+    status, printed = check(file, toy / "images", "--llm", ROOT / "lab/towers/tiny-llm")
+    assert status == 0 and "1 have words that the LLM does not know" in printed
+
+
+def test_rows_are_cut_where_the_llm_ends(tmp_path, toy, check):
+    file = write_records(tmp_path / "d.json", record("red " * 1500, "a"), record("red", "a"))
+    status, printed = check(file, toy / "images", "--llm", ROOT / "lab/towers/tiny-llm")
+    assert status == 1 and "has no word of an answer within 1024 tokens" in printed
+
+
 def test_the_check_and_the_start_of_a_run_know_the_stage(tmp_path, world, llama_folder, monkeypatch, check):
     images = world[0] / "data/toy/images"
     good = pictured(sorted(images.iterdir())[0].name)

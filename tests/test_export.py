@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from test_formats import change as set_in
 from test_train import how_it_ends
 
 from projector import VLM
@@ -29,6 +30,8 @@ def test_a_run_is_exported_in_its_own_dtype(run, tmp_path, capsys):
 @pytest.mark.parametrize("change, message", [
     (lambda run, out: (run / "config.json").rename(run / "log.jsonl"),
      "run: not finished, and without a checkpoint so far"),
+    (lambda run, out: set_in(run, template="my-own"),
+     "tuned with template 'my-own': transformers would ask in another form"),
     (lambda run, out: (out / "x").mkdir(parents=True), "out: not empty; nothing is written over"),
     (lambda run, out: shutil.rmtree(run) or run.mkdir(), "run/config.json: no such file"),
     (lambda run, out: shutil.rmtree(run), "run: no such folder, and the Hub does not give it")])

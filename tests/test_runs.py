@@ -5,11 +5,13 @@ import fcntl
 import io
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from datetime import datetime
 from pathlib import Path
@@ -97,6 +99,19 @@ def test_a_second_writer_is_refused_and_a_dead_one_is_not_in_the_way(world):
         Path("shared.lock").write_text("of a run that was killed")
         with checkpoint.locked(Config(out="shared")):
             pass
+
+
+def test_a_loader_process_that_outlives_its_run_does_not_hold_the_lock(tmp_path):
+    held = checkpoint.lock(tmp_path / "lock", "x")
+    context = multiprocessing.get_context("fork")
+    is_there = context.Event()
+    loader = context.Process(target=lambda: is_there.set() or time.sleep(60))
+    loader.start()
+    is_there.wait()
+    held.close()
+    checkpoint.lock(tmp_path / "lock", "x").close()
+    loader.kill()
+    loader.join()
 
 
 def test_a_start_that_fails_leaves_what_was_there(world):
@@ -369,6 +384,15 @@ def test_what_another_rank_left_of_a_checkpoint_goes(world):
     shutil.rmtree(world[0] / "stale/checkpoint-0000002")
     run(world, "--out", "stale", "--resume")
     assert not list((world[0] / "stale").rglob("rank-7.pt"))
+
+
+def test_the_log_is_on_the_disk_before_its_checkpoint_is(world, monkeypatch):
+    """A machine that goes down would otherwise leave a checkpoint of more steps than the log has."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
+    unfinished(world, "synced")
+    names = [Path(name).name for name in synced]
+    assert "log.jsonl" in names and names.index("log.jsonl") < names.index("synced")
 
 
 def test_the_seconds_are_those_of_all_parts(world):
@@ -725,6 +749,14 @@ def test_a_console_without_the_letters_of_a_caption_ends_no_run(monkeypatch):
     with processes.command("train.py"):
         print("\u4e00 Stra\u00dfe", flush=True)
     assert sys.stdout.buffer.getvalue() == b"\\u4e00 Stra\xdfe" + os.linesep.encode()
+
+
+def test_other_bytes_than_letters_end_a_chat_in_a_line(monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n"), "utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(SystemExit, match="^eval.py: 'utf-8' codec can't decode byte 0xe9"):
+        with processes.command("eval.py"):
+            input()
 
 
 def timed_out_loader(batches):

@@ -992,6 +992,23 @@ def test_the_clamp_of_the_scale_holds_in_the_optimizer():
     assert term.scale().item() == pytest.approx(100)
 
 
+def test_whatever_a_term_has_learns(linear_vlm, llama_folder, monkeypatch):
+    """A loss of one's own may have more parameters than a temperature: SigLIP's has a bias."""
+    class Shifted(losses.ContrastiveTerm):
+        def __init__(self, *weight):
+            super().__init__(*weight)
+            self.shift = nn.Parameter(torch.zeros(()))
+            terms.append(self)
+
+        def scale(self):
+            return (self.log_scale + self.shift).exp()
+
+    terms = []
+    monkeypatch.setattr(losses, "ContrastiveTerm", Shifted)
+    first_steps(linear_vlm, llama_folder, contrastive="both")
+    assert len(terms) == 2 and all(term.shift != 0 for term in terms)
+
+
 @pytest.mark.parametrize("contrastive", ["none", "patch"])
 def test_a_step_without_any_label_goes_on_and_says_so(linear_vlm, llama_folder, contrastive, capsys):
     """Captioning's loss and gradient are zero; the update runs, with what the contrastive loss says."""

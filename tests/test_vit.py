@@ -191,8 +191,9 @@ def test_only_what_is_needed_comes_from_the_hub(tmp_path, monkeypatch, files):
 
 
 def test_wrong_image_size(clip_folder):
-    with pytest.raises(ValueError, match="40 x 40 gives 25 patches; the position table holds 16"):
-        ViT.from_pretrained(clip_folder)(torch.zeros(1, 3, 40, 40))
+    for height, width in ((40, 40), (16, 64), (32, 33)):  # of 25 patches; of 16, as 32 x 32, elsewhere
+        with pytest.raises(ValueError, match=f"{height} x {width} pixels; the position table is of 32 x 32"):
+            ViT.from_pretrained(clip_folder)(torch.zeros(1, 3, height, width))
 
 
 def test_sharded_bin_folder(clip_folder, tmp_path):
