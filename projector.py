@@ -226,7 +226,7 @@ class VLM(nn.Module):
             source = llama.home(resolve(self.sources["llm"], TOKENIZER_FILES))
             copy_files(source, TOKENIZER_FILES, Path(folder) / "llm")
         ours = self.sources | {"projector": self.projector_kind, "feature_layer": self.vit.feature_layer}
-        write_weights(self.projector.state_dict(), folder, config | ours, "projector.safetensors")
+        write_weights(dict(self.projector.named_parameters()), folder, config | ours, "projector.safetensors")
 
     def export(self, folder):
         """Write a folder that transformers opens as a LlavaForConditionalGeneration: weights, config.json,

@@ -10,7 +10,7 @@
     options    the allowed answers of a multiple-choice question: letters, or yes and no
     choices    the texts of the options, with `open`
     open       what is asked, without the options
-    group      questions of one group have one picture, and count only together
+    group      questions of one group count only together
 
 The last four are there for some benchmarks only.
 """

@@ -12,6 +12,7 @@ from benchmarks.questions import grade, has_answers
 
 DRAWS = 400  # of the pictures: so a standard error is right within some 4 %
 SHEETS = 100  # of random choices
+SUMS = ("perception", "others")  # MME's, over categories: a draw that lacks one has no sum
 
 
 def percent(rows) -> float:
@@ -61,13 +62,15 @@ def standard_errors(score, questions, choices) -> dict:
     """{NAME_se: the standard error, in points} of each percentage NAME that `score` returns.
 
     Draw the pictures again, with replacement, score, repeat: the spread of the scores is the standard error
-    (the bootstrap, Efron 1979). Questions about one picture are not independent, so they are drawn together.
-    There is none of a single picture, nor of a part of so few that a draw had none of them. (MME's points are
-    a sum over categories: a draw that lacks one tells only accuracies.)
+    (the bootstrap, Efron 1979). Questions about one picture are not independent, so they are drawn together;
+    and so is a group, with its first picture.
+    There is none of a single picture, nor of a part of so few that a draw had none of them.
     """
     pictures = {}
+    picture_of = {}  # a group's first
     for question, choice in zip(questions, choices):
         picture = question["image"] or question["id"]
+        picture = picture_of.setdefault(question.get("group", question["id"]), picture)
         pictures.setdefault(picture, []).append((question, choice))
     pictures = list(pictures.values())
     if len(pictures) == 1:
@@ -88,7 +91,7 @@ def standard_errors(score, questions, choices) -> dict:
         scores = score(drawn_questions, drawn_choices)
         is_whole = scores.get("categories", {}).keys() == categories
         for name, value in measures(scores).items():
-            if is_whole or name.startswith("accuracy"):
+            if is_whole or name not in SUMS:
                 values.setdefault(name, []).append(value)
     complete = {name: drawn for name, drawn in values.items() if len(drawn) == DRAWS}
     return {f"{name}_se": round(statistics.stdev(drawn), 2) for name, drawn in complete.items()}

@@ -141,7 +141,9 @@ def look(record, images, stage, tokenizer, template: str, image_tokens: int, max
         row = expand(sample, image_tokens, max_length)
         if all(label == IGNORE for label in row["labels"]):
             raise ValueError(f"has no word of an answer within {max_length} tokens")
-        found["has_unknown"] = tokenizer.unk_token_id in sample["ids"]
+        unknown = tokenizer.unk_token_id
+        is_end = unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id)  # SmolLM2's, which knows all words
+        found["has_unknown"] = unknown in sample["ids"] and not is_end
         found["length"] = len(sample["ids"]) + (image_tokens - 1) * ("image" in record)
     return found
 
@@ -198,7 +200,8 @@ def main():
     add("file")
     add("images")
     add("--stage", choices=["align", "instruct"], help="also print what this stage of training does not take")
-    add("--llm", help="also tokenise for this LLM (folder or Hub id), and print what makes no row with loss")
+    add("--llm", help="also tokenise for this LLM (folder with its config.json, or Hub id), and print what makes "
+                      "no row with loss")
     add("--template", choices=[*TEMPLATES], help="with --llm (default: align's is plain, instruct's v1)")
     add("--image_tokens", type=int, default=576, help="with --llm: of an image")
     add("--max_length", type=int, default=2048, help="with --llm: most tokens in a row")

@@ -327,9 +327,11 @@ def test_a_single_picture_has_no_error_nor_has_a_part_that_a_draw_may_lack(toy):
     assert scienceqa.score(without, ["A"] * len(without))["accuracy_img"] is None
 
 
-def test_the_error_of_what_counts_together():
-    """A picture that is drawn twice counts twice, though all its rotations are of one group."""
-    questions, choices = with_pictures([True] * 60 + [False, True] * 70, each=2)
+@pytest.mark.parametrize("each", [2, 1])
+def test_the_error_of_what_counts_together(each):
+    """A picture that is drawn twice counts twice, though all its rotations are of one group. A group of two
+    pictures is drawn as one."""
+    questions, choices = with_pictures([True] * 60 + [False, True] * 70, each)
     for number, question in enumerate(questions):
         question |= {"group": number // 2}
     assert mmbench.score(questions, choices)["accuracy"] == 30
@@ -745,10 +747,10 @@ def test_bad_files_are_named_with_their_question(copy, case, message):
 
 @pytest.mark.parametrize("more, message", [
     ({"options": list("AB"), "choices": ["red", "blue", "green"], "open": "q"}, "3 choices for 2 options"),
-    ({"options": list("AB"), "choices": ["red", "blue"]}, "2 choices for 2 options, or is not open"),
-    ({"group": 1, "image": "b"}, "another picture than its group")])
+    ({"choices": ["red", "blue"], "open": "q"}, "2 choices for 0 options"),
+    ({"options": list("AB"), "choices": ["red", "blue"]}, "choices, and no `open`")])
 def test_what_a_benchmark_of_ones_own_gets_wrong_is_refused(more, message):
-    first = {"id": 1, "file": "f", "prompt": "q", "image": "a", "answer": "A", "group": 1}
+    first = {"id": 1, "file": "f", "prompt": "q", "image": "a", "answer": "A"}
     check([first, first | {"id": 2}])
     with pytest.raises(ValueError, match=f"f: question 2 has {message}"):
         check([first, first | {"id": 2} | more])

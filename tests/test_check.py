@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 from test_data import TEXT, TOWER, llama2, record
+from test_formats import change
 from test_train import children, how_it_ends, is_running
 from test_train import world  # noqa: F401 (a fixture)
 
@@ -127,6 +128,10 @@ def test_words_that_the_llm_does_not_know_are_counted(tmp_path, toy, check):
     file = write_records(tmp_path / "d.json", record("What is it?", "a red circle"), record("q", "\u00fc"))
     status, printed = check(file, toy / "images", "--llm", ROOT / "lab/towers/tiny-llm")
     assert status == 0 and "1 have words that the LLM does not know" in printed
+    llm = shutil.copytree(ROOT / "lab/towers/tiny-llm", tmp_path / "llm")
+    change(llm, file="tokenizer_config.json", unk_token=load_tokenizer(llm).eos_token)  # as SmolLM2's is
+    status, printed = check(file, toy / "images", "--llm", llm)
+    assert status == 0 and "does not know" not in printed
 
 
 def test_rows_are_cut_where_the_llm_ends(tmp_path, toy, check):
