@@ -200,8 +200,8 @@ def main():
     add("file")
     add("images")
     add("--stage", choices=["align", "instruct"], help="also print what this stage of training does not take")
-    add("--llm", help="also tokenise for this LLM (folder with its config.json, or Hub id), and print what makes "
-                      "no row with loss")
+    add("--llm", help="also tokenise for this LLM (Hub id, or folder with its config.json), and print what "
+                      "makes no row with loss")
     add("--template", choices=[*TEMPLATES], help="with --llm (default: align's is plain, instruct's v1)")
     add("--image_tokens", type=int, default=576, help="with --llm: of an image")
     add("--max_length", type=int, default=2048, help="with --llm: most tokens in a row")
