@@ -142,7 +142,7 @@ def look(record, images, stage, tokenizer, template: str, image_tokens: int, max
         if all(label == IGNORE for label in row["labels"]):
             raise ValueError(f"has no word of an answer within {max_length} tokens")
         unknown = tokenizer.unk_token_id
-        is_end = unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id)  # SmolLM2's, which knows all words
+        is_end = unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id)  # as SmolLM2 has it
         found["has_unknown"] = unknown in sample["ids"] and not is_end
         found["length"] = len(sample["ids"]) + (image_tokens - 1) * ("image" in record)
     return found
