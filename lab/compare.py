@@ -392,15 +392,13 @@ def parse_args(argv=None) -> tuple:
     parser.add_argument("--fractions", nargs="*", type=float, help="parts of the instruction data, or none: "
                         "the align stage alone (default: the size's)")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--out", type=Path, help="folder of the comparison (default by --size: runs/compare, "
-                        "runs/compare-emoji, runs/words, runs/emoji-words)")
+    parser.add_argument("--out", type=Path, help="folder of the comparison (default runs/SIZE)")
     parser.add_argument("--world", type=Path, help="folder of the data; a missing toy world is written "
                         "(default data/toy-1200, of 1,200 test questions with a picture; --quick: "
                         "data/toy, of 300; --size emoji: data/emoji)")
     ours, rest = parser.parse_known_args(argv)
     is_emoji = ours.size.startswith("emoji")
-    name = ours.size if ours.size.endswith("words") else "compare-emoji" if is_emoji else "compare"
-    ours.out = ours.out or Path("runs", name)
+    ours.out = ours.out or Path("runs", ours.size)
     is_quick = ours.size == "quick"
     ours.world = ours.world or Path("data/emoji" if is_emoji else "data/toy" if is_quick else "data/toy-1200")
     return ours, run_options.parse_args(rest, "python -m lab.compare")
