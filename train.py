@@ -603,13 +603,13 @@ def train_stage(config: Config, device):
     with caught_signals(config.save_every > 0) as signals:
         line = run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, made_of, counted,
                          signals)
-    if rank() == 0:
-        results |= {"steps": steps, "start": checkpoint.first_start(config)}
-        results |= {"seconds": round(time.time() - began, 1), "memory_mib": peak_memory(device)}
-        results["last_step"] = line
-        checkpoint.save_run(config, vlm, results)
-        say(f"finished, in {results['seconds']:.0f} s: {config.out}")
-    draw_curves(config.out)
+        if rank() == 0:
+            results |= {"steps": steps, "start": checkpoint.first_start(config)}
+            results |= {"seconds": round(time.time() - began, 1), "memory_mib": peak_memory(device)}
+            results["last_step"] = line
+            checkpoint.save_run(config, vlm, results)
+            say(f"finished, in {results['seconds']:.0f} s: {config.out}")
+        draw_curves(config.out)
     return sum_over_ranks([len(signals)], device).any()
 
 
@@ -639,9 +639,9 @@ def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, 
         latest |= line
         bar.set_postfix(shown(latest, terms))
         watch.look(step - start, line, vlm.llm.config.vocab_size)
+        if step == start:  # only now: a run that fails before leaves what was there
+            checkpoint.open_run(config, start, counted)
         if rank() == 0:
-            if step == start:  # only now: a run that fails before leaves what was there
-                checkpoint.open_run(config, start, counted)
             if step == 0 and lr == 0 and config.stage == "align":  # at rate 0 the projector is what it was
                 vlm.save(Path(config.out) / "unaligned", asdict(config), with_llm=False)
             with open(Path(config.out) / "log.jsonl", "a") as log:
@@ -669,7 +669,7 @@ def run_all(given: dict, device):
         chosen = options.of_stage(stage, given) | {"out": str(root / stage)}
         if stage == "instruct":
             chosen["init"] = str(root / "align")
-            if not (root / stage / "log.jsonl").exists():
+            if not checkpoint.is_behind(root / stage, root / "align"):
                 chosen.pop("resume", None)  # the run was stopped before this stage
         config = options.configure(stage, chosen)
         with checkpoint.locked(config):

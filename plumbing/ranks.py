@@ -24,6 +24,8 @@ from tqdm import tqdm
 # The group of `barrier` and `on_every_rank`: others wait there while one rank writes 13 GB or answers
 # questions. Everything else, joining included, takes minutes at most. None: torch's default group.
 patient = None
+# The signals that end a run: Ctrl-C, a machine that goes down, Slurm. Windows has no SIGUSR1.
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def start_ranks() -> torch.device:
@@ -149,6 +151,7 @@ def command(program: str, interrupted: str = ""):
     One of several ranks prints its line and exits at once: a clean exit would wait for ranks that are waiting
     for this one. Rank 0 comes first, so that an error which all ranks share is printed once.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clear away what is half done, as with Ctrl-C
     with suppress(AttributeError):  # a console or pipe may lack letters of a caption: `\u4e00` is no error
         sys.stdout.reconfigure(errors="backslashreplace")
         sys.stdin.reconfigure(errors="strict")  # other bytes than letters end a question in a line
@@ -184,22 +187,27 @@ def describe(error) -> tuple:
 
 @contextmanager
 def caught_signals(is_wanted: bool):
-    """A list that takes the first SIGINT, SIGTERM or (from Slurm) SIGUSR1: the current step can then finish.
+    """A list that takes the first of the signals that end a run: the current step can then finish.
 
-    The second signal acts as it always does.
+    Another one after five seconds acts as it always does. One before is the same: torchrun sends on to its
+    ranks what these may have had already.
     """
     caught = []
     before = {}
 
-    def restore(*found):
-        caught.extend(found)
+    def restore():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if is_wanted and hasattr(signal, name):  # Windows has no SIGUSR1
-            number = getattr(signal, name)
-            before[number] = signal.signal(number, restore)
+    def catch(number, _):
+        if not caught:
+            caught.append(time.monotonic())
+        elif time.monotonic() > caught[0] + 5:
+            restore()
+            signal.raise_signal(number)
+
+    for number in STOPPING if is_wanted else ():
+        before[number] = signal.signal(number, catch)
     try:
         yield caught
     finally:

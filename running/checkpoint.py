@@ -5,7 +5,7 @@
     OUT/checkpoint-STEP/made_of.json fingerprints of records, tokenizer and towers
     OUT/log.jsonl                    a line a step
     OUT/lengths.npy                  the counted tokens of each record, behind a key of what was counted
-    OUT/launch                       of which torchrun it is: what that one starts again goes on
+    OUT/launch                       of which torchrun it is, on each node: what it starts again goes on
     OUT/config.json                  written last: with it the run is finished, and its checkpoints go
 """
 
@@ -73,7 +73,8 @@ def picture_sizes(samples, most: int = 1000) -> int:
 # One run in one folder, and ranks that agree
 
 OF_A_RUN = ("llm", "unaligned", "projector.safetensors", "config.json", "results.json")
-PATHS = {"out", "init", "vit", "llm", "annotations", "images", "benchmarks", "features"}  # each machine's own
+# Each machine's own.
+PATHS = {"out", "init", "vit", "llm", "annotations", "images", "val", "benchmarks", "features"}
 
 
 @contextmanager
@@ -120,6 +121,8 @@ def refuse_foreign(*outs):
         for out in map(Path, outs if rank() == 0 else ()):
             if out.is_file():
                 raise ValueError(f"--out {out} is a file; name a folder")
+            if out.is_mount() or out.resolve() == Path.cwd():
+                raise ValueError(f"--out {out} cannot be renamed, nor locked beside: name a folder in it")
             theirs = [name for name in OF_A_RUN if (out / name).exists()]
             if theirs and not (out / "log.jsonl").exists():
                 raise ValueError(f"--out {out} holds {' and '.join(theirs)} and no run: name another folder")
@@ -154,7 +157,7 @@ def agree(facts: dict):
 def agree_on_options(config):
     """ValueError if a rank was started with other options: on several nodes the command is typed several
     times."""
-    config.resume = on_every_rank(lambda: config.resume)[0]  # rank 0 knows its folder
+    config.resume = any(on_every_rank(lambda: config.resume))  # rank 0 may be on a node that is new
     own = PATHS | {"workers", "cache"}
     agree({name: value for name, value in asdict(config).items() if name not in own})
 
@@ -164,7 +167,7 @@ def agree_on_options(config):
 
 def checkpoints(out) -> list:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(Path(out).glob("checkpoint-???????"))
+    return sorted(Path(out).glob("checkpoint-" + 7 * "[0-9]"))
 
 
 def save(config, step: int, vlm, optimizer, terms, made_of: dict):
@@ -214,6 +217,13 @@ def refuse_changes(saved: dict, now: dict, where):
 
 def is_unfinished(run) -> bool:
     return (Path(run) / "log.jsonl").exists() and not (Path(run) / "config.json").exists()
+
+
+def is_behind(run, before) -> bool:
+    """Whether a run has gone on since the run `before` it was finished. Else it is of an older one."""
+    log = Path(run) / "log.jsonl"
+    end = Path(before) / "config.json"
+    return log.exists() and end.exists() and log.stat().st_mtime >= end.stat().st_mtime
 
 
 def is_checkpoint(folder) -> bool:
@@ -330,9 +340,12 @@ def refuse_other(folder: Path, made_of: dict):
 def open_run(config, start: int, counted: list):
     """Make OUT ready for its first line of log.
 
-    Rename an old run. On resume, drop the log lines after the checkpoint.
+    Rename an old run. On resume, drop the log lines after the checkpoint. All ranks call it; rank 0 writes.
     """
-    out = Path(config.out)
+    launches = on_every_rank(launch)  # of all nodes: any of them may be rank 0's after a restart
+    if rank() > 0:
+        return
+    out = Path(config.out).resolve()  # a link stays, and leads to the new run
     is_finished = (out / "config.json").exists()
     if start == 0 and (is_finished or checkpoints(out)):
         what = "a finished" if is_finished else "an unfinished"
@@ -348,7 +361,7 @@ def open_run(config, start: int, counted: list):
         lines = read_text(out / "log.jsonl").splitlines(True)[:start]  # line k is step k
     with whole(out / "log.jsonl") as building:
         building.write_text("".join(lines))
-    (out / "launch").write_text(launch())
+    (out / "launch").write_text("\n".join(launches))
     for folder in stale:
         shutil.rmtree(folder, ignore_errors=True)
     with whole(out / "lengths.npy") as building, open(building, "wb") as file:
@@ -404,5 +417,6 @@ def remove_checkpoints(config):
 def set_last_run(folder):
     """Make `folder` the run that eval.py looks at when none is named."""
     if rank() == 0:
-        Path("runs").mkdir(exist_ok=True)
-        Path("runs/last").write_text(str(folder))
+        with contextlib.suppress(OSError, ValueError):  # where nothing can be written, eval.py needs --ckpt
+            Path("runs").mkdir(exist_ok=True)
+            Path("runs/last").write_text(str(folder))

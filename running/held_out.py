@@ -29,7 +29,8 @@ def load(config, samples, vlm) -> tuple | None:
     if not config.val:
         return None
     held = order.load_samples(replace(config, annotations=config.val), vlm)
-    checkpoint.agree({"held-out records": len(held)})
+    content = data.key_of(held.records.text)
+    checkpoint.agree({"held-out records": len(held), "held-out records of key": content})
     say(f"{len(held)} records of {config.val} are held out")
     repeated = count_repeated(samples.records, held.records)
     if repeated:

@@ -184,8 +184,8 @@ def configure(stage: str, given: dict) -> Config:
     if not config.init and stage == "instruct":
         config.init = align_run(config)
     launched = Path(config.out) / "launch"
-    if launch() and launched.exists() and read_text(launched) == launch():  # torchrun --max-restarts
-        config.resume = True
+    if launch() and launched.exists() and launch() in read_text(launched).split("\n"):
+        config.resume = True  # torchrun --max-restarts
     refuse(config)
     if "contrastive_weight" in given and config.contrastive == "none":
         raise ValueError("--contrastive_weight: there is no contrastive loss, with --contrastive none")

@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import shutil
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from tqdm import tqdm
 import data
 from losses import CONTRASTIVE
 from plumbing.files import named
-from plumbing.ranks import on_every_rank, rank, say, world_size
+from plumbing.ranks import STOPPING, on_every_rank, rank, say, world_size
 from plumbing.tokenizer import check_vocabulary, load_tokenizer
 from running.records import load_records
 
@@ -313,12 +314,14 @@ def cores_of_a_rank() -> int:
 def processes(workers: int) -> dict:
     """How a DataLoader starts so many. Forked ones share the records; Python 3.14 alone would copy them."""
     context = "fork" if workers and sys.platform == "linux" else None
-    return {"num_workers": workers, "worker_init_fn": leave_group, "multiprocessing_context": context}
+    return {"num_workers": workers, "worker_init_fn": outlive_signals, "multiprocessing_context": context}
 
 
-def leave_group(_):
-    """Ignore Ctrl-C in loader processes: the main process still needs them. Their tokenizers have no
+def outlive_signals(_):
+    """A run that is to stop goes on for a step, so its loader processes do not die of the signal, which would
+    be an error: SIGTERM, the main process's own way to end them, ends them quietly. Their tokenizers have no
     threads."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

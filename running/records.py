@@ -106,7 +106,7 @@ class Records:
 def load_records(file, stage=None) -> Records:
     """The records of a file, on every rank. One rank of a machine parses it, the others map what that one
     wrote."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = min(rank(), int(os.environ.get("LOCAL_RANK", 0)))  # a shell may have one without ranks
 
     def pack():
         if local_rank > 0:

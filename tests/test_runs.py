@@ -28,6 +28,7 @@ import train
 from lab import toy_world
 from llm import LLM
 from plumbing import ranks as processes
+from plumbing.files import whole
 from plumbing.ranks import caught_signals, choose_dtype, slowness
 from projector import VLM
 from running import checkpoint, features, held_out, order, watch
@@ -129,7 +130,8 @@ def test_a_folder_that_is_no_run_is_refused_and_kept(world):
     (mine / "llm/config.json").write_text("{}")
     (world[0] / "file").write_text("")
     for out, says in (("mine", "holds llm and no run: name another folder"),
-                      ("file", "is a file; name a folder")):
+                      ("file", "is a file; name a folder"),
+                      (".", "cannot be renamed, nor locked beside: name a folder in it")):
         assert refusal(world, "--out", out, "--steps", "2") == f"train.py: --out {out} {says}"
     (world[0] / "mine").rename(world[0] / "both")
     (world[0] / "both/llm").rename(world[0] / "both/unaligned")
@@ -142,6 +144,51 @@ def test_a_folder_that_is_no_run_is_refused_and_kept(world):
     (world[0] / "noted").mkdir()
     (world[0] / "noted/train.log").write_text("of tee")
     run(world, "--out", "noted", "--steps", "2")
+
+
+def test_a_link_stays_and_other_folders_are_nobodys(world, monkeypatch):
+    """A second run goes where the link leads. What looks like a checkpoint, and is none, is kept. Without a
+    place for runs/last a run is finished, too."""
+    (world[0] / "elsewhere").mkdir()
+    (world[0] / "link").symlink_to("elsewhere/run")
+    monkeypatch.setattr(Path, "write_text", refuse_to_write("runs/last", Path.write_text))
+    for _ in range(2):
+        run(world, "--out", "link", "--steps", "2")
+    assert (world[0] / "link").is_symlink() and (world[0] / "elsewhere/run.old/config.json").exists()
+    (world[0] / "link/checkpoint-initial").mkdir()
+    assert checkpoint.checkpoints(world[0] / "link") == []
+
+
+def refuse_to_write(name, write_text):
+    def write(path, *args, **how):
+        if str(path) == name:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return write_text(path, *args, **how)
+
+    return write
+
+
+def test_instruct_goes_on_only_if_it_came_behind_this_align(tmp_path):
+    """An older experiment may lie there: its instruct run is none of this one."""
+    align, instruct = tmp_path / "align", tmp_path / "instruct"
+    for folder, file in ((align, "config.json"), (instruct, "log.jsonl")):
+        assert not checkpoint.is_behind(instruct, align)
+        folder.mkdir()
+        (folder / file).touch()
+    for age, is_behind in ((10, True), (-10, False)):
+        os.utime(align / "config.json", times=(time.time() - age, time.time() - age))
+        assert checkpoint.is_behind(instruct, align) == is_behind
+
+
+@pytest.mark.parametrize("restarted", ["a/", "b/"])
+def test_whatever_node_torchrun_starts_again_the_run_goes_on(world, monkeypatch, restarted):
+    """After a failure another node may have rank 0."""
+    unfinished(world, "node")
+    (world[0] / "node/launch").write_text("a/\nb/")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"{restarted}attempt_1/0/error.json")
+    monkeypatch.chdir(world[0])
+    assert configure("align", {"preset": "tiny", "out": "node"}).resume
+    shutil.rmtree("node")
 
 
 def test_a_missing_folder_of_pictures_is_told_before_a_model_is_loaded(world, monkeypatch):
@@ -359,6 +406,14 @@ def test_a_run_of_epochs_is_not_cut_short_by_steps(world):
     assert len(checkpoint.checkpoints(world[0] / "shorter")) == 2
 
 
+def test_a_signal_while_the_finished_run_is_saved_waits_for_it(world, monkeypatch):
+    save_run = checkpoint.save_run
+    monkeypatch.setattr(checkpoint, "save_run", lambda *args: signal.raise_signal(signal.SIGTERM)
+                        or save_run(*args))
+    assert "finished, in" in run(world, "--out", "at-end", "--steps", "2")
+    assert (world[0] / "at-end/config.json").exists()
+
+
 def test_behind_a_signal_in_the_last_step_no_other_stage_begins(world, monkeypatch):
     """The stage is done."""
     rate = train.learning_rate
@@ -422,8 +477,10 @@ def test_a_signal_is_caught_once(name):
     before = signal.signal(number, lambda *_: heard.append(name))
     try:
         with caught_signals(True) as caught:
-            signal.raise_signal(number)
-            assert caught and not heard
+            for _ in range(2):  # torchrun sends on what its ranks have had
+                signal.raise_signal(number)
+                assert len(caught) == 1 and not heard
+            caught[0] -= 6  # seconds
             signal.raise_signal(number)
             assert heard == [name]
     finally:
@@ -757,6 +814,30 @@ def test_other_bytes_than_letters_end_a_chat_in_a_line(monkeypatch):
     with pytest.raises(SystemExit, match="^eval.py: 'utf-8' codec can't decode byte 0xe9"):
         with processes.command("eval.py"):
             input()
+
+
+def test_a_sigterm_clears_away_what_is_half_done(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="^train.py: interrupted$"):
+        with processes.command("train.py", "interrupted"), whole(tmp_path / "file"):
+            signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name, ends", [("SIGINT", None), ("SIGUSR1", None), ("SIGTERM", 0)])
+def test_a_loader_process_does_not_die_of_the_signal_that_stops_its_run(name, ends):
+    """Its death would be an error before the step is done."""
+    context = multiprocessing.get_context("fork")
+    is_there = context.Event()
+    loader = context.Process(target=lambda: order.outlive_signals(0) or is_there.set() or time.sleep(60))
+    loader.start()
+    is_there.wait()
+    os.kill(loader.pid, getattr(signal, name))
+    loader.join(0.3 if ends is None else 10)
+    assert loader.exitcode == ends
+    loader.kill()
+    loader.join()
 
 
 def timed_out_loader(batches):
