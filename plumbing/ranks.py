@@ -151,7 +151,8 @@ def command(program: str, interrupted: str = ""):
     One of several ranks prints its line and exits at once: a clean exit would wait for ranks that are waiting
     for this one. Rank 0 comes first, so that an error which all ranks share is printed once.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clear away what is half done, as with Ctrl-C
+    if "RANK" not in os.environ:  # a rank that waits for another hears of no signal, and torchrun must end it
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # clear away what is half done
     with suppress(AttributeError):  # a console or pipe may lack letters of a caption: `\u4e00` is no error
         sys.stdout.reconfigure(errors="backslashreplace")
         sys.stdin.reconfigure(errors="strict")  # other bytes than letters end a question in a line
