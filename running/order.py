@@ -319,9 +319,11 @@ def processes(workers: int) -> dict:
 
 def outlive_signals(_):
     """A run that is to stop goes on for a step, so its loader processes do not die of the signal, which would
-    be an error: SIGTERM, the main process's own way to end them, ends them quietly. Their tokenizers have no
-    threads."""
+    be an error. They leave the group that torchrun signals. SIGTERM, by which the main process ends them,
+    ends them quietly. Their tokenizers have no threads."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
