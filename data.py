@@ -443,7 +443,7 @@ def expand(sample, num_image_tokens: int, max_length: int, image_token_id: int =
         labels += [IGNORE if role == CONTEXT else token] * times
         is_answer += [role == ANSWER] * times
     if side == "left" and len(ids) > max_length:  # a prompt, which must not lose its end
-        raise ValueError(f"{sample['name']}: {len(ids)} tokens; before an answer is room for {max_length}")
+        raise ValueError(f"{sample['name']}: {len(ids)} tokens; an answer leaves room for {max_length}")
     ids = ids[:max_length]
     has_image = sample["pixels"] is not None
     if ids.count(image_token_id) != num_image_tokens * has_image:

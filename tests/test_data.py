@@ -395,7 +395,7 @@ def test_rows_are_cut_but_never_in_an_image():
 
 
 def test_prompts_are_not_cut(tokenizer):
-    with pytest.raises(ValueError, match="record 's': 4 tokens; before an answer is room for 3"):
+    with pytest.raises(ValueError, match="record 's': 4 tokens; an answer leaves room for 3"):
         data.collate([sample([1, 5, 6, 7], [CONTEXT] * 4)], 3, -200, 0, 8, max_length=3, side="left")
 
 
