@@ -203,7 +203,6 @@ class VLM(nn.Module):
             found = llava.describe(folder)
             vlm = cls.from_towers(
                 found["vit"], found["llm"], found["projector"], found["feature_layer"], dtype, device)
-            llava.check_class_token(found, vlm.vit.config.family.class_token, folder)
             vlm.load_projector(folder, dtype, device)
         vlm.image_token_id = found.get("image_token_id", IMAGE_TOKEN_ID)
         vlm.template = found["template"]

@@ -1,8 +1,12 @@
 """Find a benchmark's files and read their entries: JSON, JSON lines, or tables."""
 
+import csv
+import io
+import json
+from collections import Counter
 from pathlib import Path
 
-from plumbing.files import read_entries
+from plumbing.files import named, read_text
 
 ID = (int, str)  # the types that an id may have
 
@@ -51,3 +55,61 @@ def find_entries(folder, pattern: str, **kinds):
     for file in find_files(folder, pattern):
         for entry in read_entries(file, **kinds):
             yield file, entry
+
+
+def read_entries(file: Path, **kinds) -> list:
+    """The entries of a file: dicts, each with all keys of `kinds`, whose values have these types.
+
+    The file is a JSON list (maybe below "questions" or "data"), a JSON dict of dicts (whose names become
+    "id"), JSON lines, or a table (.tsv).
+    """
+    text = read_text(file)
+    with named(file):
+        if file.suffix == ".tsv":
+            csv.field_size_limit(2**31 - 1)  # a picture is one field
+            entries = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
+        else:
+            entries = parse_entries(text)
+    if isinstance(entries, dict):
+        entries = entries.get("questions") or entries.get("data") or entries_by_name(entries)
+    if not isinstance(entries, list):
+        raise ValueError(f"{file}: not a list of entries")
+    for number, entry in enumerate(entries, start=1):
+        for key, kind in kinds.items():
+            if not isinstance(entry, dict) or key not in entry:
+                raise ValueError(f"{file}: entry {number} has no {key!r}")
+            value = entry[key]
+            if not isinstance(value, kind) or isinstance(value, bool):  # for Python, a bool is an int
+                raise ValueError(f"{file}: entry {number} has {value!r:.60} as its {key!r}")
+    return entries
+
+
+def parse_entries(text: str):
+    """JSON, or the list of JSON lines. Their file may be called .json, too."""
+    def parse(text):
+        return json.loads(text, object_pairs_hook=without_repeats)
+
+    try:
+        return parse(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":  # behind the first line
+            raise
+    return [parse(line) for line in text.split("\n") if line.strip()]
+
+
+def entries_by_name(named_entries: dict) -> list:
+    """The dicts of a dict, with their names as "id"; a dict that has none is an entry itself."""
+    entries = []
+    for name, entry in named_entries.items():
+        entries.append({"id": name, **entry} if isinstance(entry, dict) else entry)
+    has_dicts = any(isinstance(entry, dict) for entry in entries)
+    return entries if has_dicts else [named_entries]
+
+
+def without_repeats(pairs) -> dict:
+    """A JSON object. ValueError if a name is there twice: Python would silently keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{name!r} is there twice")
+    return found

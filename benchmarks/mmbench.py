@@ -16,10 +16,9 @@ import csv
 from collections import Counter
 from functools import partial
 
-from benchmarks.entries import find_files
+from benchmarks.entries import find_files, read_entries
 from benchmarks.questions import LETTER_ANSWER, grade, lettered, to_question
 from benchmarks.score import grouped, percent, summary
-from plumbing.files import read_entries
 from plumbing.ranks import say
 
 COLUMNS = ("index", "question", "A", "B", "C", "D", "image")

@@ -7,8 +7,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from benchmarks import BENCHES
+from benchmarks.entries import read_entries
 from data import key_of
-from plumbing.files import named, old_name, read_entries, read_json, read_text, whole
+from plumbing.files import named, old_name, read_json, read_text, whole
 from plumbing.ranks import rank, say
 
 

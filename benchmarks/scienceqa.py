@@ -13,8 +13,9 @@ import re
 
 from benchmarks.questions import LETTER_ANSWER, LETTERS, grade, lettered
 from benchmarks.score import by_category, percent, summary
+from benchmarks.entries import read_entries
 from data import IMAGE, find_image
-from plumbing.files import read_entries, read_json
+from plumbing.files import read_json
 
 TEXT = (str, type(None))  # what may be missing
 KINDS = {"id": str, "question": str, "choices": list, "answer": int, "hint": TEXT, "image": TEXT}

@@ -7,10 +7,10 @@ pictures. (The authors' own scorer ranks the choices by likelihood, as `--score 
     SEED-Bench-image/     the pictures, DATA_ID without an ending
 """
 
-from benchmarks.entries import ID, find_files
+from benchmarks.entries import ID, find_files, read_entries
 from benchmarks.questions import LETTER_ANSWER, lettered, to_question
 from data import find_image
-from plumbing.files import read_entries, read_json
+from plumbing.files import read_json
 
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 KINDS = {"question_id": ID, "data_id": str, "data_type": str, "question": str, "answer": str}

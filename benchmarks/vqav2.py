@@ -10,11 +10,10 @@ We write its file. That must have every question of the test split, so the other
 import json
 from pathlib import Path
 
-from benchmarks.entries import ID, find_entries
+from benchmarks.entries import ID, find_entries, read_entries
 from benchmarks.questions import to_question
 from benchmarks.vqa import normalise
 from data import find_image
-from plumbing.files import read_entries
 
 KINDS = {"question_id": ID, "image_id": int, "question": str}
 parse = normalise

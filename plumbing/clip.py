@@ -49,10 +49,12 @@ def sizes_of(config: dict, folder: Path) -> dict:
 def read_preprocessor(folder: Path) -> tuple:
     """(file, how it says pictures are prepared). Newer folders have that in processor_config.json, which
     transformers asks first."""
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        content = read_json(folder / name) if (folder / name).exists() else {}
-        if name.startswith("pre") or "image_processor" in content:
-            return folder / name, content.get("image_processor", content)
+    file = folder / "processor_config.json"
+    content = read_json(file) if file.exists() else {}
+    if "image_processor" in content:
+        return file, content["image_processor"]
+    file = folder / "preprocessor_config.json"
+    return file, read_json(file) if file.exists() else {}
 
 
 def is_color(values) -> bool:

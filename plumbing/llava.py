@@ -7,7 +7,7 @@
 
 `describe` reads all three, VLM.save writes the first, `export` the second. It gives a dict: "vit" and "llm"
 (names that ViT.from_pretrained and LLM.from_pretrained open: maybe the folder's own), "projector" (its kind),
-"feature_layer", "template" (or None), and what only transformers' format knows: "image_token_id", "drops".
+"feature_layer", "template" (or None), and what only transformers' format knows: "image_token_id".
 """
 
 import json
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from plumbing import clip
 from plumbing.files import TOKENIZER_FILES, named, read_json, resolve, resolve_model, write_json
 from plumbing.llama import home
-from plumbing.tokenizer import give_padding, open_tokenizer
+from plumbing.tokenizer import bos_ids, give_padding, open_tokenizer
 from plumbing.weights import (files_of, is_llavas_own, open_config, read_config, read_shard, read_weights,
                               refuse_others, write_weights)
 
@@ -104,19 +104,14 @@ def read_run(folder: Path, config: dict) -> dict:
 def read_llava(folder: Path, name: str) -> dict:
     """transformers' format. ValueError if it asks for what we do not compute."""
     config = read_config(folder, ("llava",))
-    refuse_others(config, KNOWN, folder)
+    has_class_token = config["vision_config"]["model_type"] != "siglip_vision_model"
+    drops = "default" if has_class_token else "full"  # the first token, or none
+    refuse_others(config, KNOWN | {"vision_feature_select_strategy": (drops,)}, folder)
     if not isinstance(config["vision_feature_layer"], int):
         raise ValueError(f"{folder}: vision_feature_layer is no single layer")
     return {"vit": name, "llm": name, "projector": "mlp2x_gelu",
             "feature_layer": config["vision_feature_layer"], "template": config.get("template"),
-            "image_token_id": config.get("image_token_index") or config["image_token_id"],
-            "drops": config["vision_feature_select_strategy"]}
-
-
-def check_class_token(found: dict, has_class_token: bool, folder: Path):
-    """ValueError if a folder in transformers' format drops other tokens than the class token."""
-    if "drops" in found and (found["drops"] == "default") != has_class_token:
-        raise ValueError(f"{folder}: {found['drops']!r} does not drop just the class token")
+            "image_token_id": config.get("image_token_index") or config["image_token_id"]}
 
 
 def read_original(folder: Path, config: dict, name: str) -> dict:
@@ -189,8 +184,7 @@ def prepare_tokenizer(source: Path, template: str, system: str, v1) -> tuple:
     after_image = tokenizer(f"{IMAGE}\n", add_special_tokens=False).input_ids[1:]
     alone = tokenizer("\n", add_special_tokens=False).input_ids
     gap = "" if after_image == alone else " "
-    adds_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    no_bos = "{%- set bos_token = '' -%}" if adds_bos else ""  # not twice
+    no_bos = "{%- set bos_token = '' -%}" if bos_ids(tokenizer) else ""  # not twice
     tokenizer.chat_template = MESSAGES.replace("GAP", gap) + no_bos + own
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}]
     with named(source, "its chat template"):

@@ -159,10 +159,9 @@ def command(program: str, interrupted: str = ""):
     try:
         yield
     except SystemExit:
-        leave_ranks()
         raise
     except BaseException as error:
-        reason, is_known = describe(error)
+        reason, is_known = reason_of(error)
         if isinstance(error, KeyboardInterrupt) and interrupted:
             reason, is_known = interrupted, True
         if dist.is_initialized():
@@ -174,10 +173,11 @@ def command(program: str, interrupted: str = ""):
         if is_known:
             sys.exit(f"{program}: {reason}")
         raise
-    leave_ranks()
+    finally:
+        leave_ranks()
 
 
-def describe(error) -> tuple:
+def reason_of(error) -> tuple:
     """(one line, whether the user's input or another process is the cause)."""
     from_input = (OSError, ValueError, MemoryError, torch.OutOfMemoryError)
     of_others = ("gloo", "NCCL", "DataLoader")  # in a RuntimeError: another rank or a loader process is gone
@@ -190,8 +190,8 @@ def describe(error) -> tuple:
 def caught_signals(is_wanted: bool):
     """A list that takes the first of the signals that end a run: the current step can then finish.
 
-    Another one after five seconds acts as it always does. One before is the same: torchrun sends on to its
-    ranks what these may have had already.
+    A second one within five seconds counts as the same one, because torchrun passes on what its ranks may
+    have had already. A later one acts as it always does.
     """
     caught = []
     before = {}

@@ -50,7 +50,8 @@ def give_padding(tokenizer):
 
 
 def check_vocabulary(tokenizer, size: int):
-    """Refuse a tokenizer of more tokens than the LLM has embeddings: it is another LLM's.
+    """Refuse a tokenizer of more tokens than the LLM has embeddings, as it is another LLM's, and note in
+    `tokenizer.rows` how many it has.
 
     Tokens that were added to it later do not count. LLaVA's tokenizer serves Vicuna, which has no row for its
     <image> and <pad>; `special_names` keeps these out of texts.

@@ -114,7 +114,7 @@ def frame(draw, panel: Panel, x_ticks: dict, y_ticks, size: float = 14):
 def ticks(low: float, high: float) -> list:
     """Round numbers at even distances; the first is at most `low`, the last at least `high`."""
     if high - low <= 1e-4 * max(abs(low), abs(high)):  # one value: show it against 0
-        low, high = min(low, 0), max(high, 0) or 1
+        low, high = (low, 0) if low < 0 else (0, high or 1)
     step = round_up((high - low) / 5)
     digits = max(0, -math.floor(math.log10(step)))  # otherwise 3 * 0.1 is not 0.3
     numbers = range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)

@@ -41,15 +41,17 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
     if min(image_tokens, max_length) < 1:
         raise ValueError("--image_tokens and --max_length must be at least 1")
     records = packed(file)
-    template = template or ("plain" if stage == "align" else "v1")
-    tokenizer = load_tokenizer(llm) if llm else None
+    samples = None
     if llm:
+        tokenizer = load_tokenizer(llm)
         sizes = load_llm_config(llm)
         check_vocabulary(tokenizer, sizes.vocab_size)
         max_length = min(max_length, sizes.max_position_embeddings)
+        template = template or ("plain" if stage == "align" else "v1")
+        samples = Conversations([], images, tokenizer, template, None, "")
     workers = cores_of_a_rank() if workers is None else workers
-    look_at_chunk = partial(look_at, images=images, stage=stage, tokenizer=tokenizer, template=template,
-                            image_tokens=image_tokens, max_length=max_length)
+    look_at_chunk = partial(look_at, images=images, stage=stage, samples=samples, image_tokens=image_tokens,
+                            max_length=max_length)
     loader = torch.utils.data.DataLoader(records, batch_size=CHUNK, collate_fn=look_at_chunk,
                                          **processes(min(workers, len(records) // CHUNK)))
     everything = itertools.chain.from_iterable(loader)
@@ -61,15 +63,15 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
             continue
         problems[re.sub(r"^.*?\.\w+: ", "", found["problem"])] += 1  # without the name of its picture
         if number - len(good) < NAMED:
-            tqdm.write(in_utf8(f"record {number} (id {found['id']!r}): {found['problem']}"))
+            tqdm.write(f"record {number} (id {found['id']!r}): {found['problem']}")
     bad = len(records) - len(good)
     if bad > NAMED:
         (problem, times), = problems.most_common(1)
-        print(in_utf8(f"and {bad - NAMED:,} more; of all {bad:,}, {times:,} say: {problem}"))
+        print(f"and {bad - NAMED:,} more; of all {bad:,}, {times:,} say: {problem}")
     print(f"{len(good):,} of {len(records):,} records are good")
     if good:
         counted = f"tokens, with {image_tokens} of the image (--image_tokens)"
-        print_summary(good, records, "words" if tokenizer is None else counted, max_length)
+        print_summary(good, records, "words" if samples is None else counted, max_length)
     else:
         print("no list is written: it would be empty")
     if good and bad:
@@ -78,11 +80,6 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
             building.write_text(json.dumps([records[number] for number in good]))
         print(f"wrote {clean}")
     return bad
-
-
-def in_utf8(text: str) -> str:
-    """The text with halves of a character, which cannot be printed, as their numbers."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def packed(file) -> Records:
@@ -107,8 +104,9 @@ def look_at(records: list, **how) -> list:
     return everything
 
 
-def look(record, images, stage, tokenizer, template: str, image_tokens: int, max_length: int) -> dict:
+def look(record, images, stage, samples, image_tokens: int, max_length: int) -> dict:
     """What is found in a record. ValueError for a wrong form, a bad picture, a row without a label.
+    `samples`: without records, to make the row of this one; or None.
 
     "image", "bytes"    the name of its picture and a number for the file's bytes, or None
     "answers"           a number for all that is answered
@@ -122,25 +120,26 @@ def look(record, images, stage, tokenizer, template: str, image_tokens: int, max
     record = tidy(record)
     turns = clean_turns(record)
     texts = [text.removeprefix(IMAGE) for _, text in turns]
-    special = f"{special_names(tokenizer) if tokenizer else LOOKS_SPECIAL}|{IMAGE}"
+    special = special_names(samples.tokenizer) if samples is not None else LOOKS_SPECIAL
     found = {
         "image": record.get("image"),
         "bytes": None,
         "answers": key_of(answers_of(turns)),
         "length": sum(len(text.split()) for text in texts),
-        "has_special": any(re.search(special, text) for text in texts),
+        "has_special": any(re.search(f"{special}|{IMAGE}", text) for text in texts),
         "has_unknown": False,
     }
     if found["image"]:
         file = find_image(images, found["image"])
         load_image(file)
         found["bytes"] = key_of(file.read_bytes())
-    if tokenizer is not None:
-        samples = Conversations([record], images, tokenizer, template, None, "")
+    if samples is not None:
+        samples.records = [record]
         sample = samples.read(0, with_pixels=False)
         row = expand(sample, image_tokens, max_length)
         if all(label == IGNORE for label in row["labels"]):
             raise ValueError(f"has no word of an answer within {max_length} tokens")
+        tokenizer = samples.tokenizer
         unknown = tokenizer.unk_token_id
         is_end = unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id)  # as SmolLM2 has it
         found["has_unknown"] = unknown in sample["ids"] and not is_end

@@ -58,11 +58,11 @@ def fingerprints(vlm, samples) -> dict:
     }
 
 
-def picture_sizes(samples, most: int = 1000) -> int:
-    """Of the names and sizes of at most `most` pictures, evenly spaced. A picture that is missing has no
+def picture_sizes(samples) -> int:
+    """Of the names and sizes of at most 1000 pictures, evenly spaced. A picture that is missing has no
     size."""
     found = []
-    for number in range(0, len(samples), max(1, len(samples) // most)):
+    for number in range(0, len(samples), math.ceil(len(samples) / 1000)):
         name = samples.records[number].get("image")
         file = find_image(samples.images, name) if name else None
         found.append((name, file.stat().st_size if file and file.is_file() else None))
@@ -73,7 +73,7 @@ def picture_sizes(samples, most: int = 1000) -> int:
 # One run in one folder, and ranks that agree
 
 OF_A_RUN = ("llm", "unaligned", "projector.safetensors", "config.json", "results.json")
-# Each machine's own.
+# Options that may differ from machine to machine
 PATHS = {"out", "init", "vit", "llm", "annotations", "images", "val", "benchmarks", "features"}
 
 
@@ -103,9 +103,9 @@ def locked(config):
 
     refuse_foreign(config.out)
     token = uuid.uuid4().hex
-    tokens = on_every_rank(take)
-    on_every_rank(see)
     try:
+        tokens = on_every_rank(take)
+        on_every_rank(see)
         yield
     finally:
         for file in held:
@@ -159,7 +159,10 @@ def agree_on_options(config):
     times."""
     config.resume = any(on_every_rank(lambda: config.resume))  # rank 0 may be on a node that is new
     own = PATHS | {"workers", "cache"}
-    agree({name: value for name, value in asdict(config).items() if name not in own})
+    facts = {name: value for name, value in asdict(config).items() if name not in own}
+    for name in ("val", "features"):  # the path may be another, but all ranks meet for what it is for
+        facts[f"--{name}"] = bool(getattr(config, name))
+    agree(facts)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -220,7 +223,8 @@ def is_unfinished(run) -> bool:
 
 
 def is_behind(run, before) -> bool:
-    """Whether a run has gone on since the run `before` it was finished. Else it is of an older one."""
+    """Whether a run was written to after the run `before` it was finished. If not, it belongs to an older
+    one."""
     log = Path(run) / "log.jsonl"
     end = Path(before) / "config.json"
     return log.exists() and end.exists() and log.stat().st_mtime >= end.stat().st_mtime
@@ -346,9 +350,9 @@ def open_run(config, start: int, counted: list):
     if rank() > 0:
         return
     out = Path(config.out).resolve()  # a link stays, and leads to the new run
-    is_finished = (out / "config.json").exists()
-    if start == 0 and (is_finished or checkpoints(out)):
-        what = "a finished" if is_finished else "an unfinished"
+    has_end = (out / "config.json").exists()
+    if start == 0 and (has_end or checkpoints(out)):
+        what = "a finished" if has_end else "an unfinished"
         old = old_name(out)
         say(f"{out} holds {what} run: it is now {old}")
         out.rename(old)

@@ -23,7 +23,6 @@ def load(config, samples, vit, device) -> dict:
     names = sorted({record["image"] for record in samples.records if "image" in record})
     if not names:
         raise ValueError(f"--features {config.features}: no record of {config.annotations} has an image")
-    pictures = [picture_of(samples, name) for name in names]
     made_by = {
         "vit": config.vit,
         "weights": fingerprint(vit),  # and so the dtype
@@ -35,6 +34,7 @@ def load(config, samples, vit, device) -> dict:
     def make_if_needed():
         if rank() > 0:
             return
+        pictures = [picture_of(samples, name) for name in names]
         if not file.exists():
             make(file, pictures, samples, vit, device, made_by)
             return

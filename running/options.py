@@ -6,7 +6,6 @@
 
 import argparse
 import math
-import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -189,7 +188,7 @@ def configure(stage: str, given: dict) -> Config:
     refuse(config)
     if "contrastive_weight" in given and config.contrastive == "none":
         raise ValueError("--contrastive_weight: there is no contrastive loss, with --contrastive none")
-    if config.init and (config.init != align_run(config) or Path(config.init).exists()):
+    if config.init and not awaits_align(config):
         follow_init(config, given)
     return config
 
@@ -197,6 +196,12 @@ def configure(stage: str, given: dict) -> Config:
 def align_run(config: Config) -> str:
     """Where instruct looks for a run to start from."""
     return f"runs/{config.preset}/align"
+
+
+def awaits_align(config: Config) -> bool:
+    """Whether instruct is to start from the preset's align run, and that is not there or not finished yet."""
+    run = align_run(config)
+    return config.init == run and (not Path(run).exists() or is_unfinished(run))
 
 
 def follow_init(config: Config, given: dict):
@@ -258,13 +263,13 @@ def hub_id(config: Config) -> str:
 def ensure_data(config):
     """Write the toy world if it is wanted and missing. FileNotFoundError for other data, with where to get
     it."""
-    if config.init == align_run(config) and not Path(config.init).exists():
-        raise FileNotFoundError(f"{config.init}: no align run to start from; "
-                                f"`python train.py --stage align --preset {config.preset}` makes one")
+    if awaits_align(config):
+        raise FileNotFoundError(f"{config.init}: no align run to start from, or an unfinished one; `python "
+                                f"train.py --stage align --preset {config.preset}` makes one, and with "
+                                "--resume goes on")
     if rank() == 0 and config.annotations.startswith("data/toy/") and not Path("data/toy").exists():
         say("writing the toy world to data/toy")
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, "-m", "lab.toy_world", "data/toy"], env=environment)
+        subprocess.run([sys.executable, "-m", "lab.toy_world", Path("data/toy").absolute()], cwd=ROOT)
     barrier()
     if not Path(config.annotations).exists():
         raise FileNotFoundError(f"{config.annotations}: no such file. Name a LLaVA JSON, as of the Hub's "

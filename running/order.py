@@ -68,10 +68,7 @@ def token_counts(config, samples, vlm) -> list:
     """
     most = longest_row(config, vlm)
 
-    def read_kept():
-        return kept_counts(config, samples, vlm) if config.resume and rank() == 0 else None
-
-    lengths = on_every_rank(read_kept)[0]  # rank 0 knows its folder
+    lengths = on_every_rank(lambda: kept_counts(config, samples, vlm))[0]  # rank 0 knows its folder
     if lengths is not None:
         return lengths
     counted = on_every_rank(lambda: count_mine(samples, vlm.num_image_tokens, most))
@@ -99,7 +96,9 @@ def counting_key(config, samples, vlm) -> int:
 
 
 def kept_counts(config, samples, vlm) -> list | None:
-    """The counts of an earlier part of this run, or None if they are of something else."""
+    """The counts of an earlier part of this run, or None if there are none, or of something else."""
+    if rank() > 0 or not config.resume:
+        return None
     with contextlib.suppress(OSError, ValueError, EOFError):  # none, or damaged
         key, *lengths = np.load(Path(config.out) / "lengths.npy").tolist()
         if key == counting_key(config, samples, vlm):

@@ -21,7 +21,7 @@ from plumbing.ranks import command, on_every_rank, rank, say
 from running import costs, options
 from running.checkpoint import GO_ON
 from running.costs import count_weights
-from running.memory import GIB, memory_sum
+from running.memory import GIB, memory_parts
 from running.order import count_steps, deal, largest_micro_batch, split_batch, subset
 from running.records import parse_records
 
@@ -53,7 +53,7 @@ def what_fits(config, vlm, dtype, largest: tuple, world: int, has: float) -> str
         if config.batch % W or part % min(size, part):
             continue
         changed = replace(config, checkpointing=way, micro_batch=size, shard=shard)
-        needs = sum(memory_sum(changed, vlm, dtype, min(rows, size, part), tokens, W).values())
+        needs = sum(memory_parts(changed, vlm, dtype, min(rows, size, part), tokens, W).values())
         if needs <= has:
             words = [f"{W} GPUs"] if W > world else []
             return f"{', '.join(words + differences(config, changed))}: {needs:.3g} GiB"
@@ -67,15 +67,6 @@ def differences(config, changed) -> list:
         if value != getattr(config, name):
             words.append(f"--{name}" if value is True else f"--{name} {value}")
     return words
-
-
-def check_memory(config, vlm, dtype, largest: tuple, world: int, has: float):
-    """ValueError, with what to do, if a rank needs more than `has` GiB."""
-    needs = sum(memory_sum(config, vlm, dtype, *largest, world).values())
-    if needs > has:
-        way = what_fits(config, vlm, dtype, largest, world, has) or "nothing but a smaller preset"
-        raise ValueError(f"{config.preset} {config.stage} needs about {needs:.3g} GiB a rank, not {has:.3g}; "
-                         f"what fits: {way}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -115,11 +106,15 @@ def print_plan(config, vlm, dtype, steps: int, largest: tuple, world: int, has: 
     why_not = why_not_exported(vlm.projector_kind)
     if why_not:
         say(f"cannot be exported: {why_not}")
-    memory = memory_sum(config, vlm, dtype, *largest, world)
+    memory = memory_parts(config, vlm, dtype, *largest, world)
+    needs = sum(memory.values())
     rows, tokens = largest
     say(f"memory of a rank with {rows} rows of {tokens} tokens, of {has:.3g} GiB:")
     say(f"    {in_parts(memory)}")
-    check_memory(config, vlm, dtype, largest, world, has)
+    if needs > has:
+        way = what_fits(config, vlm, dtype, largest, world, has) or "nothing but a smaller preset"
+        raise ValueError(f"{config.preset} {config.stage} needs about {needs:.3g} GiB a rank, not {has:.3g}; "
+                         f"what fits: {way}")
 
 
 def in_parts(sizes: dict) -> str:
@@ -158,7 +153,7 @@ def print_costs(config, vlm, steps: int, gpus: int):
         f"{100 * costs.USED:.0f} % of their peak")
 
 
-def disk_sum(config, vlm, dtype, steps: int) -> dict:
+def disk_parts(config, vlm, dtype, steps: int) -> dict:
     """GiB on disk, by purpose: what learned, and up to three checkpoints, each of that and 12 bytes a number.
 
     Two checkpoints are kept while a third is being written. Those of a resumed run are there already.
@@ -176,7 +171,7 @@ def check_disk(config, vlm, dtype, steps: int):
     out = Path(config.out).absolute()
     existing = next(path for path in (out, *out.parents) if path.exists())
     has = shutil.disk_usage(existing).free / GIB
-    sizes = disk_sum(config, vlm, dtype, steps)
+    sizes = disk_parts(config, vlm, dtype, steps)
     needs = sum(sizes.values())
     say(f"on disk, GiB: {in_parts(sizes)} of {has:.3g} that are free")
     if needs > has:
@@ -239,7 +234,7 @@ def plan_stage(config, world: int, has: float) -> bool:
     print_passes(config, records, steps)
     if whose:
         say(f"    the count is {whose}: there is no {config.annotations}")
-    say(f"on disk, GiB: {in_parts(disk_sum(config, vlm, dtype, steps))}")
+    say(f"on disk, GiB: {in_parts(disk_parts(config, vlm, dtype, steps))}")
     print_costs(config, vlm, steps, world)
     return fits
 

@@ -1,11 +1,10 @@
 """The records of a LLaVA JSON file: read, checked, and kept once for all processes of a machine."""
 
-import contextlib
 import json
 import os
 import re
 import tempfile
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -111,26 +110,14 @@ def load_records(file, stage=None) -> Records:
     def pack():
         if local_rank > 0:
             return None
-        lengths = [0]
-        with tempfile.NamedTemporaryFile(delete=False) as packed:
-            has_room = partial(named, packed.name, "TMPDIR names another folder")
-            try:
-                for _, own in good_records(file, stage):
-                    with has_room():
-                        lengths.append(packed.write(own.encode()))
-                with has_room():
-                    packed.flush()
-            except BaseException:
-                os.remove(packed.name)
-                with contextlib.suppress(OSError):  # a full disk says it again
-                    packed.close()
-                raise
-        return packed.name, np.cumsum(lengths)
+        texts = [own.encode() for _, own in good_records(file, stage)]
+        path = Path(folder, "records")
+        with named(path, "TMPDIR names another folder"), open(path, "wb") as packed:
+            packed.writelines(texts)
+        return path, np.cumsum([0, *map(len, texts)])
 
-    packed, starts = on_every_rank(pack)[rank() - local_rank]
-    text = np.memmap(packed, dtype=np.uint8, mode="r")
-    barrier()  # all have mapped it: it needs no name any more
-    if local_rank == 0:
-        with contextlib.suppress(OSError):  # Windows
-            os.remove(packed)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows removes no mapped file
+        path, starts = on_every_rank(pack)[rank() - local_rank]
+        text = np.memmap(path, dtype=np.uint8, mode="r")
+        barrier()  # all have mapped it: it needs no name any more
     return Records(text, starts)

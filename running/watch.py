@@ -161,7 +161,8 @@ class Watch:
 
     def look_for_stuck(self, line: dict):
         """A contrastive loss near ln(batch) knows nothing."""
-        stuck = [name for name in self.terms if (line.get(f"{name}_relative") or 0) > 0.98]
+        heard = [name for name in self.terms if line.get(f"{name}_weight")]  # 0 behind contrast first
+        stuck = [name for name in heard if (line.get(f"{name}_relative") or 0) > 0.98]
         self.stuck_steps += 1
         if not stuck or line["step"] <= self.warm_up:
             self.stuck_steps = 0

@@ -110,7 +110,7 @@ def dry_run(config, device) -> dict:
         f"{f' (the count is {whose})' if whose else ''}")
     peak = next((peak for part, peak in costs.PEAK_FLOPS.items() if part in name), None)
     mfu = round(total / fastest / world_size() / peak, 3) if peak else None
-    predicted = sum(plan.memory_sum(config, outlined, dtype, *largest, world_size()).values())
+    predicted = sum(plan.memory_parts(config, outlined, dtype, *largest, world_size()).values())
     found = {
         "dry_run": f"{config.preset} {config.stage}", "device": name, "ranks": world_size(),
         "ms_per_step_fastest_of_2": round(1000 * fastest, 1), "tokens_per_s": round(tokens / fastest),

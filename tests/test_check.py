@@ -165,6 +165,11 @@ def test_the_check_and_the_start_of_a_run_know_the_stage(tmp_path, world, llama_
     assert "record 'r': the image does not fit into 256 tokens" in last
 
 
+def test_an_llm_without_a_chat_template_is_no_fault_of_the_records(toy, llama_folder, check):
+    status, printed = check(toy / "align.json", toy / "images", "--llm", llama_folder, "--template", "chat")
+    assert "has no chat template" in status and "records are good" not in printed
+
+
 def test_what_the_good_records_are_is_told(tmp_path, toy, llama_folder, check):
     picture = sorted((toy / "images").iterdir())[0]
     for name in ("a.png", "b.png"):

@@ -113,7 +113,7 @@ def second_step(stage, preset, world=1, text=0, dtype=torch.bfloat16, is_first=F
                 train.train_step(vlm, terms, optimizer, micro_batches, config, 1e-3, step)
         largest = order.largest_micro_batch(*plan.typical_step(config, vlm, world, text))
         outlined = costs.outline(config)
-        return config, vlm, watch, sum(plan.memory_sum(config, outlined, dtype, *largest, world).values())
+        return config, vlm, watch, sum(plan.memory_parts(config, outlined, dtype, *largest, world).values())
     finally:
         if world > 1:
             dist.destroy_process_group()

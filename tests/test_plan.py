@@ -64,7 +64,7 @@ def test_the_first_change_that_fits_is_named_with_the_sum_of_its_plan(gpus, has,
         vlm = costs.outline(config)
         largest = plan.largest_micro_batch(*plan.typical_step(config, vlm, gpus))
         found = plan.what_fits(config, vlm, torch.bfloat16, largest, gpus, has)
-        return sum(memory.memory_sum(config, vlm, torch.bfloat16, *largest, gpus).values()), found
+        return sum(memory.memory_parts(config, vlm, torch.bfloat16, *largest, gpus).values()), found
 
     needs, found = sum_of(given, gpus)
     assert needs > has and found.startswith(f"{words}: ")
@@ -90,6 +90,16 @@ def test_what_cannot_fit_and_what_cannot_be_exported_is_said(capsys):
 def test_bad_options_end_in_one_line(argv, words, capsys):
     _, end = planned(capsys, "--preset", "small", *argv)
     assert end.startswith("running.plan: ") and words in end and "\n" not in end
+
+
+def test_an_align_run_that_goes_on_is_not_in_the_way(tmp_path, monkeypatch, capsys):
+    """Instruct will start from it once it is finished."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs/small/align"
+    run.mkdir(parents=True)
+    (run / "log.jsonl").touch()
+    out, end = planned(capsys, "--preset", "small")
+    assert end is None and out.count("EFLOP") >= 2
 
 
 def test_features_spare_the_vision_tower(capsys):

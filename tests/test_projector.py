@@ -13,7 +13,7 @@ from torch import nn
 
 import data
 from lab import toy_world
-from plumbing import clip, llama
+from plumbing import clip, llama, llava
 from plumbing.llava import PROJECTOR, their_name, why_not_exported
 from projector import IMAGE_TOKEN_ID, VLM, build_projector
 from plumbing.tokenizer import load_tokenizer
@@ -397,8 +397,8 @@ def test_dinov2_with_registers_is_refused_in_a_line(tmp_path):
 def test_llava_folders_of_other_kinds_are_refused(tmp_path):
     their_llava(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for change, message in (({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
-                            ({"vision_feature_select_strategy": "full"}, "does not drop just the class")):
-        (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=message):
-            VLM.from_pretrained(tmp_path)
+    for name, value in {"projector_hidden_act": "relu", "vision_feature_select_strategy": "full"}.items():
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+        for reads in (VLM.from_pretrained, llava.describe):  # train.py --init asks only the second
+            with pytest.raises(ValueError, match=f"{name} is '{value}'"):
+                reads(tmp_path)

@@ -173,7 +173,7 @@ def test_the_memory_of_a_preset_is_that_of_its_plan(preset, world):
         config = options.configure(stage, {"preset": preset})
         vlm = costs.outline(config)
         largest = order.largest_micro_batch(*plan.typical_step(config, vlm, world))
-        sums.append(sum(plan.memory_sum(config, vlm, torch.bfloat16, *largest, world).values()))
+        sums.append(sum(plan.memory_parts(config, vlm, torch.bfloat16, *largest, world).values()))
     assert f"`{preset}` {sums[0]:.1f} and {sums[1]:.1f}" in RUNNING.replace("\n", " ")
 
 

@@ -277,6 +277,8 @@ def disagree(rank, world, options):
     ({"save_every": 5}, "rank 1 has save_every 5, rank 0 has 0"),  # it decides when ranks meet
     ({"seed": 3}, "rank 1 has seed 3, rank 0 has 0"),
     ({"contrastive_weight": 2.0}, "rank 1 has contrastive_weight 2.0, rank 0 has 1.0"),
+    ({"val": "x"}, "rank 1 has --val True, rank 0 has False"),  # so do these two
+    ({"features": "x"}, "rank 1 has --features True, rank 0 has False"),
     ({"images": "elsewhere", "workers": 7, "cache": True, "resume": True}, None),
 ])
 def test_ranks_of_other_options_end_with_the_option(ranks, other, says):
@@ -310,6 +312,7 @@ def apart(rank, world, folder):
 def test_ranks_without_a_shared_folder_are_refused(ranks, tmp_path):
     found = ranks(2, apart, tmp_path)
     assert found[0] == found[1] and "run: rank 1 does not see rank 0's folder; with --save_every" in found[0]
+    assert not (tmp_path / "0/run.lock").exists()
 
 
 # ---- caches ------------------------------------------------------------------------------------------------
@@ -767,6 +770,16 @@ def test_a_contrastive_loss_that_is_zero_by_construction_is_told(capsys):
     line = {"step": 0, "generative": 2.0, "patch": 0.0, "tokens": 5, "ms": 1.0, "wait_ms": 0.0}
     watch.look(0, line, 100)
     assert "the patch loss is 0 by construction" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_contrastive_loss_that_learns_nothing_is_told_if_it_is_meant_to_learn(capsys, weight):
+    """Behind contrast first its weight is 0."""
+    watch = Watch(Config(), {"patch": None}, 100)
+    for step in range(70):
+        line = {"step": step, "generative": 2.0, "patch": 4.0, "patch_relative": 0.99, "patch_weight": weight}
+        watch.look(step, line | {"tokens": 5, "ms": 1.0, "wait_ms": 0.0}, 100)
+    assert ("the patch loss has stayed above 0.98" in capsys.readouterr().out) == (weight > 0)
 
 
 @pytest.mark.parametrize("name, times, is_told", [

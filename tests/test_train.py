@@ -1195,17 +1195,17 @@ def test_loader_workers_change_nothing(world, tmp_path):
 
 
 def test_the_toy_world_is_written_where_it_is_missing(world, tmp_path, monkeypatch):
-    """By a command of its own, which finds the project from any folder."""
+    """By a command of its own, which finds the project from any folder, and our packages as we do."""
     started = []
 
-    def run(command, env, **_):
-        started.append((command[1:], env["PYTHONPATH"]))
+    def run(command, cwd):
+        started.append((command[1:], cwd))
         toy_world.write_world(command[-1], align=8, instruct=8, text=1, test=4)
 
     monkeypatch.setattr(options, "subprocess", SimpleNamespace(run=run))  # not that which asks git
     for _ in range(2):
         trained((tmp_path, world[1]), "--stage", "align", "--steps", "2")
-    assert started == [(["-m", "lab.toy_world", "data/toy"], str(ROOT))]
+    assert started == [(["-m", "lab.toy_world", tmp_path / "data/toy"], ROOT)]
 
 
 def test_what_cannot_fit_is_refused_before_loading(tmp_path, monkeypatch, capsys):
