@@ -44,7 +44,7 @@ from plumbing.files import ROOT
 from plumbing.ranks import (all_gather, caught_signals, choose_dtype, command, peak_memory, rank,
                             reduce_scatter, say, start_ranks, sum_over_ranks, total_memory, world_size)
 from projector import VLM
-from running import checkpoint, costs, features, held_out, options, order, plan
+from running import checkpoint, costs, features, held_out, loading, options, order, plan
 from running.options import Config
 from running.watch import Watch, bars, draw_curves, figures, naming, origin, shown
 from vit import load_vit_config
@@ -597,7 +597,7 @@ def train_stage(config: Config, device):
         start = checkpoint.load(config, optimizer, terms, made_of)
         began -= checkpoint.seconds_before(config, start)  # as if it had not been stopped
     mine = [ranks[rank()] for ranks in dealt[start:]]
-    loader = order.make_loader(config, samples, vlm, mine, device)
+    loader = loading.make_loader(config, samples, vlm, mine, device)
     say("first sample:", repr(data.marked_text(samples[0], samples.tokenizer)))
 
     with caught_signals(config.save_every > 0) as signals:

@@ -17,7 +17,7 @@ import losses
 from lab import parser_of
 from plumbing.ranks import command
 from projector import VLM
-from running import options, order
+from running import loading, options, order
 from train import learning_rate
 
 
@@ -32,7 +32,7 @@ def align(config):
     total = order.count_steps(config, len(samples))
     lengths = order.token_counts(config, samples, vlm)
     dealt = [ranks[0] for ranks in order.deal(config, lengths, total, world=1)]  # numbers of the records
-    loader = order.make_loader(config, samples, vlm, dealt, torch.device("cpu"))
+    loader = loading.make_loader(config, samples, vlm, dealt, torch.device("cpu"))
 
     for step, [batch] in enumerate(loader):
         # Pictures become vectors in the LLM's width, and take the places of their placeholders.

@@ -26,7 +26,7 @@ from llm import load_llm_config
 from plumbing.files import named, whole
 from plumbing.ranks import command
 from plumbing.tokenizer import check_vocabulary, load_tokenizer, special_names
-from running.order import cores_of_a_rank, processes
+from running.loading import cores_of_a_rank, processes
 from running.records import Records, parse_records
 
 CHUNK = 32  # records that a process looks at before it tells what it found

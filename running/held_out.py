@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 import losses
 from plumbing.ranks import on_every_rank, rank, say, sum_over_ranks, world_size
-from running import checkpoint, order
+from running import checkpoint, loading, order
 
 
 def load(config, samples, vlm) -> tuple | None:
@@ -85,7 +85,7 @@ def measure(config, vlm, terms, held, step: int, steps: int, signals) -> dict:
     candidates = sum(map(len, cuts[0]))
     device = vlm.llm.head_weight.device
     mine = [cut[rank() :: world_size()] for cut in cuts]
-    loader = order.make_loader(config, samples, vlm, mine, device)
+    loader = loading.make_loader(config, samples, vlm, mine, device)
     nats = tokens = 0.0
     compared = {name: [] for name in terms}  # loss -> [(loss, retrieval) of each batch]
     bar = tqdm(cuts, desc="held out", unit=" batches", delay=2, leave=False, disable=rank() > 0)

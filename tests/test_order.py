@@ -1,13 +1,9 @@
-"""The order of the records: what makes a step, how it is dealt to ranks and micro-batches, counted lengths,
-the loader."""
+"""The order of the records: what makes a step, and how it is dealt to ranks and micro-batches; lengths."""
 
 import itertools
 import json
 import math
 import random
-import re
-import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,7 +19,7 @@ from test_train import world  # noqa: F401 (a fixture)
 
 import data
 import train
-from running import order, watch
+from running import order
 from running.records import Records
 from running.options import Config, configure, parse_args
 
@@ -259,66 +255,6 @@ def test_a_resumed_run_does_not_count_again(tmp_path):
     samples.records.text[-3] -= 1
     (tmp_path / "lengths.npy").write_bytes(b"half a file")
     assert order.token_counts(config, samples, vlm_of()) == counts
-
-
-# ---- the loader --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_loader_yields_the_micro_batches_of_each_step(workers):
-    """In their order, of their rows, cut at the longest row that the run and the LLM allow."""
-    tokenizer = llama2(False)
-    tokenizer.pad_token = tokenizer.unk_token
-    records = [record("What?", "red " * n) for n in (1, 2, 300)]
-    samples = data.Conversations(records, "", tokenizer, "v1", TOWER, "pad")
-    mine = [[[2, 0], [1]], [[0, 1, 2]], [[1], [2]]]
-    config = Config(workers=workers, max_length=150)
-    steps = [*order.make_loader(config, samples, vlm_of(most=120), mine, CPU)]
-    assert [[len(m["ids"]) for m in parts] for parts in steps] == [[2, 1], [3], [1, 1]]
-    lengths = order.token_counts(config, samples, vlm_of(most=120))
-    for parts, numbers in zip(steps, mine):
-        for m, part in zip(parts, numbers):
-            assert m["mask"].sum(1).tolist() == [lengths[i] for i in part] and m["ids"].shape[1] <= 120
-
-
-@pytest.mark.parametrize("of_loader, of_step, is_told", [(0.01, 0.0, True), (0.0, 0.02, False)])
-def test_a_loader_slower_than_the_step_is_told(tmp_path, monkeypatch, capsys, of_loader, of_step, is_told):
-    """By the waiting that the log has in `wait_ms`."""
-
-    def slow():
-        while True:
-            time.sleep(of_loader)
-            yield [{"names": []}]
-
-    def step(*_):
-        time.sleep(of_step)
-        return {"tokens": 1, "generative": 1.0}
-
-    monkeypatch.setattr(train, "train_step", step)
-    vlm, optimizer = vlm_of(), SimpleNamespace(forget=lambda: None)
-    vlm.llm.head_weight = torch.zeros(1)
-    config = Config(batch=1, out=str(tmp_path), stage="instruct")
-    train.run_steps(config, vlm, {}, optimizer, slow(), None, time.time(), 0, watch.WARM + 2, {}, [1], [])
-    pattern = r"the loader is slower than the step: (\d+\.\d) samples/s, the step alone (\d+\.\d)"
-    said = re.search(pattern, capsys.readouterr().out)
-    assert bool(said) == is_told and (not said or float(said[1]) < 100 < float(said[2]))
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert len(lines) == watch.WARM + 2
-    assert all(line["wait_ms"] >= 1000 * of_loader and line["ms"] >= line["wait_ms"] for line in lines)
-
-
-def test_no_more_loader_processes_than_a_rank_has_cores(monkeypatch):
-    monkeypatch.setattr(order.os, "sched_getaffinity", lambda _: range(12))
-    for local_ranks, cores in ((1, 12), (4, 3), (99, 1)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
-        assert order.cores_of_a_rank() == cores
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes cannot be forked, or not safely")
-def test_loader_processes_share_the_records():
-    """Python 3.14 starts others by default, and sends each of them all records."""
-    loader = torch.utils.data.DataLoader(range(4), **order.processes(1))
-    assert loader.multiprocessing_context.get_start_method() == "fork" and len([*loader]) == 4
 
 
 # ---- the start of a run ------------------------------------------------------------------------------------

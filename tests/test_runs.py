@@ -524,7 +524,7 @@ def test_a_run_that_does_not_reach_the_disk_keeps_its_checkpoints(world, monkeyp
         fsync(number)
 
     monkeypatch.setattr(os, "fsync", full)
-    monkeypatch.setattr(checkpoint.tempfile, "mkdtemp", lambda: str(tmp_path))
+    monkeypatch.setattr(checkpoint, "tempfile", SimpleNamespace(mkdtemp=lambda: str(tmp_path)))
     said = refusal(world, "--out", "cached")
     assert said == ("train.py: cached/projector.safetensors: not written: no space left; the finished run is "
                     f"in {tmp_path}")
@@ -836,48 +836,6 @@ def test_a_sigterm_clears_away_what_is_half_done(tmp_path):
             signal.raise_signal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, before)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name, ends", [("SIGINT", None), ("SIGUSR1", None), ("SIGTERM", 0)])
-def test_a_loader_process_does_not_die_of_the_signal_that_stops_its_run(name, ends):
-    """Its death would be an error before the step is done."""
-    context = multiprocessing.get_context("fork")
-    is_there = context.Event()
-    loader = context.Process(target=lambda: order.outlive_signals(0) or is_there.set() or time.sleep(60))
-    loader.start()
-    is_there.wait()
-    os.kill(loader.pid, getattr(signal, name))
-    loader.join(0.3 if ends is None else 10)
-    assert loader.exitcode == ends
-    loader.kill()
-    loader.join()
-
-
-def timed_out_loader(batches):
-    """A loader whose first call times out."""
-    yielded = iter(batches)
-    calls = []
-
-    class Loader:
-        def __next__(self):
-            calls.append(1)
-            if len(calls) == 1:
-                raise RuntimeError("DataLoader timed out after 20 seconds")
-            return next(yielded)
-
-    return Loader()
-
-
-def test_a_full_shared_memory_ends_the_run_and_a_slow_disk_does_not(monkeypatch):
-    monkeypatch.setattr(order.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    with pytest.raises(ValueError, match="shared memory .* is full: --workers 0"):
-        order.next_batch(timed_out_loader(["batch"]))
-    monkeypatch.setattr(order.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
-    assert order.next_batch(timed_out_loader(["batch"])) == "batch"
-    loader = timed_out_loader(["batch"])
-    loader._pin_memory_thread = SimpleNamespace(is_alive=lambda: False)
-    with pytest.raises(ValueError, match="the loader hands nothing over"):
-        order.next_batch(loader)
 
 
 def test_features_of_no_picture_are_refused():
