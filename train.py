@@ -19,7 +19,6 @@ Read next: eval.py, which asks the trained model.
 """
 
 import gc
-import json
 import math
 import os
 import subprocess
@@ -46,7 +45,7 @@ from plumbing.ranks import (all_gather, caught_signals, choose_dtype, command, p
 from projector import VLM
 from running import checkpoint, costs, features, held_out, loading, options, order, plan
 from running.options import Config
-from running.watch import Watch, bars, draw_curves, figures, naming, origin, shown
+from running.watch import Watch, bars, draw_curves, figures, log, naming, origin, shown
 from vit import load_vit_config
 
 # ------------------------------------------------------------------------------------------------------------
@@ -644,8 +643,7 @@ def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, 
         if rank() == 0:
             if step == 0 and lr == 0 and config.stage == "align":  # at rate 0 the projector is what it was
                 vlm.save(Path(config.out) / "unaligned", asdict(config), with_llm=False)
-            with open(Path(config.out) / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
+            log(config.out, line)
         if config.save_every and step + 1 < steps:
             is_stopped = sum_over_ranks([len(signals)], device).any()  # on any rank
             if is_stopped or (step + 1) % config.save_every == 0:

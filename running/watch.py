@@ -1,5 +1,6 @@
 """What a run says about itself: what it was, the line of the log, its bars, and what deserves a sentence."""
 
+import json
 import math
 import platform
 import subprocess
@@ -111,6 +112,13 @@ def shown(line: dict, terms) -> dict:
     for name in terms:
         keys += [name, f"{name}_ratio", f"val_{name}_retrieval"]
     return {key: f"{line[key]:.3g}" for key in keys if line.get(key) is not None}
+
+
+def log(out, line: dict):
+    """Add the line to OUT/log.jsonl."""
+    file = Path(out) / "log.jsonl"
+    with named(file), open(file, "a") as lines:
+        lines.write(json.dumps(line) + "\n")
 
 
 def draw_curves(out):

@@ -534,6 +534,13 @@ def test_a_run_that_does_not_reach_the_disk_keeps_its_checkpoints(world, monkeyp
     assert (out / "config.json").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_disk_at_a_line_of_the_log_names_the_log(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match="log.jsonl: .*No space left"):
+        watch.log(tmp_path, {"step": 0})
+
+
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def test_the_commit_is_this_projects_own(tmp_path):
     def git(*words):
