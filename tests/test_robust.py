@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -720,7 +721,7 @@ def test_a_disk_that_fills_up_costs_no_finished_work(world, small_disk, monkeypa
         return save(*args)
 
     monkeypatch.setattr(checkpoint, name, saved)
-    monkeypatch.setattr(checkpoint.tempfile, "mkdtemp", lambda **_: str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(checkpoint, "tempfile", SimpleNamespace(mkdtemp=lambda: str(tmp_path / "elsewhere")))
     options = [*world[1], "--stage", "align", "--save_every", save_every, "--out", disk / "a"]
     last = how_it_ends(train.main, world[0], *options)
     assert "\n" not in last and "disk-240/a/" in last
