@@ -198,9 +198,9 @@ def introduction(world: str, size: dict, cells: list) -> str:
 
 {size["steps"]} align steps. Mean of {seeds} seeds on the test split (fewer if a recipe had fewer) and the
 95 % interval of the mean by Student's t; of one to three seeds the values. In brackets: the same over the
-things asked about (concepts, scenes), as if other ones had been drawn. The world and the towers were fixed
-beforehand by criteria that look at no alignment (the LLM's accuracy on text alone, a linear probe of the
-ViT). Every recipe had the same records and equal captioning steps."""
+things asked about (groups of concepts, scenes), as if other ones had been drawn. The world and the towers
+were fixed beforehand by criteria that look at no alignment (the LLM's accuracy on text alone, a linear probe
+of the ViT). Every recipe had the same records and equal captioning steps."""
     if size["tune"]:
         text += f"""
 Every recipe was tuned on the validation split with a seed of its own: first {len(size["lr"])} align rates,

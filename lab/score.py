@@ -13,7 +13,7 @@
 
 A world is a folder with ScienceQA/, captions.json, images/ and, if it has them, ScienceQA-reworded/, the
 folders of POPE and MME, concepts.json and collages.json. The dict lacks what the world lacks. Questions about
-one thing (a concept, a scene) are no independent ones, so "accuracy_img_each" and so on have what is right of
+one thing (a group, a scene) are no independent ones, so "accuracy_img_each" and so on have what is right of
 each thing, in %: lab/report.py makes intervals of it.
 """
 
@@ -102,14 +102,21 @@ def open_run(folder, device) -> tuple:
 
 
 def of_each_thing(folder: Path, questions, right, key: str) -> dict:
-    """{key + "_each": the percentage of right answers about each thing, in the things' order}"""
+    """{key + "_each": what is right of each thing, in percent, in the things' order}. One with more questions
+    than others lies further from the mean. So the things' mean is that of all questions, and their spread
+    tells its error (a ratio estimator, linearised: Cochran 1977, Sampling Techniques, chapter 6)."""
     problems = read_json(folder / "problems.json")
-    rows = {}
+    file = folder.parent / "concepts.json"
+    splits = read_json(file) if file.exists() else {}
+    group_of = {concept["name"]: concept["group"] for concepts in splits.values() for concept in concepts}
+    mean = sum(right) / len(right)
+    gains = {}
     for question, is_right in zip(questions, right):
         problem = problems[question["id"]]
-        thing = problem.get("concept") or problem.get("scene") or question["id"]
-        rows.setdefault(thing, []).append(is_right)
-    return {f"{key}_each": [percent(rows[thing]) for thing in sorted(rows)]}
+        thing = group_of.get(problem.get("concept")) or problem.get("scene") or question["id"]
+        gains[thing] = gains.get(thing, 0.0) + is_right - mean
+    typical = len(right) / len(gains)  # questions about a thing
+    return {f"{key}_each": [round(100 * (mean + gains[thing] / typical), 2) for thing in sorted(gains)]}
 
 
 def captions(vlm, tokenizer, world: Path) -> dict:

@@ -398,8 +398,26 @@ def test_a_run_is_scored_with_one_look_at_a_picture(world, clip_folder, llama_fo
     asked = [problem for problem in problems.values() if problem["split"] == "test" and problem["image"]]
     each = found["accuracy_img_each"]
     assert len(each) == len({problem["scene"] for problem in asked})
-    if len(each) == len(asked):
-        assert sum(each) / len(each) == pytest.approx(found["accuracy_img"], abs=0.01)
+    assert sum(each) / len(each) == pytest.approx(found["accuracy_img"], abs=0.01)
+
+
+def test_things_of_unlike_many_questions_have_the_mean_of_all_and_its_error(tmp_path):
+    """Twelve questions about three groups: by the formula of clusters."""
+    groups = list("aaaaaaabbbcc")
+    right = [True, True, True, True, True, False, True, False, False, True, False, False]
+    concepts = [{"name": str(number), "group": group} for number, group in enumerate(groups)]
+    problems = {concept["name"]: {"concept": concept["name"]} for concept in concepts}
+    (tmp_path / "ScienceQA").mkdir()
+    (tmp_path / "ScienceQA/problems.json").write_text(json.dumps(problems))
+    (tmp_path / "concepts.json").write_text(json.dumps({"unseen": concepts}))
+    questions = [{"id": pid} for pid in problems]
+    each = score.of_each_thing(tmp_path / "ScienceQA", questions, right, "x")["x_each"]
+    mean = 100 * sum(right) / 12
+    assert sum(each) / 3 == pytest.approx(mean, abs=0.01)
+    of_group = {group: [100 * r for g, r in zip(groups, right) if g == group] for group in "abc"}
+    squares = [(sum(found) - len(found) * mean) ** 2 for found in of_group.values()]
+    error = math.sqrt(3 / 2 * sum(squares)) / 12
+    assert torch.tensor(each).std().item() / math.sqrt(3) == pytest.approx(error, rel=1e-3)
 
 
 def test_cosines_of_pairs_leave_equal_captions_out():
