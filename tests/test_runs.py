@@ -315,6 +315,16 @@ def test_ranks_without_a_shared_folder_are_refused(ranks, tmp_path):
     assert not (tmp_path / "0/run.lock").exists()
 
 
+@pytest.mark.parametrize("records, looked", [(3, 3), (1000, 1000), (1999, 1000), (2001, 667)])
+def test_a_fingerprint_looks_at_a_thousand_pictures_at_most(monkeypatch, records, looked):
+    class Samples(list):
+        records = property(lambda self: self)
+        images = None
+
+    monkeypatch.setattr(checkpoint, "key_of", len)
+    assert checkpoint.picture_sizes(Samples([{}] * records)) == looked
+
+
 # ---- caches ------------------------------------------------------------------------------------------------
 
 
