@@ -35,7 +35,8 @@ from plumbing.files import named, read_json, read_text, resolve_model
 from plumbing.ranks import choose_dtype, command, halved, on_every_rank, rank, say, start_ranks, world_size
 from plumbing.tokenizer import check_vocabulary, load_tokenizer
 from projector import VLM
-from running.checkpoint import fingerprint, latest
+from running.checkpoint import fingerprint
+from running.directory import latest
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -40,10 +40,10 @@ import data
 import losses
 from llm import load_llm_config
 from plumbing.files import ROOT
-from plumbing.ranks import (all_gather, caught_signals, choose_dtype, command, peak_memory, rank,
+from plumbing.ranks import (agree, all_gather, caught_signals, choose_dtype, command, peak_memory, rank,
                             reduce_scatter, say, start_ranks, sum_over_ranks, total_memory, world_size)
 from projector import VLM
-from running import checkpoint, costs, features, held_out, loading, options, order, plan
+from running import checkpoint, costs, directory, features, held_out, loading, options, order, plan
 from running.options import Config
 from running.watch import Watch, bars, draw_curves, figures, log, naming, origin, shown
 from vit import load_vit_config
@@ -556,8 +556,8 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
 def train_stage(config: Config, device):
     """Run align or instruct, from the files on disk to the run directory `config.out`. Returns whether a
     signal came in its last step: then `run_all` begins no other stage."""
-    checkpoint.agree_on_options(config)
-    if config.resume and checkpoint.is_finished(config):
+    directory.agree_on_options(config)
+    if config.resume and directory.is_finished(config):
         say(f"{config.out}: this run is finished; nothing is left to do")
         return False
     options.ensure_data(config)
@@ -570,7 +570,7 @@ def train_stage(config: Config, device):
     # What there is to do
     outlined = outline(config)
     samples = order.load_samples(config, outlined)
-    checkpoint.agree({"records": len(samples)})
+    agree({"records": len(samples)})
     held = held_out.load(config, samples, outlined)
     lengths = order.token_counts(config, samples, outlined)
     counted = [order.counting_key(config, samples, outlined), *lengths]
@@ -589,12 +589,12 @@ def train_stage(config: Config, device):
     if config.features:
         samples.features = features.load(config, samples, vlm.vit, device)
     made_of = checkpoint.fingerprints(vlm, samples)
-    checkpoint.agree(made_of)
+    agree(made_of)
     optimizer, terms = build_optimizer(config, vlm, device)
     start = 0
     if config.resume:
         start = checkpoint.load(config, optimizer, terms, made_of)
-        began -= checkpoint.seconds_before(config, start)  # as if it had not been stopped
+        began -= directory.seconds_before(config, start)  # as if it had not been stopped
     mine = [ranks[rank()] for ranks in dealt[start:]]
     loader = loading.make_loader(config, samples, vlm, mine, device)
     say("first sample:", repr(data.marked_text(samples[0], samples.tokenizer)))
@@ -603,10 +603,10 @@ def train_stage(config: Config, device):
         line = run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, made_of, counted,
                          signals)
         if rank() == 0:
-            results |= {"steps": steps, "start": checkpoint.first_start(config)}
+            results |= {"steps": steps, "start": directory.first_start(config)}
             results |= {"seconds": round(time.time() - began, 1), "memory_mib": peak_memory(device)}
             results["last_step"] = line
-            checkpoint.save_run(config, vlm, results)
+            directory.save_run(config, vlm, results)
             say(f"finished, in {results['seconds']:.0f} s: {config.out}")
         draw_curves(config.out)
     return sum_over_ranks([len(signals)], device).any()
@@ -639,7 +639,7 @@ def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, 
         bar.set_postfix(shown(latest, terms))
         watch.look(step - start, line, vlm.llm.config.vocab_size)
         if step == start:  # only now: a run that fails before leaves what was there
-            checkpoint.open_run(config, start, counted)
+            directory.open_run(config, start, counted)
         if rank() == 0:
             if step == 0 and lr == 0 and config.stage == "align":  # at rate 0 the projector is what it was
                 vlm.save(Path(config.out) / "unaligned", asdict(config), with_llm=False)
@@ -662,19 +662,19 @@ def run_all(given: dict, device):
     """Align, instruct, and eval.py's ScienceQA before, between and after: what each stage adds."""
     align = options.configure("align", options.of_stage("align", given))
     root = Path(given.get("out") or f"runs/{align.preset}")
-    checkpoint.refuse_foreign(root / "align", root / "instruct")
+    directory.refuse_foreign(root / "align", root / "instruct")
     for stage in ("align", "instruct"):
         chosen = options.of_stage(stage, given) | {"out": str(root / stage)}
         if stage == "instruct":
             chosen["init"] = str(root / "align")
-            if not checkpoint.is_behind(root / stage, root / "align"):
+            if not directory.is_behind(root / stage, root / "align"):
                 chosen.pop("resume", None)  # the run was stopped before this stage
         config = options.configure(stage, chosen)
-        with checkpoint.locked(config):
+        with directory.locked(config):
             is_stopped = train_stage(config, device)
         if is_stopped and stage == "align":
             raise KeyboardInterrupt
-    checkpoint.set_last_run(root / "instruct")
+    directory.set_last_run(root / "instruct")
     questions = Path(align.benchmarks) / "ScienceQA"
     if rank() > 0:
         return
@@ -703,9 +703,9 @@ def main(argv=None):
             run_all(given, device)
         else:
             config = options.configure(stage, given)
-            with checkpoint.locked(config):
+            with directory.locked(config):
                 train_stage(config, device)
-            checkpoint.set_last_run(config.out)
+            directory.set_last_run(config.out)
 
 
 if __name__ == "__main__":

@@ -271,6 +271,15 @@ def on_every_rank(function) -> list:
     return [value for value, _ in results]
 
 
+def agree(facts: dict):
+    """ValueError on all ranks, with the first fact that a rank has otherwise than rank 0."""
+    everyones = on_every_rank(lambda: facts)
+    for number, theirs in enumerate(everyones):
+        for name, value in everyones[0].items():
+            if theirs[name] != value:
+                raise ValueError(f"rank {number} has {name} {theirs[name]!r}, rank 0 has {value!r}")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Memory
 

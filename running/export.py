@@ -10,7 +10,7 @@ from plumbing.files import resolve_model
 from plumbing.llava import describe, find_projector, read_projector
 from plumbing.ranks import command
 from projector import VLM
-from running.checkpoint import latest
+from running.directory import latest
 
 
 def export(run, folder):

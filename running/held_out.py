@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import data
 import losses
-from plumbing.ranks import on_every_rank, rank, say, sum_over_ranks, world_size
-from running import checkpoint, loading, order
+from plumbing.ranks import agree, on_every_rank, rank, say, sum_over_ranks, world_size
+from running import loading, order
 
 
 def load(config, samples, vlm) -> tuple | None:
@@ -30,7 +30,7 @@ def load(config, samples, vlm) -> tuple | None:
         return None
     held = order.load_samples(replace(config, annotations=config.val), vlm)
     content = data.key_of(held.records.text)
-    checkpoint.agree({"held-out records": len(held), "held-out records of key": content})
+    agree({"held-out records": len(held), "held-out records of key": content})
     say(f"{len(held)} records of {config.val} are held out")
     repeated = count_repeated(samples.records, held.records)
     if repeated:

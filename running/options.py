@@ -18,7 +18,8 @@ from losses import CONTRASTIVE
 from plumbing.files import ROOT, named, read_text
 from plumbing.llava import describe, find_projector
 from plumbing.ranks import barrier, launch, rank, say
-from running.checkpoint import GO_ON, is_checkpoint, is_unfinished
+from running.checkpoint import GO_ON
+from running.directory import is_checkpoint, is_unfinished
 
 def option(default, help, choices=None, heading=None):
     return field(default=default, metadata={"help": help, "choices": choices, "heading": heading})

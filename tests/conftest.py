@@ -30,7 +30,8 @@ import transformers
 from lab import toy_world
 from plumbing.ranks import leave_ranks
 from plumbing.tokenizer import load_tokenizer
-from running import checkpoint
+from projector import VLM
+from running import directory
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -116,7 +117,7 @@ def repeatable():
 def checkpoints_kept():
     """Runs in here end as if they were killed behind config.json. Without that file they are unfinished."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "remove_checkpoints", lambda config: None)
+        patch.setattr(directory, "remove_checkpoints", lambda config: None)
         yield
 
 
@@ -188,6 +189,11 @@ def tied_llama_folder(tmp_path_factory):
     return random_llama(tmp_path_factory.mktemp("tied-llama"), tie_word_embeddings=True)
 
 
+@pytest.fixture
+def linear_vlm(clip_folder, llama_folder):
+    return VLM.from_towers(clip_folder, llama_folder, "linear")
+
+
 def random_llama(folder, **changes):
     toy_world.write_tokenizer(folder)
     config = llama_config(vocab_size=toy_world.VOCABULARY, **changes)
@@ -211,6 +217,23 @@ def shaken(model):
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, clip_folder, llama_folder):
+    """(a folder to run in, with a small toy world where the tiny preset looks for it; options: random towers,
+    small batches)."""
+    folder = tmp_path_factory.mktemp("run")
+    toy_world.write_world(folder / "data/toy", align=24, instruct=24, text=4, test=8)
+    return folder, ["--preset", "tiny", "--vit", clip_folder, "--llm", llama_folder, "--batch", "8",
+                    "--micro_batch", "4", "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def align(world):
+    """(the folder of `world`, options of a short align run)."""
+    folder, options = world
+    return folder, ["--stage", "align", *options, "--save_every", "2"]
 
 
 # ---- parity with transformers ------------------------------------------------------------------------------

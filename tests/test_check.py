@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from PIL import Image
+from scripts import children, how_it_ends, is_running
 from test_data import TEXT, TOWER, llama2, record
 from test_formats import change
-from test_train import children, how_it_ends, is_running
-from test_train import world  # noqa: F401 (a fixture)
 
 import data
 import train

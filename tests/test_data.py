@@ -9,20 +9,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_ids
 import torch
 from conftest import grades, refusal
 from PIL import Image
+from test_ids import EMPTY, MISTRAL, THINKING, chatml, llama3
 from tokenizers import processors
 from transformers import CLIPImageProcessor
 
 import data
-import test_ids
 from data import ANSWER, CONTEXT, END, IMAGE_MARKER
 from lab import toy_world
 from plumbing.tokenizer import check_vocabulary
 from running import records as records_module
 from running.records import load_records
-from test_ids import EMPTY, MISTRAL, THINKING, chatml, llama3
 from vit import ViTConfig
 
 TOWER = ViTConfig(image_size=32, patch_size=8)  # CLIP's normalisation
@@ -571,3 +571,24 @@ def test_chat_templates_that_fit_no_labels_are_refused(template, message):
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=message):
         data.chat(tokenizer)
+
+
+@pytest.mark.parametrize("size", [(2, 10000), (10000, 2), (1, 65500), (400, 1), (1, 400)])
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_strips_take_no_gigabytes(size, fit, monkeypatch):
+    """No picture on the way has more pixels than the limit, whatever its sides."""
+    largest, resize, new = [], Image.Image.resize, Image.new
+
+    def seen(make):
+        def made(*args, **kwargs):
+            image = make(*args, **kwargs)
+            largest.append(image.width * image.height)
+            return image
+
+        return made
+
+    strip = new("RGB", size, "red")
+    monkeypatch.setattr(Image.Image, "resize", seen(resize))
+    monkeypatch.setattr(Image, "new", seen(new))
+    assert data.preprocess(strip, ViTConfig(), fit).shape == (3, 336, 336)
+    assert max(largest) <= data.MAX_PIXELS

@@ -5,9 +5,16 @@ import shutil
 import pytest
 import torch
 import transformers
+from conftest import llama_config, shaken
+from PIL import Image
+from scripts import how_it_ends
+from test_data import encode
 from test_formats import change as set_in
-from test_train import how_it_ends
+from test_tokenizer import TOKENIZERS
 
+import data
+import eval as evaluation
+from plumbing.tokenizer import load_tokenizer
 from projector import VLM
 from running import export
 
@@ -40,3 +47,46 @@ def test_what_cannot_be_exported_ends_in_a_line(run, tmp_path, change, message):
     last = how_it_ends(export.main, tmp_path, str(run), str(tmp_path / "out"))
     assert last.startswith("running.export: ") and message in last
     assert not (tmp_path / "out/config.json").exists()
+
+
+@pytest.mark.parametrize("name, template", [
+    ("toy", "v1"), ("llama2", "v1"), ("legacy", "v1"), ("chatml", "v1"), ("chatml", "chat"),
+    ("llama3", "chat"), ("thinking", "chat"), ("mistral", "chat")])
+def test_an_exported_folder_has_our_prompts(name, template, clip_folder, llama_folder, tmp_path):
+    """Messages as an OpenAI-style server gets them, through transformers' processor: our ids, to the last;
+    through its pipeline: our answer."""
+    folder = llama_folder if name == "toy" else tmp_path / "llm"
+    if name != "toy":
+        tokenizer = TOKENIZERS[name]()
+        tokenizer.save_pretrained(folder)
+        size = max(tokenizer.get_vocab().values()) + 1
+        config = llama_config(vocab_size=size, eos_token_id=tokenizer.eos_token_id,
+                              max_position_embeddings=1024)
+        shaken(transformers.LlamaForCausalLM(config)).save_pretrained(folder)
+    tokenizer, vlm = load_tokenizer(folder), VLM.from_towers(clip_folder, folder).eval()
+    vlm.template = template
+    vlm.export(tmp_path / "out")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "x.png")
+    question = "What color is it?"
+    messages = [
+        {"role": "user",
+         "content": [{"type": "image", "url": str(tmp_path / "x.png")}, {"type": "text", "text": question}]}
+    ]
+    theirs = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True,
+                                           return_dict=True)
+    turns = [("human", f"<image>\n{question}")]
+    ids, _ = encode(template, turns, tokenizer)
+    place = processor.tokenizer.convert_tokens_to_ids("<image>")
+    at = ids.index(data.IMAGE_MARKER)
+    assert theirs["input_ids"][0] == ids[:at] + [place] * 16 + ids[at + 1 :]
+    if template == "v1":  # a system message stands in the place of Vicuna's own
+        told = [{"role": "system", "content": "Be brief."}, *messages]
+        prompt = processor.apply_chat_template(told, add_generation_prompt=True)
+        assert prompt.startswith("Be brief. USER: <image>")
+    pipeline = transformers.pipeline("image-text-to-text", model=str(tmp_path / "out"))
+    said = pipeline(text=messages, max_new_tokens=6, do_sample=False, return_full_text=False)[0][
+        "generated_text"
+    ]
+    asked = {"id": 1, "prompt": turns[0][1], "image": tmp_path / "x.png"}
+    assert evaluation.ask(vlm, tokenizer, [asked], template, 6) == [said.strip()]

@@ -11,6 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from scripts import how_it_ends, log_of, trained
+from test_check import pictured, write_records
 from test_data import TOWER, llama2, record
 from test_order import CPU, vlm_of
 
@@ -117,3 +120,22 @@ def test_a_full_shared_memory_ends_the_run_and_a_slow_disk_does_not(monkeypatch)
     loader._pin_memory_thread = SimpleNamespace(is_alive=lambda: False)
     with pytest.raises(ValueError, match="the loader hands nothing over"):
         loading.next_batch(loader)
+
+
+def test_loader_workers_change_nothing(world, tmp_path):
+    """Samples read by two loader processes, or kept in memory: the run is that of samples read in place."""
+    ways = {"none": ["--cache", "False"], "workers": ["--workers", "2", "--cache", "False"],
+            "cache": ["--cache", "True"]}
+    for name, more in ways.items():
+        trained(world, "--stage", "align", "--contrastive", "both", "--prompt", "describe", "--out",
+                tmp_path / name, *more)
+        assert log_of(tmp_path / name) == log_of(tmp_path / "none")
+
+
+def test_a_loader_process_names_the_record_too(tmp_path, world):
+    Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")
+    file = write_records(tmp_path / "d.json", *[pictured("bomb.png")] * 8)
+    for workers in ("0", "1"):
+        last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", "--annotations", file,
+                           "--images", tmp_path, "--workers", workers, "--out", tmp_path / "out")
+        assert re.match(r"train.py: .*record 'r': .*bomb.png: not a readable image: 14000 x 14000", last)

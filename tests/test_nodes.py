@@ -9,11 +9,10 @@ import time
 
 import pytest
 import torch.distributed as dist
-from test_train import children, kill, log_of, stage_of_rank, start, wait_for_checkpoint
-from test_train import world  # noqa: F401 (a fixture)
+from scripts import children, kill, log_of, stage_of_rank, start, wait_for_checkpoint
 
 from plumbing.ranks import fresh
-from running import checkpoint
+from running import directory
 from running.options import configure
 
 
@@ -105,4 +104,4 @@ def test_a_restart_goes_on_with_nothing_but_what_this_torchrun_began(tmp_path, m
         config = configure("align", given)
         assert config.resume == resumes
         if logs == "a/attempt_0":
-            checkpoint.open_run(config, 0, [])
+            directory.open_run(config, 0, [])

@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 import test_ids
 import torch
+from scripts import how_it_ends, refused, trained, unfinished
 from test_data import TEXT, TOWER, chat_tokenizer, llama2, record
 from test_ids import CAPTIONS, RECORDS
-from test_train import how_it_ends, trained
-from test_train import world  # noqa: F401 (a fixture)
 
 import data
 import train
-from running import order
-from running.records import Records
+from running import options, order
 from running.options import Config, configure, parse_args
+from running.records import Records
 
 CPU = torch.device("cpu")
 
@@ -288,3 +287,31 @@ def things_of(world, *options):
         config = configure("align", parse_args(argv))
         vlm = train.outline(config)
         return config, order.load_samples(config, vlm), vlm
+
+
+def test_own_words_stand_behind_the_image_and_the_caption(world, monkeypatch):
+    """--prompt "a | b", with the prompted loss and, its first part, without it."""
+    monkeypatch.chdir(world[0])
+    words = ["--prompt", "What size is it? | Where is the shape?", "--contrastive"]
+    seen = {}
+    for contrastive in ("prompt", "none"):
+        config = options.configure("align", options.parse_args([*map(str, world[1]), *words, contrastive]))
+        samples = order.load_samples(config, train.outline(config))
+        caption = samples.records[0]["conversations"][1]["value"]
+        seen[contrastive] = sample = samples[0]
+        text = samples.tokenizer.decode([i for i in sample["ids"] if i != data.IMAGE_MARKER])
+        assert sample["ids"][1] == data.IMAGE_MARKER and text == f"<s> \n What size is it? {caption} \n"
+    assert samples.tokenizer.decode(seen["prompt"]["text_ids"]) == f"<s> {caption} \n Where is the shape?"
+    assert "text_ids" not in seen["none"]
+
+
+def test_a_missing_folder_of_pictures_is_told_before_a_model_is_loaded(align, monkeypatch):
+    monkeypatch.setattr(train, "load_model", None)
+    said = refused(align, "--out", "blind", "--images", "nowhere")
+    assert said == "train.py: nowhere: no such folder; --images names that of the pictures"
+
+
+def test_a_resumed_run_counts_no_tokens_again(align, monkeypatch):
+    unfinished(align, "changed")
+    monkeypatch.setattr(data.Conversations, "count_tokens", None)
+    assert "warning" not in trained(align, "--out", "changed", "--resume")

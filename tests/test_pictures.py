@@ -5,9 +5,11 @@ import io
 import os
 import unicodedata
 
+import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
+import data
 from plumbing.pictures import find_image, load_image
 
 
@@ -91,3 +93,59 @@ def test_bytes_in_base64_are_read_like_a_file(tmp_path):
     file = io.BytesIO()
     Image.new("RGB", (4, 4), "blue").save(file, format="PNG")
     assert load_image(base64.b64encode(file.getvalue())).getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "avif"])
+def test_pictures_stand_upright(tmp_path, orientation, ending):
+    upright = Image.new("RGB", (64, 32), "white")
+    upright.paste((255, 0, 0), (0, 0, 16, 8))  # a red corner
+    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)  # the inverse of what a viewer does
+    stored = upright if turn is None else upright.transpose(Image.Transpose(turn))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"x.{ending}", exif=exif)
+    found = np.asarray(data.load_image(tmp_path / f"x.{ending}"), dtype=int)
+    assert found.shape == (32, 64, 3) and np.abs(found - np.asarray(upright)).mean() < 4
+
+
+def test_damaged_exif_data_leave_the_picture_as_it_is(tmp_path):
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "x.jpg",
+                                         exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 20)
+    assert data.load_image(tmp_path / "x.jpg").size == (8, 4)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_scaled(tmp_path, ending):
+    values = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / f"x.{ending}")
+    found = np.asarray(data.load_image(tmp_path / f"x.{ending}"))
+    assert np.abs(found[..., 0].astype(int) - values / 257).max() <= 1
+
+
+def test_transparent_ground_is_white(tmp_path):
+    for mode, clear, ink in (("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)), ("LA", (0, 0), (0, 255))):
+        image = Image.new(mode, (4, 4), clear)
+        image.putpixel((1, 1), ink)
+        image.save(tmp_path / "x.png")
+        found = data.load_image(tmp_path / "x.png")
+        assert found.getpixel((0, 0)) == (255, 255, 255) and found.getpixel((1, 1)) == (0, 0, 0)
+    for mode, color in (("L", 7), ("RGB", (1, 2, 3)), ("P", 0)):  # one color stands for "nothing"
+        Image.new(mode, (4, 4), color).save(tmp_path / "x.png", transparency=color)
+        assert data.load_image(tmp_path / "x.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_transparent_grey_of_sixteen_bits_is_white(tmp_path):
+    grey = Image.fromarray(np.array([[0, 32768]], dtype=np.uint16))
+    grey.save(tmp_path / "a.png", transparency=0)
+    picture = data.load_image(tmp_path / "a.png")
+    assert [picture.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (127, 127, 127)]
+
+
+def test_the_folder_of_pictures_may_be_beside_what_a_link_leads_to(tmp_path):
+    """LINK/.. is where the link leads, for us as for the system."""
+    (tmp_path / "disk/inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/inner")
+    Image.new("RGB", (4, 4)).save(tmp_path / "disk/a.png")
+    for name in ("a.png", "./x/../a.png"):
+        assert find_image(tmp_path / "link/..", name).is_file()

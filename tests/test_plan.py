@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vit
-from running import costs, memory, options, plan
+from running import costs, memory, options, order, plan
 
 
 def planned(capsys, *argv) -> tuple:
@@ -132,3 +132,31 @@ def test_a_dry_run_that_a_cpu_cannot_do_is_not_begun(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="take a CPU too long.*running.plan --preset small"):
         dry_run(capsys, monkeypatch, "--preset", "small")
     assert "PFLOP" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"contrastive": "none"}, "none"), ({"contrastive": "both"}, "both"),
+    ({}, "patch, alone in the first 1000 steps, at weight 0"),
+    ({"contrastive_balance": 0.1},
+     "patch, alone in the first 1000 steps, at 0.1 of the captioning gradient"),
+    ({"contrastive": "patch", "contrastive_balance": 0.1}, "patch, at 0.1 of the captioning gradient"),
+    ({"contrastive": "prompt", "contrastive_weight": 3.0}, "prompt, at weight 3")])
+def test_the_plan_says_how_the_contrastive_loss_is_weighed(given, words):
+    assert plan.contrastive_words(options.configure("align", {"preset": "7b"} | given)) == words
+
+
+@pytest.mark.parametrize("records, words", [
+    (2000, "2,000 records: 1.02 passes behind 128 of contrast first, many for so few records "),
+    (241, "241 records: 1.06 passes behind 1,060 of contrast first, many for so few records (--contr"),
+    (558128, "558,128 records: 1 passes behind 0.459 of contrast first")])
+def test_the_plan_says_how_often_a_record_comes_by(records, words, capsys):
+    config = options.configure("align", {"preset": "small"})
+    plan.print_passes(config, records, order.count_steps(config, records))
+    assert capsys.readouterr().out.startswith(words)
+
+
+def test_what_cannot_fit_is_refused_before_loading(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--preset", "13b", "--stage", "instruct", "--dry_run"])
+    with pytest.raises(SystemExit, match="^train.py: .*needs about"):
+        bench_step.main()
+    assert "13,015,864,320" in capsys.readouterr().out  # parameters of the LLM: the plan came first

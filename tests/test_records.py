@@ -4,6 +4,8 @@ import json
 
 import pytest
 from conftest import ROOT
+from test_check import write_records
+from test_data import record
 
 import data
 from plumbing.tokenizer import load_tokenizer
@@ -132,3 +134,11 @@ def test_a_template_that_tells_the_date_tells_the_same_every_day(monkeypatch):
         "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
     assert data.chat(tokenizer).opening == "26 Jul 2024user: "
+
+
+@pytest.mark.parametrize("image, message", [
+    (["a.png", "b.png"], "has 2 images; one is supported"),
+    *[(odd, "not a file name") for odd in (5, {"x": 1}, [5], True, [["a.png"]])]])
+def test_other_images_are_refused(tmp_path, image, message):
+    with pytest.raises(ValueError, match=message):
+        load_records(write_records(tmp_path / "d.json", record("<image>\nq", "a", image=image)))

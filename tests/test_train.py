@@ -4,7 +4,6 @@ other ways; the script as people run it."""
 import copy
 import functools
 import gc
-import io
 import json
 import math
 import os
@@ -13,126 +12,32 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import textwrap
-import time
 import weakref
-from contextlib import redirect_stdout
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
-import bench_step
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, checkpoints_kept, grades, refusal
+from conftest import grades, refusal
 from safetensors.torch import load_file
+from scripts import (HERE, asked, called, children, kill, log_of, refused, script, stage_of_rank, start,
+                     trained, wait_for_checkpoint, without)
 from torch import nn
 
 import data
-import eval as evaluation
 import losses
 import train
 from lab import toy_world
 from llm import LLM
+from plumbing.tokenizer import load_tokenizer
 from projector import IMAGE_TOKEN_ID, VLM
-from running import checkpoint, options, order, plan, watch
+from running import checkpoint, options, order, watch
 from running.options import Config
 from train import DataParallelAdamW
-from plumbing.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
-
-# ---- the command line --------------------------------------------------------------------------------------
-
-
-def test_options_become_config():
-    argv = ["--stage", "align", "--preset", "tiny", "--lr", "0.5", "--resume", "--shard", "False"]
-    config = options.configure("align", options.parse_args(argv))
-    assert (config.lr, config.resume, config.shard, config.template) == (0.5, True, False, "plain")
-    assert options.configure("instruct", {"preset": "tiny"}).init == "runs/tiny/align"
-
-
-def test_a_form_that_is_typed_for_both_stages_is_of_instruct():
-    given = {"template": "chat", "fit": "pad", "preset": "tiny"}
-    align, instruct = (options.configure(s, options.of_stage(s, given)) for s in ("align", "instruct"))
-    assert (align.template, align.fit, instruct.template, instruct.fit) == ("plain", "crop", "chat", "pad")
-
-
-def test_epochs_that_are_typed_come_before_a_presets_steps():
-    assert options.configure("align", {"preset": "speedrun"}).steps == 2180
-    assert options.configure("align", {"preset": "speedrun", "epochs": 5.0}).steps == 0
-    assert options.configure("align", {"preset": "speedrun", "epochs": 5.0, "steps": 7}).steps == 7
-
-
-def test_a_weight_of_no_loss_is_refused():
-    with pytest.raises(ValueError, match="--contrastive_weight: there is no contrastive loss"):
-        options.configure("align", {"preset": "tiny", "contrastive": "none", "contrastive_weight": 7.0})
-
-
-@pytest.mark.parametrize("argv", [["--learning_rate", "1"], ["--lr", "fast"], ["--stage", "finetune"],
-                                  ["--lr"], ["--resume", "perhaps"], ["--contr", "patch"]])
-def test_bad_options_end_the_program(argv, capsys):
-    with pytest.raises(SystemExit) as end:
-        options.parse_args(argv)
-    assert end.value.code == 2
-    assert argv[0] in capsys.readouterr().err
-
-
-def test_help_shows_every_option_with_its_default(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "500")  # no line is cut in two
-    with pytest.raises(SystemExit) as end:
-        train.main(["--help"])
-    assert not end.value.code
-    shown = dict(re.findall(r"^  --(\w+) \S+\s+.*\[(.*)\]$", capsys.readouterr().out, re.M))
-    assert shown == {name: str(value) or "empty" for name, value in asdict(Config()).items()}
-
-
-def test_presets_name_existing_fields():
-    for name, preset in options.PRESETS.items():
-        for stage in ("align", "instruct"):
-            config = options.configure(stage, {"preset": name})
-            for field in config.__dataclass_fields__.values():
-                assert isinstance(getattr(config, field.name), field.type), field.name
-
-
-@pytest.mark.parametrize("given, first, weight, balance", [
-    ({}, 1000, 0.0, 0.0),  # contrast first, captioning alone after it
-    ({"contrastive": "patch"}, 0, 1.0, 0.0), ({"contrastive": "prompt"}, 0, 1.0, 0.0),  # the papers'
-    ({"contrastive": "none"}, 0, 1.0, 0.0), ({"contrastive_first": 0}, 0, 1.0, 0.0),
-    ({"contrastive_balance": 0.1}, 1000, 0.0, 0.1),  # and a ratio held after it
-    ({"contrastive_weight": 2.0}, 1000, 2.0, 0.0),
-    ({"contrastive": "both", "contrastive_first": 9}, 9, 1.0, 0.0)])
-def test_full_scale_puts_contrast_first_and_a_named_loss_is_a_plain_sum(given, first, weight, balance):
-    for preset in ("small", "7b", "13b"):
-        config = options.configure("align", {"preset": preset} | given)
-        found = config.contrastive_first, config.contrastive_weight, config.contrastive_balance
-        assert found == (first, weight, balance)
-
-
-@pytest.mark.parametrize("given, words", [
-    ({"contrastive": "none"}, "none"), ({"contrastive": "both"}, "both"),
-    ({}, "patch, alone in the first 1000 steps, at weight 0"),
-    ({"contrastive_balance": 0.1},
-     "patch, alone in the first 1000 steps, at 0.1 of the captioning gradient"),
-    ({"contrastive": "patch", "contrastive_balance": 0.1}, "patch, at 0.1 of the captioning gradient"),
-    ({"contrastive": "prompt", "contrastive_weight": 3.0}, "prompt, at weight 3")])
-def test_the_plan_says_how_the_contrastive_loss_is_weighed(given, words):
-    assert plan.contrastive_words(options.configure("align", {"preset": "7b"} | given)) == words
-
-
-@pytest.mark.parametrize("given, prompt", [
-    ({}, "none"), ({"contrastive": "prompt"}, "describe"),
-    ({"contrastive": "both", "prompt": "none"}, "none"), ({"prompt": "one-word"}, "one-word"),
-    ({"contrastive": "prompt", "preset": "small"}, "compress"),
-    ({"prompt": "So: | In short:"}, "So: | In short:")])
-def test_the_prompt_comes_with_its_loss_or_when_asked_for(given, prompt):
-    assert options.configure("align", {"preset": "tiny"} | given).prompt == prompt
-    assert options.configure("instruct", {"preset": "tiny"}).prompt == "none"
-
 
 # ---- the learning rate -------------------------------------------------------------------------------------
 
@@ -854,11 +759,6 @@ def test_ranks_change_nothing_with_tied_embeddings(clip_folder, tied_llama_folde
     assert_same_steps(whole_batch(folders, "instruct", (4, 5, 6, 7)), found)
 
 
-@pytest.fixture
-def linear_vlm(clip_folder, llama_folder):
-    return VLM.from_towers(clip_folder, llama_folder, "linear")
-
-
 def test_the_image_vector_knows_the_prompt_and_not_the_caption(linear_vlm, llama_folder):
     """Other captions of other lengths after the same picture and prompt: the same vector; another prompt:
     another."""
@@ -1029,48 +929,6 @@ def test_a_step_without_any_label_goes_on_and_says_so(linear_vlm, llama_folder, 
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, clip_folder, llama_folder):
-    """(a folder to run in, with a small toy world where the tiny preset looks for it; options: random towers,
-    small batches)."""
-    folder = tmp_path_factory.mktemp("run")
-    toy_world.write_world(folder / "data/toy", align=24, instruct=24, text=4, test=8)
-    return folder, ["--preset", "tiny", "--vit", clip_folder, "--llm", llama_folder, "--batch", "8",
-                    "--micro_batch", "4", "--epochs", "2"]
-
-
-def called(main, folder, *args):
-    """What the script whose `main` is given prints in `folder` with these arguments."""
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
-        patch.chdir(folder)
-        main([str(arg) for arg in args])
-    return out.getvalue()
-
-
-def trained(world, *args):
-    return called(train.main, world[0], *world[1], *args)
-
-
-def asked(world, *args):
-    """The JSON lines that eval.py prints."""
-    lines = called(evaluation.main, world[0], *args).splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")]
-
-
-def how_it_ends(main, folder, *args):
-    """The one line with which the script refuses."""
-    with pytest.raises(SystemExit) as end:
-        called(main, folder, *args)
-    return str(end.value.code)
-
-
-def log_of(folder):
-    """The lines of the run's log, without what differs from one time to the next."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    differ = ("ms", "wait_ms", "memory_mib", "time", "seconds")
-    return [{key: value for key, value in line.items() if key not in differ} for line in lines]
-
-
-@pytest.fixture(scope="module")
 def both_stages(world):
     """(the folder of the two runs, what align printed, what instruct printed). The last run is instruct's."""
     printed = [trained(world, "--stage", stage) for stage in ("align", "instruct")]
@@ -1129,44 +987,6 @@ def test_eval_asks_one_question(both_stages, world):
     assert result["question"] == "What color is the shape?" and isinstance(result["answer"], str)
 
 
-def test_a_finished_run_is_moved_aside(world, tmp_path):
-    trained(world, "--stage", "align", "--out", tmp_path / "a", "--steps", "2")
-    before = (tmp_path / "a/projector.safetensors").read_bytes()
-    printed = trained(world, "--stage", "align", "--out", tmp_path / "a", "--steps", "3")
-    assert f"is now {tmp_path}/a.old" in printed
-    assert (tmp_path / "a.old/projector.safetensors").read_bytes() == before  # nothing was lost
-    assert (tmp_path / "a/projector.safetensors").read_bytes() != before
-
-
-def test_own_words_stand_behind_the_image_and_the_caption(world, monkeypatch):
-    """--prompt "a | b", with the prompted loss and, its first part, without it."""
-    monkeypatch.chdir(world[0])
-    words = ["--prompt", "What size is it? | Where is the shape?", "--contrastive"]
-    seen = {}
-    for contrastive in ("prompt", "none"):
-        config = options.configure("align", options.parse_args([*map(str, world[1]), *words, contrastive]))
-        samples = order.load_samples(config, train.outline(config))
-        caption = samples.records[0]["conversations"][1]["value"]
-        seen[contrastive] = sample = samples[0]
-        text = samples.tokenizer.decode([i for i in sample["ids"] if i != data.IMAGE_MARKER])
-        assert sample["ids"][1] == data.IMAGE_MARKER and text == f"<s> \n What size is it? {caption} \n"
-    assert samples.tokenizer.decode(seen["prompt"]["text_ids"]) == f"<s> {caption} \n Where is the shape?"
-    assert "text_ids" not in seen["none"]
-
-
-def test_kept_features_change_nothing(world, tmp_path):
-    """A run on the ViT's features from a file, made by it or there already, logs what one on pictures
-    does."""
-    options = ["--stage", "align", "--features", tmp_path / "f.pt", "--out"]
-    trained(world, "--stage", "align", "--out", tmp_path / "pictures")
-    for name in ("made", "read"):
-        trained(world, *options, tmp_path / name)
-        for ours, theirs in zip(log_of(tmp_path / name), log_of(tmp_path / "pictures"), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-4)
-    other = ["--feature_layer", "-1", *options, tmp_path / "other"]
-    assert "f.pt: made with other feature_layer; it is made anew" in trained(world, *other)
-
-
 def test_nothing_is_left_after_a_stage(world, tmp_path, monkeypatch):
     """Neither weights nor moments nor buckets: the next stage needs the memory. Checkpointed blocks, which
     refer to themselves, wait for the garbage collector."""
@@ -1184,144 +1004,6 @@ def test_nothing_is_left_after_a_stage(world, tmp_path, monkeypatch):
     assert parts and all(part() is None for part in parts)
 
 
-def test_loader_workers_change_nothing(world, tmp_path):
-    """Samples read by two loader processes, or kept in memory: the run is that of samples read in place."""
-    ways = {"none": ["--cache", "False"], "workers": ["--workers", "2", "--cache", "False"],
-            "cache": ["--cache", "True"]}
-    for name, more in ways.items():
-        trained(world, "--stage", "align", "--contrastive", "both", "--prompt", "describe", "--out",
-                tmp_path / name, *more)
-        assert log_of(tmp_path / name) == log_of(tmp_path / "none")
-
-
-def test_the_toy_world_is_written_where_it_is_missing(world, tmp_path, monkeypatch):
-    """By a command of its own, which finds the project from any folder, and our packages as we do."""
-    started = []
-
-    def run(command, cwd):
-        started.append((command[1:], cwd))
-        toy_world.write_world(command[-1], align=8, instruct=8, text=1, test=4)
-
-    monkeypatch.setattr(options, "subprocess", SimpleNamespace(run=run))  # not that which asks git
-    for _ in range(2):
-        trained((tmp_path, world[1]), "--stage", "align", "--steps", "2")
-    assert started == [(["-m", "lab.toy_world", tmp_path / "data/toy"], ROOT)]
-
-
-def test_what_cannot_fit_is_refused_before_loading(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--preset", "13b", "--stage", "instruct", "--dry_run"])
-    with pytest.raises(SystemExit, match="^train.py: .*needs about"):
-        bench_step.main()
-    assert "13,015,864,320" in capsys.readouterr().out  # parameters of the LLM: the plan came first
-
-
-def test_missing_data_names_data_set_and_ways_on(tmp_path):
-    last = how_it_ends(train.main, tmp_path, "--preset", "7b", "--stage", "align")
-    for part in ("blip_laion_cc_sbu_558k.json", "liuhaotian/LLaVA-Pretrain", "--dry_run", "--preset tiny"):
-        assert part in last
-
-
-def test_a_run_stopped_while_it_was_saved_can_be_saved_again(linear_vlm, tmp_path):
-    """Its llm/ is already in place, its config.json is not."""
-    (tmp_path / "out/llm").mkdir(parents=True)
-    (tmp_path / "out/llm/old").touch()
-    checkpoint.save_run(Config(stage="instruct", out=str(tmp_path / "out")), linear_vlm, {})
-    VLM.from_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out/llm/old").exists() and not (tmp_path / "out.partial").exists()
-
-
-def test_a_run_that_fails_while_it_is_saved_is_no_run(linear_vlm, tmp_path, monkeypatch):
-    """Whatever fails: config.json, by which a run is known, is written last."""
-    def fail(*_):
-        assert not (tmp_path / "config.json").exists()
-        raise OSError("no space left")
-
-    monkeypatch.setattr(LLM, "save_pretrained", fail)
-    with pytest.raises(OSError, match="no space left"):
-        checkpoint.save_run(Config(stage="instruct", out=str(tmp_path)), linear_vlm, {})
-    assert not (tmp_path / "config.json").exists()
-
-
-NO_IMAGE = r"record 'align-\d+': /align-\d+.png: no such image"
-BAD_INPUT = [
-    (["--batch", "7", "--micro_batch", "2"], "batch of 7 does not divide"),
-    (["--vit", "no/such-tower"], "no/such-tower"),
-    (["--images", "/"], NO_IMAGE),
-    (["--images", "/nowhere"], "/nowhere: no such folder; --images names that of the pictures"),
-    (["--data_fraction", "0"], "data_fraction is 0"),
-    (["--steps", "-5"], "--steps is -5; it must be a number from 0 up"),
-    (["--lr", "nan"], "--lr is nan"),
-    (["--batch", "0"], "--batch, --micro_batch, --epochs and --lr must be above 0"),
-    (["--lr", "0"], "--lr must be above 0"),
-    (["--template", "v1", "--contrastive", "none", "--annotations", "data/toy/text.json"], "no record has"),
-    (["--contrastive_balance", "-1"], "--contrastive_balance is -1.0; it must be a number from 0 up"),
-    (["--contrastive", "none", "--contrastive_balance", "1"], "nothing to balance with --contrastive none"),
-    (["--contrastive", "prompt", "--contrastive_first", "5"], "--contrastive_first needs the patch loss"),
-    (["--contrastive", "prompt", "--template", "v1"], "need --template plain"),
-    (["--contrastive", "prompt", "--prompt", "none", "--template", "v1"], "need --template plain"),
-    (["--contrastive", "none", "--prompt", "describe", "--template", "v1"], "need --template plain"),
-    (["--prompt", "So:"], "--prompt 'So:': not none, one-word, compress, describe, nor 'text | text'"),
-    (["--prompt", "a | b | c"], "nor 'text | text'"),
-    (["--template", "v1", "--annotations", "data/toy/instruct.json"], "is not an image with one caption"),
-]
-
-
-@pytest.mark.parametrize("args, message", BAD_INPUT, ids=lambda value: " ".join(value) if value else "")
-def test_bad_input_ends_in_one_line(world, tmp_path, args, message):
-    last = how_it_ends(train.main, world[0], *world[1], "--stage", "align", *args, "--out", tmp_path / "out")
-    assert last.startswith("train.py: ") and re.search(message, last) and "\n" not in last
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("args", [["--contrastive", "prompted"], ["--template", "v2"]])
-def test_an_unknown_choice_ends_the_program(world, tmp_path, args, capsys):
-    assert how_it_ends(train.main, world[0], *world[1], "--stage", "align", *args) == "2"
-    assert f"invalid choice: '{args[1]}'" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_instruct_refuses_what_does_not_fit(world, tmp_path):
-    instruct = [*world[1], "--stage", "instruct", "--init"]
-    missing = how_it_ends(train.main, world[0], *instruct, tmp_path / "none")
-    assert f"{tmp_path}/none: no such folder" in missing
-    missing = how_it_ends(train.main, tmp_path, *world[1], "--stage", "instruct")
-    assert "no align run to start from" in missing
-    trained(world, "--stage", "align", "--steps", "2", "--projector", "linear", "--out", tmp_path / "linear")
-    other = [*instruct, tmp_path / "linear", "--projector", "mlp2x_gelu"]
-    other = how_it_ends(train.main, world[0], *other)
-    assert f"--projector mlp2x_gelu: {tmp_path}/linear has 'linear', which is taken" in other
-
-
-def test_a_run_that_could_be_resumed_is_moved_aside_too(world, tmp_path):
-    """Who forgets --resume loses nothing."""
-    options = ["--stage", "align", "--out", tmp_path / "a"]
-    with checkpoints_kept():
-        trained(world, *options, "--steps", "3", "--save_every", "1")
-    (tmp_path / "a/config.json").unlink()  # as if it had been stopped
-    printed = trained(world, *options, "--steps", "2")
-    assert f"an unfinished run: it is now {tmp_path}/a.old" in printed
-    assert (tmp_path / "a.old/checkpoint-0000002/rank-0.pt").exists() and len(log_of(tmp_path / "a.old")) == 3
-    assert "finished, in" in printed and str(tmp_path / "a") in printed.splitlines()[-1]
-
-
-def test_both_stages_do_not_share_a_list_and_need_no_questions(world, tmp_path):
-    end = how_it_ends(train.main, world[0], *world[1], "--annotations", "x.json")
-    assert end == "train.py: --annotations is of one stage: first --stage align, then --stage instruct"
-    end = how_it_ends(train.main, world[0], *world[1], "--init", tmp_path)
-    assert end == "train.py: --init is of one stage: first --stage align, then --stage instruct"
-    printed = trained(world, "--out", tmp_path / "r", "--steps", "2", "--benchmarks", tmp_path)
-    assert f"{tmp_path}/ScienceQA: not there (see --benchmarks), so the runs are not scored" in printed
-
-
-@pytest.mark.parametrize("records, words", [
-    (2000, "2,000 records: 1.02 passes behind 128 of contrast first, many for so few records "),
-    (241, "241 records: 1.06 passes behind 1,060 of contrast first, many for so few records (--contr"),
-    (558128, "558,128 records: 1 passes behind 0.459 of contrast first")])
-def test_the_plan_says_how_often_a_record_comes_by(records, words, capsys):
-    config = options.configure("align", {"preset": "small"})
-    plan.print_passes(config, records, order.count_steps(config, records))
-    assert capsys.readouterr().out.startswith(words)
-
-
 def test_align_goes_on_from_a_projector(world, tmp_path):
     """As of captions after captions: what it begins with is what the other ended with."""
     trained(world, "--stage", "align", "--steps", "3", "--out", tmp_path / "a")
@@ -1331,78 +1013,44 @@ def test_align_goes_on_from_a_projector(world, tmp_path):
     assert ended == began != fresh
 
 
-def test_a_run_is_not_resumed_with_other_options(world, tmp_path):
-    options = ["--stage", "align", "--out", tmp_path / "a", "--save_every", "1"]
-    with checkpoints_kept():
-        trained(world, *options, "--steps", "3")
-    (tmp_path / "a/config.json").unlink()  # as if it had been stopped
-    end = how_it_ends(train.main, world[0], *world[1], *options, "--steps", "3", "--lr", "0.5", "--resume")
-    assert "checkpoint-0000002: saved with lr 0.002, resumed with 0.5" in end
+def test_both_stages_resume_where_the_first_is_finished(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, ""))
+    with pytest.raises(SystemExit):
+        trained(world, "--steps", "2", "--out", tmp_path)
+    shutil.rmtree(tmp_path / "instruct")
+    before = (tmp_path / "align/log.jsonl").read_text()
+    with pytest.raises(SystemExit) as end:
+        trained(world, "--steps", "2", "--out", tmp_path, "--resume")
+    assert end.value.code == 0 and (tmp_path / "instruct/config.json").exists()
+    assert (tmp_path / "align/log.jsonl").read_text() == before
+
+
+def test_behind_a_signal_in_the_last_step_no_other_stage_begins(align, monkeypatch):
+    """The stage is done."""
+    rate = train.learning_rate
+
+    def last_rate(step, steps, config):
+        if step == steps - 1:
+            signal.raise_signal(signal.SIGINT)
+        return rate(step, steps, config)
+
+    monkeypatch.setattr(train, "learning_rate", last_rate)
+    assert "finished, in" in trained(align, "--out", "alone", "--steps", "4")
+    assert (align[0] / "runs/last").read_text() == "alone"
+    assert "interrupted" in refused((align[0], without(align[1], "--stage")), "--out", "last", "--steps", "4")
+    assert (align[0] / "last/align/config.json").exists() and not (align[0] / "last/instruct").exists()
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--warmup_ratio", "100"], "--warmup_ratio is 100.0; it is a part of the steps, at most 1"),
+    (["--steps", "1"], "1 steps, all at learning rate 0"),
+    (["--lr", "0"], "--batch, --micro_batch, --epochs and --lr must be above 0"),
+])
+def test_a_schedule_that_never_trains_is_refused(align, options, says):
+    assert says in refused(align, "--out", "never", *options)
 
 
 # ---- the script as people start it: processes that are killed, several ranks, several nodes ----------------
-
-
-HERE = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # a rendezvous of one agent, on any free port
-
-
-def command(world, *args, launch=()):
-    """How `python train.py` is started, or, with `launch`, torchrun; with the options and in the folder of
-    `world`."""
-    launch = ["-m", "torch.distributed.run", *launch] if launch else []
-    parts = [sys.executable, *launch, ROOT / "train.py", *world[1], *args]
-    return {"args": [str(part) for part in parts], "cwd": world[0]}
-
-
-def script(world, *args, launch=(), check=True):
-    """Run to the end; an exit status other than 0 fails the test, unless that is what it is about."""
-    run = subprocess.run(**command(world, *args, launch=launch), capture_output=True, text=True, timeout=240)
-    assert not check or run.returncode == 0, run.stderr[-3000:]
-    return run
-
-
-def start(world, *args, launch=(), stderr=subprocess.DEVNULL):
-    """Run in the background, in a process group of its own."""
-    return subprocess.Popen(**command(world, *args, launch=launch), start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=stderr)
-
-
-def wait_for_checkpoint(folder):
-    """Until there are at least two, so that the next one removes the oldest while we kill."""
-    deadline = time.time() + 120
-    while len(list(folder.glob("checkpoint-???????"))) < 2:
-        assert time.time() < deadline, f"no checkpoints in {folder}"
-        time.sleep(0.005)
-
-
-def children(process):
-    """The ids of the processes that it started."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def kill(process):
-    """kill -9, of the process and of those that it started: torchrun's ranks would go on without it."""
-    ranks = children(process)
-    for pid in (process.pid, *ranks):
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-    while any(is_running(pid) for pid in ranks):
-        time.sleep(0.01)
-
-
-def is_running(pid):
-    """Neither gone nor waiting for its end to be noticed."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def stage_of_rank(rank, world, folder, argv):
-    """train.py, in a process that is one of several ranks already."""
-    os.chdir(folder)
-    given = options.parse_args([str(arg) for arg in argv])
-    train.train_stage(options.configure(given["stage"], given), CPU)
 
 
 @pytest.mark.parametrize("stage, world_size", [("align", 1), ("align", 2), ("instruct", 1), ("instruct", 2)])
@@ -1463,13 +1111,3 @@ def test_dry_run_reads_and_writes_nothing(tmp_path):
     assert [report["dry_run"] for report in reports] == ["tiny align", "tiny instruct"]
     assert all(report["ms_per_step_fastest_of_2"] > 0 and report["predicted_gib"] > 0 for report in reports)
     assert "PFLOP" in run.stdout and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("args, message", [
-    (["--annotations", "none.json"], "none.json: no such file"),
-    (["--images", "/", "--workers", "1"], NO_IMAGE)], ids=["in this process", "in a loader's"])
-def test_bad_input_ends_the_process_in_one_line(world, tmp_path, args, message):
-    """The rest of bad input is tested above, in this process."""
-    run = script(world, "--stage", "align", *args, "--out", tmp_path / "out", check=False)
-    assert run.returncode != 0 and "Traceback" not in run.stderr
-    assert re.search(message, run.stderr.strip().splitlines()[-1]) and not (tmp_path / "out").exists()
