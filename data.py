@@ -197,8 +197,8 @@ def chat(tokenizer) -> Form:
     """The LLM's own form, read off the chat template of its tokenizer: render tiny chats, see what is around
     our words.
 
-    A model that can think does not, unless an answer brings its thoughts. ValueError for a template that
-    drops a question, changes what came before, or ends an answer with no special token."""
+    A model that can think (<think>..</think>) does not, unless an answer brings its thoughts. ValueError for
+    a template that drops a question, changes what came before, or ends an answer with no special token."""
     if tokenizer.chat_template is None:
         raise ValueError("this tokenizer has no chat template")
     prompt = cut_chat(tokenizer, ASKED, add_generation_prompt=True)
@@ -324,7 +324,7 @@ def token_roles(tokens, text: str, role_of: list) -> list:
     roles = []
     end = 0
     for name, (start, stop) in zip(tokens.tokens, tokens.offsets):
-        if name.startswith("Ġ"):  # "Ġred" may tell the place of "red" only: give it its space back
+        if name.startswith("Ġ"):  # its place may leave out the space that Ġ stands for
             start = min(start, end)
         end = max(end, stop)
         covered = set(role_of[start:stop])

@@ -4,7 +4,7 @@ Contrastive, "patch" (CG-VLM, Liu et al. 2023, arXiv 2311.17945): the projected 
 resemble the *input embeddings* of its caption's tokens more than those of other captions,
 
     v_i   = mean over the N projected patches of image i
-    s_ij  = mean over the tokens t of caption j of cos(v_i, e_jt)
+    s_ij  = mean over the tokens t of caption j of cos(v_i, e_jt)      e_jt: the LLM's embedding of t
     L_con = - 1/(2B) sum_i [ log softmax_j(scale * s_ij)[j = i] + log softmax_j(scale * s_ji)[j = i] ]
 
 Here B counts the pairs of all ranks. The paper states: adapter output against the LLM's embedding layer,
@@ -17,7 +17,7 @@ Ranks exchange two (B, C) matrices, and the LLM does not run.
 Contrastive, "prompt" (our reading of Ak et al., ECCVW 2024): the same L_con over states of the *LLM*,
 
     v_i   = last hidden state at the last prompt token of  [image][prompt]
-    t_j   = last hidden state at the last token of         [caption][prompt]         s_ij = cos(v_i, t_j)
+    c_j   = last hidden state at the last token of         [caption][prompt]         s_ij = cos(v_i, c_j)
 
 Attention is causal. So the captioning pass [image][prompt][caption] already holds v_i, and one short
 text-only pass is all that is added. The abstract states: a CLIP-like loss beside next-token prediction, in

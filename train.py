@@ -236,7 +236,7 @@ class DataParallelAdamW:
             self.send(bucket)
 
     def last_backward(self, is_last: bool = True):
-        """From here on, the next gradient of a parameter is its last of this step; with False, maybe not."""
+        """The next gradient of each parameter is its last of this step. With False: maybe not."""
         self.is_last = is_last
         for bucket in self.buckets:
             bucket.waiting = set(bucket.parameters)
@@ -513,8 +513,8 @@ def train_step(vlm, terms, optimizer, micro_batches, config, lr, step=0) -> dict
         at_cut[name], of_term[name] = gradients[: len(inputs)], gradients[len(inputs) :]
     at_states = at_cut.pop("prompt", [])  # (B, C) each: this loss is not at the cut yet
 
-    # 4. Captioning, backward to the cut. The prompted loss takes part from `state` on, with its weight. Then
-    #    leaf.grad is the sum of both. To hold a balance, both must be known: it gets a backward of its own.
+    # 4. Captioning, backward to the cut. The prompted loss joins at `state`, with its weight, and leaf.grad
+    #    is the sum of both. To hold a ratio, each must be known: then it has a backward of its own.
     is_mixed = bool(states) and not config.contrastive_balance
     for number, (loss, state) in enumerate(passes):
         shares["generative"] = shares.get("generative", 0.0) + loss.detach() / tokens

@@ -4,7 +4,7 @@
 
 Losses, retrieval and norm of each step are those of `python train.py --stage align --preset tiny --steps 120`
 on a CPU, in its log.jsonl. The loop lacks what that run also can: ranks that share a batch, a batch in parts
-for the LLM's memory, weights of 16 bits, a second loss that is held at a ratio or comes first.
+for the LLM's memory, weights of 16 bits, a contrastive loss that is held at a ratio or comes first.
 """
 
 import math
