@@ -8,9 +8,8 @@
 
 A score is only as good as its prompt, its parser and its denominator: LLaVA-1.5-7B answers 66.8 % of
 ScienceQA's image questions, with another prompt 44.8 (LLaVA's issue 1294). So the prompt is built from the
-raw files, the answer is greedy, and the official rule reads it. An answer that it cannot read is wrong
-(MMMU's rule guesses). It stays in the denominator, and the number of these is printed. benchmarks/ has the
-rule of each, in its own file.
+raw files, the answer is greedy, and the official rule (see benchmarks/) reads it. What it cannot read is
+wrong (MMMU's rule guesses), stays in the denominator, and the number of these is printed.
 
 Answers are appended to BENCH.partial.RANK.jsonl in the run directory, or --out, as they come. After a kill,
 the same command goes on from there. At the end all answers are in BENCH.json, beside the scores. Two lines

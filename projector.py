@@ -24,8 +24,9 @@ from torch import nn
 from data import IMAGE_MARKER, SYSTEM, v1
 from llm import FAMILIES, LLM
 from plumbing import clip, llama, llava
-from plumbing.files import TOKENIZER_FILES, copy_files, named, resolve
+from plumbing.files import TOKENIZER_FILES, copy_files, named
 from plumbing.llava import find_projector
+from plumbing.tokenizer import tokenizer_folder
 from plumbing.weights import load_strictly, write_weights
 from vit import ViT
 
@@ -222,8 +223,7 @@ class VLM(nn.Module):
         """
         if with_llm:
             self.llm.save_pretrained(Path(folder) / "llm")
-            source = llama.home(resolve(self.sources["llm"], TOKENIZER_FILES))
-            copy_files(source, TOKENIZER_FILES, Path(folder) / "llm")
+            copy_files(tokenizer_folder(self.sources["llm"]), TOKENIZER_FILES, Path(folder) / "llm")
         ours = self.sources | {"projector": self.projector_kind, "feature_layer": self.vit.feature_layer}
         write_weights(dict(self.projector.named_parameters()), folder, config | ours, "projector.safetensors")
 

@@ -21,7 +21,6 @@ Read next: eval.py, which asks the trained model.
 import gc
 import math
 import os
-import subprocess
 import sys
 import time
 import weakref
@@ -41,7 +40,8 @@ import losses
 from llm import load_llm_config
 from plumbing.files import ROOT
 from plumbing.ranks import (agree, all_gather, caught_signals, choose_dtype, command, peak_memory, rank,
-                            reduce_scatter, say, start_ranks, sum_over_ranks, total_memory, world_size)
+                            reduce_scatter, run_alone, say, start_ranks, sum_over_ranks, total_memory,
+                            world_size)
 from projector import VLM
 from running import checkpoint, costs, directory, features, held_out, loading, options, order, plan
 from running.options import Config
@@ -399,11 +399,14 @@ def checkpoint_blocks(blocks, which: str):
 
 def compile_blocks(blocks):
     """Compile the blocks: one graph for all but the last, one for it. Call it before `checkpoint_blocks`."""
-    torch._dynamo.config.recompile_limit = 64  # a pass without gradients, or of one row, is another graph
-    torch._dynamo.config.fail_on_recompile_limit_hit = world_size() > 1  # eager would send in another order
-    compiled = torch.compile(type(blocks[0]).forward, dynamic=True)
+    compiled = torch.compile(type(blocks[0]).forward, dynamic=True, fullgraph=True)  # never eager: the ranks
+
+    def forward(*inputs):  # would send in different orders. Backward, a thread, has settings of its own.
+        torch._dynamo.config.recompile_limit = 64  # a pass without gradients, or of one row, is another graph
+        return compiled(*inputs)
+
     for block in blocks:
-        block.forward = partial(compiled, block)
+        block.forward = partial(forward, block)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -603,9 +606,8 @@ def train_stage(config: Config, device):
         line = run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, made_of, counted,
                          signals)
         if rank() == 0:
-            results |= {"steps": steps, "start": directory.first_start(config)}
+            results |= {"steps": steps, "start": directory.first_start(config), "last_step": line}
             results |= {"seconds": round(time.time() - began, 1), "memory_mib": peak_memory(device)}
-            results["last_step"] = line
             directory.save_run(config, vlm, results)
             say(f"finished, in {results['seconds']:.0f} s: {config.out}")
         draw_curves(config.out)
@@ -687,8 +689,7 @@ def run_all(given: dict, device):
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # eval.py needs the memory
-    alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # or it awaits others
-    sys.exit(subprocess.run(command_line, env=alone).returncode)
+    sys.exit(run_alone(command_line))
 
 
 def main(argv=None):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent  # this project
@@ -97,15 +98,20 @@ def resolve(folder_or_id, patterns) -> Path:
     for folder in (Path(folder_or_id), ROOT / folder_or_id):
         if folder.is_dir():
             return folder
-    from huggingface_hub import snapshot_download  # imported late: only a download needs it
     try:
-        mistrals_own_form = ["consolidated*"]  # the same weights once more
-        return Path(snapshot_download(
-            str(folder_or_id), allow_patterns=list(patterns), ignore_patterns=mistrals_own_form))
+        return download(str(folder_or_id), tuple(patterns))
     except Exception as error:  # of many kinds; the reader needs the name that was not found
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(f"{folder_or_id}: no such folder, and the Hub does not give it "
                                 f"({type(error).__name__}: {reason})") from error
+
+
+@cache
+def download(hub_id: str, patterns: tuple) -> Path:
+    """The folder of a Hub id's files. The Hub is asked once: no network is needed to save a checkpoint."""
+    from huggingface_hub import snapshot_download  # imported late: only a download needs it
+    mistrals_own_form = ["consolidated*"]  # the same weights once more
+    return Path(snapshot_download(hub_id, allow_patterns=list(patterns), ignore_patterns=mistrals_own_form))
 
 
 def resolve_model(folder_or_id) -> Path:

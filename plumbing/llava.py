@@ -17,9 +17,8 @@ from pathlib import Path
 import torch.nn.functional as F
 
 from plumbing import clip
-from plumbing.files import TOKENIZER_FILES, named, read_json, resolve, resolve_model, write_json
-from plumbing.llama import home
-from plumbing.tokenizer import bos_ids, give_padding, open_tokenizer
+from plumbing.files import named, read_json, resolve_model, write_json
+from plumbing.tokenizer import bos_ids, give_padding, open_tokenizer, tokenizer_folder
 from plumbing.weights import (files_of, is_llavas_own, open_config, read_config, read_shard, read_weights,
                               refuse_others, write_weights)
 
@@ -214,7 +213,7 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
     if problem:
         raise ValueError(problem)
     folder = Path(folder)
-    source = home(resolve(settings["tokenizer"], TOKENIZER_FILES))
+    source = tokenizer_folder(settings["tokenizer"])
     tokenizer, template, ends = prepare_tokenizer(source, settings["template"], system, v1)
     ends += text["eos_token_id"] if isinstance(text["eos_token_id"], list) else [text["eos_token_id"]]
     # The placeholder needs a row in the embedding table, which is never read. If none is spare, add one.

@@ -5,6 +5,8 @@ import gc
 import math
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -44,8 +46,8 @@ def start_ranks() -> torch.device:
         keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         interface = os.environ.get("NCCL_SOCKET_IFNAME", "")
-        if interface.isalnum():  # the CPUs' group takes the network of the GPUs'
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if interface in [name for _, name in socket.if_nameindex()]:  # and no prefix, or list of these
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # the CPUs' group, as the GPUs'
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         dist.init_process_group(backend, store=fresh(store, rank, world), rank=rank, world_size=world,
@@ -142,6 +144,13 @@ def leave_ranks():
         patient = None
         gc.collect()  # free what still holds one end of a message: otherwise a process may abort at exit
         dist.destroy_process_group()
+
+
+def run_alone(command_line: list) -> int:
+    """Run a program that is none of the ranks, which leave first: the others would wait. Its exit status."""
+    leave_ranks()
+    alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # or it awaits others
+    return subprocess.run(command_line, env=alone).returncode
 
 
 @contextmanager

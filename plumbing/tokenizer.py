@@ -26,9 +26,14 @@ def open_tokenizer(folder, **how):
     return kind.from_pretrained(folder, trust_remote_code=False, **how)  # None would ask, and wait
 
 
+def tokenizer_folder(folder_or_id):
+    """Where the tokenizer of an LLM is, or of a run that tuned one."""
+    return llama.home(resolve(folder_or_id, ("*.json", *TOKENIZER_FILES)))
+
+
 def load_tokenizer(folder_or_id):
     """The LLM's tokenizer, with a token for padding."""
-    folder = llama.home(resolve(folder_or_id, ("*.json", *TOKENIZER_FILES)))
+    folder = tokenizer_folder(folder_or_id)
     problem = ("no tokenizer could be made. Without a tokenizer.json, as in Vicuna's folders, put one there "
                "(for Vicuna 1.5 that of llava-hf/llava-1.5-7b-hf) or `pip install sentencepiece protobuf`")
     with named(folder, problem):  # transformers raises many kinds, most of them about packages

@@ -86,7 +86,7 @@ class Config:
 # the patch loss. On real towers that helped most (lab/README.md); the plain sum: --contrastive patch.
 LLAVA = {
     "common": dict(vit="openai/clip-vit-large-patch14-336", llm="lmsys/vicuna-7b-v1.5", benchmarks="data",
-                   workers=4, checkpointing="every", save_every=500),
+                   workers=4, checkpointing="every-other", save_every=500),
     "align": dict(annotations="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
                   images="data/LLaVA-Pretrain/images", template="plain", fit="crop", contrastive="patch",
                   contrastive_first=1000, batch=256, micro_batch=16, checkpointing="none", lr=1e-3),
@@ -115,7 +115,7 @@ PRESETS = {
                                              images="data/LLaVA-NeXT", batch=64, steps=11540, shard=False),
     },
     "7b": LLAVA,
-    "13b": LLAVA | {"common": LLAVA["common"] | dict(llm="lmsys/vicuna-13b-v1.5"),
+    "13b": LLAVA | {"common": LLAVA["common"] | dict(llm="lmsys/vicuna-13b-v1.5", checkpointing="every"),
                     "align": LLAVA["align"] | dict(checkpointing="every")},
 }
 

@@ -56,11 +56,10 @@ def longest_row(config, vlm) -> int:
 def token_counts(config, samples, vlm) -> list:
     """The tokens of each record's row, image included. Counted, not estimated: a budget of tokens is a bound.
 
-    Every rank counts its part, and bad records are told before the first step. A resumed run has the counts
-    in OUT/lengths.npy.
+    Every rank counts its part. Bad records and missing pictures are told before the first step. A resumed run
+    has the counts in OUT/lengths.npy.
     """
     most = longest_row(config, vlm)
-
     lengths = on_every_rank(lambda: kept_counts(config, samples, vlm))[0]  # rank 0 knows its folder
     if lengths is not None:
         return lengths
@@ -68,10 +67,15 @@ def token_counts(config, samples, vlm) -> list:
     lengths = [0] * len(samples)
     cut = []
     empty = []
-    for number, (part, of_cut, of_empty) in enumerate(counted):
+    missing = []
+    for number, (part, of_cut, of_empty, of_missing) in enumerate(counted):
         lengths[number :: len(counted)] = part
         cut += of_cut
         empty += of_empty
+        missing += of_missing
+    if missing:
+        raise ValueError(f"{samples.images}: {len(missing)} pictures are missing, such as {min(missing)}; "
+                         "`python -m running.check` lists all, and writes a list of the good records")
     if cut:
         say(f"{len(cut)} records are cut at {most} tokens, the first is {min(cut)}")
     if empty:
@@ -100,8 +104,8 @@ def kept_counts(config, samples, vlm) -> list | None:
 
 
 def count_mine(samples, num_image_tokens: int, most: int) -> tuple:
-    """(lengths, numbers of rows that are cut, of rows without a label), of every W-th record from this
-    rank's."""
+    """(lengths, numbers of rows that are cut, of rows without a label, names of missing pictures), of every
+    W-th record from this rank's."""
     samples.read(0, with_pixels=False)  # a template that cannot be learned from is told here
     some = [samples.records[number] for number in range(min(100, len(samples)))]
     if any("image" in record for record in some) and not samples.images.is_dir():
@@ -109,6 +113,7 @@ def count_mine(samples, num_image_tokens: int, most: int) -> tuple:
     lengths = []
     cut = []
     empty = []
+    missing = []
     mine = range(rank(), len(samples), world_size())
     with tqdm(desc="count tokens", total=len(mine), unit=" records", disable=rank() > 0, delay=2) as bar:
         for start in range(0, len(mine), CHUNK):
@@ -120,8 +125,11 @@ def count_mine(samples, num_image_tokens: int, most: int) -> tuple:
                     row = data.expand(samples.read(number, False), num_image_tokens, most)
                     if not any(label != data.IGNORE for label in row["labels"][1:]):
                         empty.append(number)
+                name = samples.records[number].get("image")
+                if name and not data.find_image(samples.images, name).is_file():
+                    missing.append(name)
             bar.update(len(numbers))
-    return lengths, cut, empty
+    return lengths, cut, empty, missing
 
 
 # ------------------------------------------------------------------------------------------------------------

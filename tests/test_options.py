@@ -192,13 +192,10 @@ def test_both_stages_do_not_share_a_list_and_need_no_questions(world, tmp_path):
 # ---- what cannot be ----------------------------------------------------------------------------------------
 
 
-NO_IMAGE = r"record 'align-\d+': /align-\d+.png: no such image"
-
-
 BAD_INPUT = [
     (["--batch", "7", "--micro_batch", "2"], "batch of 7 does not divide"),
     (["--vit", "no/such-tower"], "no/such-tower"),
-    (["--images", "/"], NO_IMAGE),
+    (["--images", "/"], "/: 24 pictures are missing, such as align-00000.png"),
     (["--images", "/nowhere"], "/nowhere: no such folder; --images names that of the pictures"),
     (["--data_fraction", "0"], "data_fraction is 0"),
     (["--steps", "-5"], "--steps is -5; it must be a number from 0 up"),
@@ -231,11 +228,8 @@ def test_an_unknown_choice_ends_the_program(world, tmp_path, args, capsys):
     assert f"invalid choice: '{args[1]}'" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--annotations", "none.json"], "none.json: no such file"),
-    (["--images", "/", "--workers", "1"], NO_IMAGE)], ids=["in this process", "in a loader's"])
-def test_bad_input_ends_the_process_in_one_line(world, tmp_path, args, message):
+def test_bad_input_ends_the_process_in_one_line(world, tmp_path):
     """The rest of bad input is tested above, in this process."""
-    run = script(world, "--stage", "align", *args, "--out", tmp_path / "out", check=False)
+    run = script(world, "--stage", "align", "--annotations", "none.json", "--out", tmp_path, check=False)
     assert run.returncode != 0 and "Traceback" not in run.stderr
-    assert re.search(message, run.stderr.strip().splitlines()[-1]) and not (tmp_path / "out").exists()
+    assert "none.json: no such file" in run.stderr.strip().splitlines()[-1] and not list(tmp_path.iterdir())

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import test_ids
 import torch
+from conftest import ROOT, refusal
+from PIL import Image
 from scripts import how_it_ends, refused, trained, unfinished
 from test_data import TEXT, TOWER, chat_tokenizer, llama2, record
 from test_ids import CAPTIONS, RECORDS
@@ -176,9 +178,9 @@ def mixed_samples(n):
     for number in range(n):
         words = " ".join(rng.choices(("red", "circle", "a"), k=int(rng.lognormvariate(3, 1)) + 1))
         text = words if number % 2 else "".join(rng.choices("红色圆形的", k=len(words)))
-        picture = {"image": "x.png"} if number % 3 else {}
+        picture = {"image": "sample.png"} if number % 3 else {}
         records.append(record("<image>\n" * bool(picture) + "What?", text, **picture))
-    return data.Conversations(records, "", chat_tokenizer("chatml"), "v1", TOWER, "pad")
+    return data.Conversations(records, ROOT / "lab", chat_tokenizer("chatml"), "v1", TOWER, "pad")
 
 
 @pytest.mark.parametrize("contrastive", ["none", "patch"])
@@ -218,6 +220,22 @@ def test_bad_records_are_told_before_the_first_step(bad, message):
     samples = data.Conversations([TEXT, bad], "", llama2(False), "v1", TOWER, "pad")
     with pytest.raises(ValueError, match=f"^record 'r': {message}[^\n]*$"):
         order.token_counts(Config(max_length=99), samples, vlm_of())
+
+
+def told_of_missing(rank, ranks, folder):
+    records = [record("<image>\nq", "a", image=f"{number}.png") for number in (5, 1, 3, 4)]
+    samples = data.Conversations([TEXT, *records], folder, llama2(False), "v1", TOWER, "pad")
+    return refusal(order.token_counts, Config(), samples, vlm_of())
+
+
+def test_missing_pictures_are_counted_before_the_first_step(ranks, tmp_path):
+    """On all ranks: else a run ends where it meets the first, and once more whenever it is resumed."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "4.jpg")  # of another suffix: it is found
+    said = f"{tmp_path}: 3 pictures are missing, such as 1.png; `python -m running.check` lists all, and "
+    assert all(text.startswith(said) for text in ranks(2, told_of_missing, tmp_path))
+    for number in (1, 3, 5):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    assert told_of_missing(0, 1, tmp_path) == ""
 
 
 def counted(rank, ranks, n):

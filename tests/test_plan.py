@@ -53,8 +53,9 @@ FIT = [  # GPUs, GiB, options, what fits
     (8, 80, {"stage": "instruct", "shard": False}, "--shard"),
     (4, 47, {"stage": "align"}, "--micro_batch 8"),
     (8, 15, {"stage": "align", "micro_batch": 1, "batch": 64}, "--checkpointing every"),
-    (4, 32, {"stage": "instruct"}, "8 GPUs"),
-    (4, 28.3, {"stage": "instruct", "shard": False, "micro_tokens": 0}, "8 GPUs, --micro_batch 2, --shard")]
+    (4, 32, {"stage": "instruct", "checkpointing": "every"}, "8 GPUs"),
+    (4, 28.3, {"stage": "instruct", "checkpointing": "every", "shard": False, "micro_tokens": 0},
+     "8 GPUs, --micro_batch 2, --shard")]
 
 
 @pytest.mark.parametrize("gpus, has, given, words", FIT)

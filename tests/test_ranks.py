@@ -49,6 +49,25 @@ def test_an_error_of_one_rank_comes_first_and_ends_all(world, tmp_path):
     assert re.search(f"train.py: rank [01]: record '{bad['id']}': .*not a readable image", said[0])
 
 
+@pytest.mark.parametrize("told, taken", [("lo", "lo"), ("l", None), ("^lo", None), ("=lo", None)])
+def test_gloo_takes_nccls_network_if_it_is_one_by_its_whole_name(monkeypatch, told, taken):
+    """NCCL's may be a prefix, or a list of these."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", told)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # which monkeypatch removes afterwards
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter(()))
+    with pytest.raises(StopIteration):
+        processes.start_ranks()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
+
+
+def test_what_runs_alone_is_no_rank(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    code = "import os, sys; sys.exit(40 + ('RANK' in os.environ))"
+    assert processes.run_alone([sys.executable, "-c", code]) == 40
+
+
 # ---- signals -----------------------------------------------------------------------------------------------
 
 

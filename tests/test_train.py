@@ -11,8 +11,8 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import textwrap
+import threading
 import weakref
 from functools import partial
 
@@ -619,6 +619,25 @@ def test_compiled_blocks_equal_plain_ones(llama_folder, monkeypatch, backend):
         assert (compiled - plain).abs().max() < 1e-12 * plain.abs().max()
 
 
+def test_every_thread_may_compile_as_many_graphs_and_none_goes_on_in_eager(monkeypatch):
+    """Backward recomputes in a thread of its own, and torch's settings are a thread's."""
+    limits = []
+    how = {}
+
+    def compiled(function, **options):
+        how.update(options)
+        return lambda *inputs: limits.append(torch._dynamo.config.recompile_limit)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    blocks = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    train.compile_blocks(blocks)
+    thread = threading.Thread(target=blocks[1].forward, args=(None,))
+    thread.start()
+    thread.join()
+    blocks[0].forward(None)
+    assert limits == [64, 64] and how == {"dynamic": True, "fullgraph": True}
+
+
 # ---- one step, cut up in other ways ------------------------------------------------------------------------
 
 
@@ -1014,7 +1033,7 @@ def test_align_goes_on_from_a_projector(world, tmp_path):
 
 
 def test_both_stages_resume_where_the_first_is_finished(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, ""))
+    monkeypatch.setattr(train, "run_alone", lambda command_line: 0)
     with pytest.raises(SystemExit):
         trained(world, "--steps", "2", "--out", tmp_path)
     shutil.rmtree(tmp_path / "instruct")

@@ -15,8 +15,10 @@ from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov
 
 import data
 from plumbing import clip
+from plumbing import files as hub
+from plumbing.files import resolve_model
+from plumbing.tokenizer import tokenizer_folder
 from vit import ViT, ViTConfig, load_vit_config
-from plumbing.files import TOKENIZER_FILES, resolve, resolve_model
 
 
 @pytest.mark.parametrize("layer", [-1, -4, 0, 2])  # -2 for each family below
@@ -178,7 +180,9 @@ def test_only_what_is_needed_comes_from_the_hub(tmp_path, monkeypatch, files):
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    resolve("some/name", ["*.json", *TOKENIZER_FILES])
+    hub.download.cache_clear()
+    for _ in range(2):  # the Hub is asked once
+        assert tokenizer_folder("some/name") == tmp_path
     weights = ("model-00001-of-2.safetensors", "model.safetensors", "consolidated.safetensors",
                "pytorch_model.bin")
     assert not any(fits(file, *asked[0]) for file in weights)
