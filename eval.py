@@ -6,10 +6,10 @@
     python eval.py --ask picture.png "Which shape is it? Answer the question using a single word or phrase."
     python eval.py --chat picture.png                             # several turns: a question a line
 
-A score is only as good as its prompt, its parser and its denominator: LLaVA-1.5-7B answers 66.8 % of
-ScienceQA's image questions, with another prompt 44.8 (LLaVA's issue 1294). So the prompt is built from the
-raw files, the answer is greedy, and the official rule (see benchmarks/) reads it. What it cannot read is
-wrong (MMMU's rule guesses), stays in the denominator, and the number of these is printed.
+A score is only as good as its prompt, its parser and its denominator: a user's LLaVA-1.5 had 66.8 % on
+ScienceQA, and 44.8 with another prompt (LLaVA's issue 1294). So the prompt is built from the raw files, the
+answer is greedy, and the official rule (see benchmarks/) reads it. What it cannot read is wrong (MMMU's rule
+guesses), stays in the denominator, and the number of these is printed.
 
 Answers are appended to BENCH.partial.RANK.jsonl in the run directory, or --out, as they come. After a kill,
 the same command goes on from there. At the end all answers are in BENCH.json, beside the scores. Two lines

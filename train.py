@@ -398,10 +398,11 @@ def checkpoint_blocks(blocks, which: str):
 
 
 def compile_blocks(blocks):
-    """Compile the blocks: one graph for all but the last, one for it. Call it before `checkpoint_blocks`."""
-    compiled = torch.compile(type(blocks[0]).forward, dynamic=True, fullgraph=True)  # never eager: the ranks
+    """Compile the blocks: one graph for all but the last, one for it. Call it before `checkpoint_blocks`.
+    With `fullgraph` too many graphs are an error: in eager mode a rank would send in another order."""
+    compiled = torch.compile(type(blocks[0]).forward, dynamic=True, fullgraph=True)
 
-    def forward(*inputs):  # would send in different orders. Backward, a thread, has settings of its own.
+    def forward(*inputs):  # the limit is that of a thread, and backward has its own
         torch._dynamo.config.recompile_limit = 64  # a pass without gradients, or of one row, is another graph
         return compiled(*inputs)
 

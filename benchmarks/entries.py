@@ -20,13 +20,13 @@ CONVERT = {
 
 
 def find_files(folder, pattern: str) -> list:
-    """The sorted files of a folder that fit the pattern.
+    """The sorted files of a folder that fit the pattern, without macOS's `._x`.
 
     FileNotFoundError if there are none, or if a folder has only Parquet or Excel files in their place. It
     says how to convert these.
     """
     folder = Path(folder)
-    files = sorted(folder.glob(pattern))
+    files = sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
     unread_suffix, how = CONVERT.get(Path(pattern).suffix, (None, None))
     unread = unread_files(folder, pattern, files, unread_suffix) if how else []
     if unread:
@@ -67,9 +67,12 @@ def read_entries(file: Path, **kinds) -> list:
     with named(file):
         if file.suffix == ".tsv":
             csv.field_size_limit(2**31 - 1)  # a picture is one field
-            entries = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
+            lines = io.StringIO(text, newline="")
+            entries = list(csv.DictReader(lines, delimiter="\t", strict=True))  # a quote has an end
         else:
             entries = parse_entries(text)
+            if file.suffix == ".jsonl" and isinstance(entries, dict):  # it is of one line
+                entries = [entries]
     if isinstance(entries, dict):
         entries = entries.get("questions") or entries.get("data") or entries_by_name(entries)
     if not isinstance(entries, list):

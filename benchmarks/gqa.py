@@ -18,6 +18,8 @@ def load(folder, split: str):
     """The questions, in categories by their structure."""
     pattern = f"**/{split}_questions.json"
     for file, row in find_entries(folder, pattern, **KINDS):
+        if row.get("isBalanced") is False:  # in SPLIT_all; GQA's accuracy leaves it out
+            continue
         name = f"{row['imageId']}.jpg"
         image = find_image(folder / "images", name)
         types = row.get("types") or {}

@@ -50,7 +50,7 @@ def load(folder, split: str, chinese: bool = False):
         choices = [row[letter] for letter in options]
         text = row["question"]
         hint = given(row, "hint")
-        if hint:
+        if hint and hint.lower() not in ("nan", "none"):  # as LLaVA
             text = f"{hint}\n{text}"
         image = images.get(row["image"], row["image"])
         answer = given(row, "answer")
@@ -100,13 +100,18 @@ def row_of_server(row: dict) -> dict:
     return {column: row[column] for column in columns if column in row}
 
 
+REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
+            "I'm sorry, but without the image provided", "Cannot determine the answer")
 SIGNS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))  # no part of a word
 
 
 def parse(text: str, question: dict):
-    """The one letter that is a word of the answer; else the one choice whose text is told; else None."""
+    """The one letter that is a word of the answer; else the one choice whose text is told; else None. Who
+    refuses, or says Z and no letter, has told none."""
     words = text.translate(SIGNS).split()
     told = [letter for letter in question["options"] if letter in words]
+    if any(refusal in text for refusal in REFUSALS) or (not told and "Z" in words):
+        return None
     if len(told) != 1:
         pairs = zip(question["options"], question["choices"])
         told = [letter for letter, choice in pairs if choice and choice.lower() in text.lower()]

@@ -17,14 +17,20 @@ from benchmarks.questions import YES_OR_NO, grade, to_question
 from benchmarks.score import grouped, percent, summary
 from plumbing.files import read_text
 from plumbing.pictures import SUFFIXES, find_image
+from plumbing.ranks import say
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
+COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
 
 
 def load(folder, split: str):
     """The questions of all categories, or of the category `split`; those about one picture are a group."""
+    folder = first_folder(folder / "MME_Benchmark", folder)  # beside it lies eval_tool/
     pattern = split or "*"
     find_files(folder, f"{pattern}/**/*.txt")  # an error if there are none
+    missing = [name for name in PERCEPTION + COGNITION if not (folder / name).is_dir()]
+    if missing and not split:
+        say(f"{folder}: the sums lack {len(missing)} of MME's 14 categories: {', '.join(missing)}")
     for category in sorted(folder.glob(pattern)):
         if category.is_dir():
             yield from load_category(category)
@@ -33,8 +39,8 @@ def load(folder, split: str):
 def load_category(category):
     texts = first_folder(category / "questions_answers_YN", category)
     images = first_folder(category / "images", category)
-    names = {file.stem for file in texts.glob("*.txt")}
-    names |= {file.stem for file in images.iterdir() if file.suffix.lower() in SUFFIXES}
+    names = {file.stem for file in texts.glob("[!.]*.txt")}  # macOS leaves ._x.txt
+    names |= {file.stem for file in images.glob("[!.]*") if file.suffix.lower() in SUFFIXES}
     for name in sorted(names):  # so a picture without a text is noticed, too
         image = find_image(images, f"{name}.png")
         yield from load_pair(texts / f"{name}.txt", image, category.name)
@@ -43,7 +49,7 @@ def load_category(category):
 def load_pair(file, image, category: str):
     """The two questions about one picture."""
     lines = [line for line in read_text(file).split("\n") if line.strip()]
-    is_good = all(re.fullmatch("[^\t]+\t(Yes|No)\\s*", line) for line in lines)
+    is_good = all(re.fullmatch("[^\t]+\t(Yes|No)\\s*", line, re.IGNORECASE) for line in lines)
     if len(lines) != 2 or not is_good:
         raise ValueError(f"{file}: not two lines of question, tab, Yes or No")
     pair = f"{category}/{file.stem}"

@@ -33,8 +33,9 @@ def load(folder, split: str):
         image = find_picture(file, pictures[0]) if pictures else None
         text = row["question"]
         subject = row["id"].partition("_")[2].rpartition("_")[0]  # of validation_Art_Theory_3
-        if row["question_type"] == "open":
-            yield to_question(file, row["id"], text, image, as_list(row["answer"]), subject, SHORT_ANSWER,
+        answer = None if row["answer"] == "?" else row["answer"]  # the test split's
+        if row["question_type"] != "multiple-choice":
+            yield to_question(file, row["id"], text, image, answer and as_list(answer), subject, SHORT_ANSWER,
                               pictures=len(pictures))
         else:
             choices = as_list(row["options"])
@@ -42,7 +43,7 @@ def load(folder, split: str):
             text += "\n"
             for letter, choice in zip(options, choices):
                 text += f"({letter}) {choice}\n"
-            yield to_question(file, row["id"], text, image, row["answer"], subject, LETTER_ANSWER,
+            yield to_question(file, row["id"], text, image, answer, subject, LETTER_ANSWER,
                               pictures=len(pictures), choices=choices, options=options, open=row["question"])
 
 

@@ -7,7 +7,7 @@ each; random has 2,910 at the revision that LLaVA pins.
     *pope_CATEGORY.json    JSON lines (aokvqa and gqa: lists) of question_id, image, text, label
     images/ or val2014/    the pictures, here or beside the folder
 
-The files may also lie in coco/, as LLaVA has them.
+The files may also lie in coco/, as LLaVA has them, or in output/coco/, as in POPE's repository.
 """
 
 from benchmarks.entries import ID, find_entries, first_folder
@@ -27,11 +27,11 @@ def load(folder, split: str):
     pattern = f"*pope_*{split}.json"
     places = []
     for place in (folder, folder.parent):
-        places.append(place / "images")
         places.append(place / "val2014")
+        places.append(place / "images")
     images = first_folder(*places, folder)
-    if not any(folder.glob(pattern)) and (folder / "coco").is_dir():
-        folder = folder / "coco"
+    if not any(folder.glob(pattern)):
+        folder = first_folder(folder / "coco", folder / "output/coco", folder)
     for file, row in find_entries(folder, pattern, **KINDS):
         category = file.stem.rsplit("pope_", 1)[1]
         name = f"{category}-{row['question_id']}"

@@ -31,9 +31,8 @@ def load(folder, split: str):
         image_id = row["image_id"]
         if image_id not in found_text:
             raise ValueError(f"{ocr_file}: nothing for question {name!r}; is it of another split?")
-        text = row["question"]
-        if found_text[image_id]:
-            text += f"\nReference OCR token: {', '.join(found_text[image_id])}"
+        words = ", ".join(found_text[image_id])  # LLaVA's line is there without a word, too
+        text = f"{row['question']}\nReference OCR token: {words}"
         image = find_image(folder / "train_images", f"{image_id}.jpg")
         answers = [normalise(answer) for answer in row["answers"]]
         yield to_question(file, name, text, image, answers)

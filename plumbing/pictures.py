@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import glob
 import io
 import math
 import os
@@ -34,9 +33,11 @@ def existing(path: Path) -> Path:
             if other.is_file():
                 return other
     others = []
-    for other in path.parent.glob(f"{glob.escape(path.stem)}.*"):
-        if other.stem == path.stem and other.suffix.lower() in SUFFIXES:  # x.mask.png is no x.jpg
-            others.append(other)
+    for suffix in SUFFIXES:  # tried one by one: to list a folder of 200,000 pictures takes long
+        for form in (suffix, suffix.upper(), suffix.title()):
+            other = path.with_name(path.stem + form)
+            if other.is_file() and not any(map(other.samefile, others)):  # .jpg and .JPG may be one
+                others.append(other)
     return others[0] if len(others) == 1 else path
 
 

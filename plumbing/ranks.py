@@ -46,7 +46,7 @@ def start_ranks() -> torch.device:
         keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         interface = os.environ.get("NCCL_SOCKET_IFNAME", "")
-        if interface in [name for _, name in socket.if_nameindex()]:  # and no prefix, or list of these
+        if interface and interface in [name for _, name in socket.if_nameindex()]:  # and no prefix, no list
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # the CPUs' group, as the GPUs'
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
@@ -147,8 +147,8 @@ def leave_ranks():
 
 
 def run_alone(command_line: list) -> int:
-    """Run a program that is none of the ranks, which leave first: the others would wait. Its exit status."""
-    leave_ranks()
+    """The exit status of a program that is none of the ranks."""
+    leave_ranks()  # the others leave, too, and would wait for this one
     alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # or it awaits others
     return subprocess.run(command_line, env=alone).returncode
 

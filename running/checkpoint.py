@@ -24,6 +24,18 @@ GO_ON = "the same command and --resume go on with it"
 MAY_DIFFER = {"resume", "save_every", "val", "val_every", "workers", "cache", "out"}
 
 
+def checkpoints(out) -> list:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(Path(out).glob("checkpoint-" + 7 * "[0-9]"))
+
+
+def refuse_changes(saved: dict, now: dict, where):
+    """ValueError that names the first option that differs from those a run was saved with."""
+    for name in sorted(now.keys() - MAY_DIFFER):
+        if saved.get(name) != now[name]:
+            raise ValueError(f"{where}: saved with {name} {saved.get(name)!r}, resumed with {now[name]!r}")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What a run is made of
 
@@ -63,11 +75,6 @@ def picture_sizes(samples) -> int:
 
 # ------------------------------------------------------------------------------------------------------------
 # Save
-
-def checkpoints(out) -> list:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(Path(out).glob("checkpoint-" + 7 * "[0-9]"))
-
 
 def save(config, step: int, vlm, optimizer, terms, made_of: dict):
     """Write OUT/checkpoint-STEP, complete or not at all. Keep the last two.
@@ -109,13 +116,6 @@ def sync_folder(folder):
 
 # ------------------------------------------------------------------------------------------------------------
 # Load
-
-def refuse_changes(saved: dict, now: dict, where):
-    """ValueError that names the first option that differs from those a run was saved with."""
-    for name in sorted(now.keys() - MAY_DIFFER):
-        if saved.get(name) != now[name]:
-            raise ValueError(f"{where}: saved with {name} {saved.get(name)!r}, resumed with {now[name]!r}")
-
 
 def load(config, optimizer, terms, made_of: dict) -> int:
     """Restore optimizer and terms from the last checkpoint. Returns the step to go on with, 0 if there is

@@ -41,7 +41,7 @@ def refuse_foreign(*outs):
         for out in map(Path, outs if rank() == 0 else ()):
             if out.is_file():
                 raise ValueError(f"--out {out} is a file; name a folder")
-            if os.path.ismount(out) or out.resolve() == Path.cwd():  # Path's own fails on Windows
+            if os.path.ismount(out.resolve()) or out.resolve() == Path.cwd():
                 raise ValueError(f"--out {out} cannot be renamed, nor locked beside: name a folder in it")
             theirs = [name for name in OF_A_RUN if (out / name).exists()]
             if theirs and not (out / "log.jsonl").exists():

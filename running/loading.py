@@ -43,7 +43,7 @@ def next_batch(batches):
 
     A full shared memory and a thread that has died look like a slow disk: nothing comes.
     """
-    for _ in range(24):  # 8 minutes: less than the other ranks wait for this one
+    for _ in range(24):  # 8 minutes: the other ranks wait for 10
         try:
             return next(batches)
         except RuntimeError as error:

@@ -67,15 +67,15 @@ def token_counts(config, samples, vlm) -> list:
     lengths = [0] * len(samples)
     cut = []
     empty = []
-    missing = []
+    missing = set()
     for number, (part, of_cut, of_empty, of_missing) in enumerate(counted):
         lengths[number :: len(counted)] = part
         cut += of_cut
         empty += of_empty
-        missing += of_missing
+        missing |= of_missing
     if missing:
         raise ValueError(f"{samples.images}: {len(missing)} pictures are missing, such as {min(missing)}; "
-                         "`python -m running.check` lists all, and writes a list of the good records")
+                         "`python -m running.check` finds all, and writes a list of the good records")
     if cut:
         say(f"{len(cut)} records are cut at {most} tokens, the first is {min(cut)}")
     if empty:
@@ -113,7 +113,7 @@ def count_mine(samples, num_image_tokens: int, most: int) -> tuple:
     lengths = []
     cut = []
     empty = []
-    missing = []
+    missing = set()
     mine = range(rank(), len(samples), world_size())
     with tqdm(desc="count tokens", total=len(mine), unit=" records", disable=rank() > 0, delay=2) as bar:
         for start in range(0, len(mine), CHUNK):
@@ -127,7 +127,7 @@ def count_mine(samples, num_image_tokens: int, most: int) -> tuple:
                         empty.append(number)
                 name = samples.records[number].get("image")
                 if name and not data.find_image(samples.images, name).is_file():
-                    missing.append(name)
+                    missing.add(name)
             bar.update(len(numbers))
     return lengths, cut, empty, missing
 

@@ -74,6 +74,8 @@ def test_seed_wants_the_letter_and_nothing_else(text, choice):
     ("A dog and a cat B", None), ("A or B, blue", "B"),  # two letters: the choice's text decides
     ("A", "A"), ("it is A", "A"), ("A small shape there", "A"), ("B.C", None), ("AB", None),
     ("the blue one", "B"), ("red or blue", None), ("E", None), ("D", None), ("", None), ("b", None),
+    ("Z. It is red", None), ("Z, so B", "B"), ("Cannot determine the answer keyed A", None),  # it refuses
+    ("Sorry, I can't help with images of people yet. It is red", None),
 ])
 def test_mmbench_looks_for_a_letter_then_for_a_choice(text, choice):
     question = {"options": ["A", "B", "C"], "choices": ["Red", "blue", "green"]}
@@ -455,12 +457,13 @@ def test_prompts_are_llavas_to_the_letter(root):
     assert maths["answer"][1] == "1.5" and art["answer"] in "ABCD"
 
 
-def test_textvqas_prompt_tells_the_ocr_tokens_where_there_are_any(root):
+def test_textvqas_prompt_tells_the_ocr_tokens_also_where_there_are_none(root):
+    """As LLaVA's own llava_textvqa_val_v051_ocr.jsonl has it, of the picture 97b1112b17015396 and others."""
     first, *_, last = load_questions("textvqa", root / "TextVQA")
     color = first["answer"][0]
     assert first["prompt"] == (f"<image>\nWhat color is the shape?\nReference OCR token: {color}, cross"
                                f"{SHORT_ANSWER}")
-    assert "OCR" not in last["prompt"] and len(last["answer"]) == 10
+    assert last["prompt"].endswith(f"?\nReference OCR token: {SHORT_ANSWER}") and len(last["answer"]) == 10
 
 
 def test_mmbench_rotates_options_and_answers_with_one_picture(root):
@@ -505,6 +508,69 @@ def test_mmbench_has_a_choice_that_is_missing_nowhere_but_at_the_end(tmp_path, t
     assert "without all" not in capsys.readouterr().out
     mmbench_choices(tmp_path, rows[1])
     assert "mmbench_dev.tsv: questions without all their rotations: 1;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hint, is_told", [("none", False), ("Nan", False), ("None of it is red.", True)])
+def test_mmbench_has_no_hint_that_llava_takes_for_none(tmp_path, hint, is_told):
+    (tmp_path / "mmbench_dev.tsv").write_text(
+        f"index\tquestion\tA\tB\tC\tD\timage\thint\n1\t?\tred\tblue\t\t\teA==\t{hint}")
+    question, = load_questions("mmbench", tmp_path)
+    assert question["prompt"].startswith(f"<image>\n{hint}\n?" if is_told else "<image>\n?")
+
+
+def test_a_table_with_a_quote_that_does_not_end_is_refused(tmp_path):
+    """It would swallow the rows behind it."""
+    (tmp_path / "mmbench_dev.tsv").write_text(
+        'index\tquestion\tA\tB\tC\tD\timage\tcomment\n' + 3 * '1\t?\tred\tblue\t\t\teA==\t"open\n')
+    with pytest.raises(ValueError, match="mmbench_dev.tsv: Error: "):
+        load_questions("mmbench", tmp_path)
+
+
+def test_gqas_accuracy_is_that_of_the_balanced_questions(copy):
+    folder = copy("gqa")
+    content = json.loads((folder / "testdev_balanced_questions.json").read_text())
+    for number, question in enumerate(content.values()):
+        question["isBalanced"] = number > 1
+    (folder / "testdev_all_questions.json").write_text(json.dumps(content))
+    assert len(load_questions("gqa", folder, "testdev_all")) == len(content) - 2
+
+
+def test_mmmus_test_split_has_no_answers_and_its_other_names_are_open(copy):
+    folder = copy("mmmu")
+    for file in folder.rglob("validation*"):
+        text = re.sub('"answer": ("[^"]*"|\\[.*?\\])', '"answer": "?"', file.read_text())
+        text = text.replace('"question_type": "open"', '"question_type": "short-answer"')
+        file.with_name(file.name.replace("validation", "test")).write_text(text)
+    told, asked = load_questions("mmmu", folder), load_questions("mmmu", folder, "test")
+    assert [question["answer"] for question in asked] == [None] * len(told)
+    assert [question["prompt"] for question in asked] == [question["prompt"] for question in told]
+
+
+def test_a_file_of_json_lines_may_have_one_line(copy):
+    folder = copy("mmmu")
+    shutil.rmtree(folder / "Art_Theory")
+    row = json.loads((folder / "Math/validation.jsonl").read_text().splitlines()[0])
+    row["image_1"] = {"bytes": "eA==", "path": None}
+    (folder / "Math/validation.jsonl").write_text(json.dumps(row))
+    question, = load_questions("mmmu", folder)
+    assert question["id"] == row["id"]
+
+
+def test_mme_says_which_categories_its_sums_lack(copy, capsys):
+    """In the folder that the zip makes, too, and with what macOS leaves."""
+    folder = copy("mme")
+    for name in mme.PERCEPTION + mme.COGNITION[1:]:
+        (folder / name).mkdir(exist_ok=True)
+    inner = folder.parent / "other/MME_Benchmark"
+    shutil.copytree(folder, inner)
+    (inner.parent / "eval_tool").mkdir()
+    text = next((inner / "color").rglob("*.txt"))
+    (text.with_name(f"._{text.name}")).write_bytes(b"\xff\xfe")
+    text.write_text(text.read_text().replace("Yes", "yes"))
+    found = load_questions("mme", inner.parent)
+    said = "MME_Benchmark: the sums lack 1 of MME's 14 categories: commonsense_reasoning"
+    assert said in capsys.readouterr().out
+    assert [question["id"] for question in found] == [q["id"] for q in load_questions("mme", folder)]
 
 
 def test_mmbench_needs_one_table(root, copy):
@@ -563,6 +629,16 @@ def test_pope_in_llavas_folder_and_its_aokvqa_and_gqa(root, tmp_path):
         questions = load_questions("pope", folder, split)
         assert [q["answer"] for q in questions] == [q["answer"] for q in expected]
         assert questions[0]["image"].parent.name == "val2014"
+
+
+def test_pope_as_its_repository_has_it_finds_the_folder_with_its_pictures(root, tmp_path):
+    """Whatever images/ lies beside it."""
+    (tmp_path / "POPE/output/coco").mkdir(parents=True)
+    shutil.copy(root / "POPE/toy_pope_random.json", tmp_path / "POPE/output/coco/coco_pope_random.json")
+    shutil.copytree(root / "POPE/images", tmp_path / "val2014")
+    (tmp_path / "images").mkdir()
+    assert {question["image"].parent for question in load_questions("pope", tmp_path / "POPE")} == {
+        tmp_path / "val2014"}
 
 
 def test_mme_has_another_layout_two_spaces_and_pictures_with_other_endings(tmp_path):

@@ -95,8 +95,8 @@ def test_the_prompt_comes_with_its_loss_or_when_asked_for(given, prompt):
 
 @pytest.fixture(scope="module")
 def tuned(align):
-    """(the align with options of a short instruct run, a finished one whose LLM has a mark of 7.0 in its
-    norm)."""
+    """(the folder of `world` with options of a short instruct run, a finished one whose LLM has a mark of 7.0
+    in its norm)."""
     folder, options = align
     options = ["--stage", "instruct", *options[2:], "--steps", "2"]
     trained(align, "--out", "runs/tiny/align", "--steps", "2")

@@ -223,7 +223,7 @@ def test_bad_records_are_told_before_the_first_step(bad, message):
 
 
 def told_of_missing(rank, ranks, folder):
-    records = [record("<image>\nq", "a", image=f"{number}.png") for number in (5, 1, 3, 4)]
+    records = [record("<image>\nq", "a", image=f"{number}.png") for number in (5, 1, 3, 4, 1)]
     samples = data.Conversations([TEXT, *records], folder, llama2(False), "v1", TOWER, "pad")
     return refusal(order.token_counts, Config(), samples, vlm_of())
 
@@ -231,7 +231,7 @@ def told_of_missing(rank, ranks, folder):
 def test_missing_pictures_are_counted_before_the_first_step(ranks, tmp_path):
     """On all ranks: else a run ends where it meets the first, and once more whenever it is resumed."""
     Image.new("RGB", (4, 4)).save(tmp_path / "4.jpg")  # of another suffix: it is found
-    said = f"{tmp_path}: 3 pictures are missing, such as 1.png; `python -m running.check` lists all, and "
+    said = f"{tmp_path}: 3 pictures are missing, such as 1.png; `python -m running.check` finds all, and "
     assert all(text.startswith(said) for text in ranks(2, told_of_missing, tmp_path))
     for number in (1, 3, 5):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,9 +50,11 @@ def test_an_error_of_one_rank_comes_first_and_ends_all(world, tmp_path):
     assert re.search(f"train.py: rank [01]: record '{bad['id']}': .*not a readable image", said[0])
 
 
-@pytest.mark.parametrize("told, taken", [("lo", "lo"), ("l", None), ("^lo", None), ("=lo", None)])
-def test_gloo_takes_nccls_network_if_it_is_one_by_its_whole_name(monkeypatch, told, taken):
-    """NCCL's may be a prefix, or a list of these."""
+@pytest.mark.parametrize("told, is_name", [
+    ("{}", True), ("{}x", False), ("^{}", False), ("={}", False), ("{0},{0}", False)])
+def test_gloo_takes_nccls_network_if_it_is_one_by_its_whole_name(monkeypatch, told, is_name):
+    """NCCL's may be a prefix, what is left out, or a list of these."""
+    told = told.format(socket.if_nameindex()[0][1])
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", told)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # which monkeypatch removes afterwards
@@ -59,13 +62,27 @@ def test_gloo_takes_nccls_network_if_it_is_one_by_its_whole_name(monkeypatch, to
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter(()))
     with pytest.raises(StopIteration):
         processes.start_ranks()
-    assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == (told if is_name else None)
 
 
-def test_what_runs_alone_is_no_rank(monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    code = "import os, sys; sys.exit(40 + ('RANK' in os.environ))"
-    assert processes.run_alone([sys.executable, "-c", code]) == 40
+def run_alone(rank, world, meeting):
+    """Whether the program is a rank or runs beside ranks that are left, by rank 0; the status."""
+    seen = []
+
+    def run(command_line, env):
+        seen.append(("RANK" in env, torch.distributed.is_initialized()))
+        return subprocess.CompletedProcess(command_line, 7)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", str(rank))
+        patch.setattr(processes.subprocess, "run", run)
+        status = processes.run_alone(["eval.py"])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    return seen, status
+
+
+def test_what_runs_alone_is_no_rank_and_keeps_none_waiting(ranks, tmp_path):
+    assert ranks(2, run_alone, tmp_path / "again") == 2 * [([(False, False)], 7)]
 
 
 # ---- signals -----------------------------------------------------------------------------------------------
