@@ -31,7 +31,9 @@ from plumbing.pictures import MAX_PIXELS, find_image, load_image
 from plumbing.tokenizer import bos_ids, special_names
 
 IMAGE = "<image>"  # the marker in conversations
-IMAGE_MARKER = -200  # the same among ids: one for an image, until collate knows how many tokens it takes
+# The same among ids: one for an image, until collate knows how many tokens it takes. It is LLaVA's number,
+# and no row of the embedding table, so no vocabulary has to grow.
+IMAGE_MARKER = -200
 IGNORE = -100  # the label of a token without loss
 CONTEXT, ANSWER, END = "context", "answer", "end"  # roles of text: given; to be said; to stop with
 
@@ -212,9 +214,7 @@ def chat(tokenizer) -> Form:
     is_same_start = opening == short[0] == long[0]
     if not is_same_start or not (before.startswith(to_answer) or to_answer.startswith(before)):
         raise ValueError("the tokenizer's chat template rewrites earlier turns: no boundary for labels")
-    lead = ""  # `to_answer` may have empty thoughts that an answer does not have
-    if before.startswith(to_answer):
-        lead = before.removeprefix(to_answer)
+    lead = before[len(to_answer) :]  # "", too, if `to_answer` has empty thoughts that an answer lacks
     end = re.match(rf"\s*({special_names(tokenizer)})", behind)
     if end is None:
         raise ValueError("the tokenizer's chat template does not end an answer with a special token")
@@ -246,10 +246,11 @@ def image_and_caption(turns) -> list:
 
 
 def form_of(name: str, tokenizer, prompt: str = "") -> Form:
-    """The form of a template for this tokenizer; `prompt` is for "plain"."""
-    if name == "plain":
-        return plain(tokenizer, prompt)
-    return TEMPLATES[name](tokenizer)
+    """The form of a template for this tokenizer; `prompt` is for "plain". An error names the tokenizer."""
+    with named(f"{tokenizer.name_or_path}: template {name}"):
+        if name == "plain":
+            return plain(tokenizer, prompt)
+        return TEMPLATES[name](tokenizer)
 
 
 def to_pieces(turns, form: Form, tokenizer, has_image: bool) -> list:
@@ -527,10 +528,8 @@ def key_of(value) -> int:
 
 def to_device(batch: dict, device) -> dict:
     """The batch with its tensors on the device."""
-    moved = {}
-    for key, value in batch.items():
-        moved[key] = value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-    return moved
+    moved = {key: x.to(device, non_blocking=True) for key, x in batch.items() if torch.is_tensor(x)}
+    return batch | moved
 
 
 def marked_text(sample, tokenizer) -> str:

@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,12 +99,6 @@ def to_batch(vlm, tokenizer, samples, room: int) -> dict:
     return data.to_device(batch, vlm.llm.head_weight.device)
 
 
-def form_of(template: str, tokenizer):
-    """data.form_of, with errors that name the tokenizer."""
-    with named(f"{tokenizer.name_or_path}: template {template}"):
-        return data.form_of(template, tokenizer)
-
-
 @torch.no_grad()
 def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batch: int = 64, file=None,
         **how) -> list:
@@ -111,7 +106,7 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
 
     They are greedy, or sampled with `temperature` and `top_p`. `file`: see `in_batches`.
     """
-    form = form_of(template, tokenizer)
+    form = data.form_of(template, tokenizer)
     # A run learns to end with the form's token, whatever end token the LLM's config names.
     end_tokens = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(form.end)]
     room = vlm.llm.config.max_position_embeddings - max_new_tokens  # the answer needs positions, too
@@ -129,7 +124,7 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
 @torch.no_grad()
 def ask_likeliest(vlm, tokenizer, questions, template: str, batch: int = 16, file=None) -> list:
     """Of each question's "options" the one that is the likeliest answer: see benchmarks/likelihood.py."""
-    form = form_of(template, tokenizer)
+    form = data.form_of(template, tokenizer)
     room = vlm.llm.config.max_position_embeddings
 
     def answer(rows):
@@ -275,7 +270,7 @@ def answer_bench(vlm, tokenizer, template, name, folder, split=None, limit=None,
     bench = BENCHES[name]
     questions = []
     on_every_rank(lambda: questions.extend(load_questions(name, folder, split, limit)))
-    form = form_of(template, tokenizer)
+    form = data.form_of(template, tokenizer)
     parts = fingerprint(vlm), tokenizer.backend_tokenizer.to_str(), form[:5]
     model = data.key_of(parts)  # answers are kept for this one alone
     questions = [question | {"model": model} for question in questions]
@@ -305,9 +300,7 @@ def run_bench(name: str, ckpt, run: tuple, folder, args) -> dict:
     result = {"ckpt": str(ckpt), "bench": name, "split": split, "template": template}
     result |= {"step": config.get("step")} | scores
 
-    def write():
-        write_predictions(file, result, questions, answers, choices)
-
+    write = partial(write_predictions, file, result, questions, answers, choices)
     on_every_rank(write)  # before anything that may fail
     is_scored = "accuracy" in result  # otherwise a server or a judge does it
     by = args.score if is_scored and closed(questions, args.score) else None

@@ -6,8 +6,9 @@
 
 A Llama decoder (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288). GPT-2 has LayerNorm, learned
 positions, a plain MLP and biases. Llama has RMSNorm, rotary positions (RoPE), a gated MLP (SwiGLU) and no
-biases. Later ones have fewer key-value heads than query heads (grouped-query attention, GQA). Vicuna, SmolLM2
-and Mistral are Llamas of other sizes. FAMILIES has what Qwen changes, `rope_frequencies` what Llama 3 does.
+biases. RMSNorm divides by the root mean square, and subtracts no mean. Later ones have fewer key-value heads
+than query heads (grouped-query attention, GQA). Vicuna, SmolLM2 and Mistral are Llamas of other sizes.
+FAMILIES has what Qwen changes, `rope_frequencies` what Llama 3 does.
 
 A vision-language model feeds it *embeddings*, because image tokens have no id. So everything below works on
 embeddings, and `embed` is the only place where an id becomes a vector.
@@ -76,18 +77,6 @@ class LLMConfig:
         rope_frequencies(self, "cpu")  # with incomplete `rope_parameters`, fail now and not in the first step
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, over the last axis. PyTorch computes it in fp32."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 # RoPE (Su et al. 2021, arXiv 2104.09864) turns queries and keys by angles that grow with their position. So
 # the product of a query and a key depends only on their distance. Pairs of dimensions differ in speed.
 
@@ -146,38 +135,24 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
-def causal(start: int, S: int, device):
-    """Queries start .. start + S - 1 see themselves and what stands before them: (S, start + S) boolean."""
-    query = torch.arange(start, start + S, device=device)[:, None]  # (S, 1)
-    key = torch.arange(start + S, device=device)  # (start + S,)
-    return key <= query  # (S, start + S)
-
-
-def with_padding(visible, mask):
-    """Hide padding: `visible` (S, keys), `mask` (B, keys) False at padding -> (B, 1, S, keys).
-
-    Every position still sees itself, padding included: over no key at all, some kernels of attention give
-    NaN, others 0.
-    """
-    S, keys = visible.shape
-    start = keys - S
-    itself = visible.triu(start)  # (S, keys), True only at key start + i of query i
-    return (visible & (mask[:, None] | itself))[:, None]  # (B, 1, S, keys)
-
-
 def visible_positions(mask, start: int, S: int, device):
     """(mask, is_causal) of scaled_dot_product_attention, for S queries behind `start` cached positions.
 
-    A mask of None is faster. With padding a mask is needed. Without, a single query sees everything before
-    it, a whole sequence is plainly causal, and only several queries behind a cache need a mask.
+    A query sees itself and what stands before it, but no padding, where `mask` (B, keys) is False. Padding
+    still sees itself: over no key at all, some kernels of attention give NaN, others 0. A mask of None is
+    faster: a single query sees everything before it, and a whole sequence is plainly causal.
     """
-    if mask is not None:
-        return with_padding(causal(start, S, device), mask), False
-    if S == 1:
+    if mask is None and S == 1:
         return None, False
-    if start == 0:
+    if mask is None and start == 0:
         return None, True
-    return causal(start, S, device), False
+    query = torch.arange(start, start + S, device=device)[:, None]  # (S, 1)
+    key = torch.arange(start + S, device=device)  # (keys,)
+    visible = key <= query  # (S, keys)
+    if mask is not None:
+        visible = (visible & mask[:, None]) | (key == query)  # (B, S, keys)
+        visible = visible[:, None]  # (B, 1, S, keys)
+    return visible, False
 
 
 class Attention(nn.Module):
@@ -195,11 +170,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, key_width, family.has_bias)
         self.v_proj = nn.Linear(C, key_width, family.has_bias)
         self.o_proj = nn.Linear(query_width, C, bias=False)
-        self.q_norm = nn.Identity()
-        self.k_norm = nn.Identity()
-        if family.has_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        norm = nn.RMSNorm if family.has_norm else nn.Identity
+        self.q_norm = norm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, visible=None, is_causal=True, cache=None):
         B, S, C = x.shape
@@ -243,9 +216,9 @@ class Block(nn.Module):
 
     def __init__(self, config: LLMConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, visible=None, is_causal=True, cache=None, at=None):
@@ -262,7 +235,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class LLM(nn.Module):

@@ -30,9 +30,6 @@ from plumbing.tokenizer import tokenizer_folder
 from plumbing.weights import load_strictly, write_weights
 from vit import ViT
 
-# The placeholder's id is LLaVA's number. It is no row of the embedding table, so no vocabulary has to grow.
-IMAGE_TOKEN_ID = IMAGE_MARKER
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Projectors: (B, P, D) -> (B, N, C)
@@ -125,7 +122,7 @@ class VLM(nn.Module):
         self.projector = build_projector(
             projector_kind, vit.num_patches, vit.config.hidden_size, llm.config.hidden_size)
         self.sources = sources or {}
-        self.image_token_id = IMAGE_TOKEN_ID
+        self.image_token_id = IMAGE_MARKER
         self.template = None  # the name of the template that the model was tuned with
 
     @property
@@ -205,7 +202,7 @@ class VLM(nn.Module):
             vlm = cls.from_towers(
                 found["vit"], found["llm"], found["projector"], found["feature_layer"], dtype, device)
             vlm.load_projector(folder, dtype, device)
-        vlm.image_token_id = found.get("image_token_id", IMAGE_TOKEN_ID)
+        vlm.image_token_id = found.get("image_token_id", IMAGE_MARKER)
         vlm.template = found["template"]
         return vlm.requires_grad_(False).eval()
 

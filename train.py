@@ -37,7 +37,6 @@ from torch.optim.adamw import adamw
 
 import data
 import losses
-from llm import load_llm_config
 from plumbing.files import ROOT
 from plumbing.ranks import (agree, all_gather, caught_signals, choose_dtype, command, peak_memory, rank,
                             reduce_scatter, run_alone, say, start_ranks, sum_over_ranks, total_memory,
@@ -46,7 +45,6 @@ from projector import VLM
 from running import checkpoint, costs, directory, features, held_out, loading, options, order, plan
 from running.options import Config
 from running.watch import Watch, bars, draw_curves, figures, log, naming, origin, shown
-from vit import load_vit_config
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Data parallelism, mixed precision and AdamW
@@ -161,22 +159,14 @@ def cut_out(parts: list, start: int, stop: int):
 
 def fill_buckets(parameters, bucket_size: int, shard: bool) -> list:
     """Buckets of about `bucket_size` numbers, each of one dtype, and either of matrices or of vectors."""
-    groups = {}
+    groups = {}  # (dtype, whether of matrices) -> the members of each of its buckets
     for p in reversed(list(parameters)):  # backward meets the last layers first
-        groups.setdefault((p.dtype, p.ndim > 1), []).append(p)
-    buckets = []
-    for group in groups.values():
-        members = []
-        size = 0
-        for p in group:
-            if members and size + p.numel() > bucket_size:
-                buckets.append(Bucket(members, shard))
-                members = []
-                size = 0
-            members.append(p)
-            size += p.numel()
-        buckets.append(Bucket(members, shard))
-    return buckets
+        members = groups.setdefault((p.dtype, p.ndim > 1), [[]])
+        size = sum(q.numel() for q in members[-1])
+        if size and size + p.numel() > bucket_size:
+            members.append([])
+        members[-1].append(p)
+    return [Bucket(part, shard) for members in groups.values() for part in members]
 
 
 class DataParallelAdamW:
@@ -390,11 +380,10 @@ def recomputed(forward, learns: bool, x, *rest):
 
 def checkpoint_blocks(blocks, which: str):
     """Recompute "every" block, "every-other" (half the extra time, half the saving), or "none"."""
-    every = {"none": 0, "every": 1, "every-other": 2}[which]
-    for number, block in enumerate(blocks):
-        if every and number % every == 0:
-            learns = any(p.requires_grad for p in block.parameters())
-            block.forward = partial(recomputed, block.forward, learns)
+    chosen = {"none": [], "every": blocks, "every-other": blocks[::2]}[which]
+    for block in chosen:
+        learns = any(p.requires_grad for p in block.parameters())
+        block.forward = partial(recomputed, block.forward, learns)
 
 
 def compile_blocks(blocks):
@@ -419,11 +408,6 @@ def choose_learning(config, vlm) -> VLM:
     vlm.projector.requires_grad_(True)
     vlm.llm.requires_grad_(config.stage == "instruct")
     return vlm
-
-
-def outline(config) -> VLM:
-    """The model of this run without weights, on the meta device: for the plan, before anything is loaded."""
-    return costs.outline(config, (load_vit_config(config.vit), load_llm_config(config.llm)))
 
 
 def load_model(config, device, dtype) -> VLM:
@@ -572,7 +556,7 @@ def train_stage(config: Config, device):
         torch.cuda.reset_peak_memory_stats(device)
 
     # What there is to do
-    outlined = outline(config)
+    outlined = costs.outline(config, {})  # of the towers in their folders
     samples = order.load_samples(config, outlined)
     agree({"records": len(samples)})
     held = held_out.load(config, samples, outlined)
@@ -688,8 +672,7 @@ def run_all(given: dict, device):
     command_line = [sys.executable, ROOT / "eval.py", "--bench", "scienceqa", "--ckpt"]
     command_line += [run for run in runs if run.is_dir()]
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # eval.py needs the memory
+    torch.cuda.empty_cache()  # eval.py needs the memory
     sys.exit(run_alone(command_line))
 
 

@@ -46,7 +46,7 @@ from lab import parser_of, score, tables, toy_world
 from lab.report import report
 from plumbing.files import read_json, resolve_model, write_json
 from plumbing.ranks import choose_dtype, command, start_ranks
-from running import features, options as run_options, order
+from running import costs, features, options as run_options, order
 from running.records import read_records
 from vit import ViT
 
@@ -312,7 +312,7 @@ def keep_features(setting: Setting):
     dtype = choose_dtype(device, config.dtype)
     with open(setting.out / "runs.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         vit = ViT.from_pretrained(config.vit, config.feature_layer, dtype, device)
-        features.load(config, order.load_samples(config, train.outline(config)), vit, device)
+        features.load(config, order.load_samples(config, costs.outline(config, {})), vit, device)
 
 
 def contrast_run(setting: Setting, options: dict, device) -> Path:

@@ -42,7 +42,7 @@ def load_problems(folder, split: str) -> list:
 def ask_likeliest(vlm, tokenizer, questions: list, template: str, batch: int = 16) -> list:
     """What eval.ask_likeliest answers, in a third of the time: picture and question are read once, not with
     each of the choices. What a layer has made of them waits in the key-value cache."""
-    form = evaluation.form_of(template, tokenizer)
+    form = data.form_of(template, tokenizer)
     room = vlm.llm.config.max_position_embeddings
 
     def answer(rows):

@@ -39,17 +39,17 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  #
 USED = 0.4  # of the peak, in a plan
 
 
-def shapes_of(config) -> tuple:
-    """(ViTConfig, LLMConfig) of the towers: from the table, or from their folders."""
-    vit = SHAPES.get(config.vit) or load_vit_config(config.vit)
-    llm = SHAPES.get(config.llm) or load_llm_config(config.llm)
+def shapes_of(config, known=SHAPES) -> tuple:
+    """(ViTConfig, LLMConfig) of the towers: those that are known, or of their folders."""
+    vit = known.get(config.vit) or load_vit_config(config.vit)
+    llm = known.get(config.llm) or load_llm_config(config.llm)
     return vit, llm
 
 
-def outline(config, shapes=None) -> VLM:
+def outline(config, known=SHAPES) -> VLM:
     """The model of this run without weights, on the meta device; what will learn asks for a gradient.
-    `shapes`: (ViTConfig, LLMConfig) of its towers, if they are not those of `shapes_of`."""
-    vit_config, llm_config = shapes or shapes_of(config)
+    `known`: see `shapes_of`."""
+    vit_config, llm_config = shapes_of(config, known)
     with named("the model"), torch.device("meta"):
         vit = ViT(vit_config, config.feature_layer)
         vlm = VLM(vit, LLM(llm_config), config.projector)

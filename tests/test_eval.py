@@ -374,7 +374,7 @@ def test_an_export_is_asked_as_the_run_that_it_came_from(run, tmp_path, tuned_wi
     for question in questions:
         turns = [("human", question["prompt"]), ("gpt", "Red"), ("human", "And now?")]
         has_image = question["prompt"].startswith("<image>")
-        first, second = (data.encode(turns, evaluation.form_of(tuned_with, each), each, has_image)
+        first, second = (data.encode(turns, data.form_of(tuned_with, each), each, has_image)
                          for each in (tokenizer, its_tokenizer))
         assert first == second
 

@@ -20,7 +20,7 @@ from test_ids import CAPTIONS, RECORDS
 
 import data
 import train
-from running import options, order
+from running import costs, options, order
 from running.options import Config, configure, parse_args
 from running.records import Records
 
@@ -303,7 +303,7 @@ def things_of(world, *options):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world[0])
         config = configure("align", parse_args(argv))
-        vlm = train.outline(config)
+        vlm = costs.outline(config, {})
         return config, order.load_samples(config, vlm), vlm
 
 
@@ -314,7 +314,7 @@ def test_own_words_stand_behind_the_image_and_the_caption(world, monkeypatch):
     seen = {}
     for contrastive in ("prompt", "none"):
         config = options.configure("align", options.parse_args([*map(str, world[1]), *words, contrastive]))
-        samples = order.load_samples(config, train.outline(config))
+        samples = order.load_samples(config, costs.outline(config, {}))
         caption = samples.records[0]["conversations"][1]["value"]
         seen[contrastive] = sample = samples[0]
         text = samples.tokenizer.decode([i for i in sample["ids"] if i != data.IMAGE_MARKER])

@@ -12,11 +12,12 @@ from PIL import Image
 from torch import nn
 
 import data
+from data import IMAGE_MARKER
 from lab import toy_world
 from plumbing import clip, llama, llava
 from plumbing.llava import PROJECTOR, their_name, why_not_exported
-from projector import IMAGE_TOKEN_ID, VLM, build_projector
 from plumbing.tokenizer import load_tokenizer
+from projector import VLM, build_projector
 from vit import ViT
 
 
@@ -27,7 +28,7 @@ def vlm(clip_folder, llama_folder):
 
 def row(before, images, after, length=60):
     """Ids: so many of text, 16 placeholders for each image, so many of text, padding up to `length`."""
-    ids = [1] * before + [IMAGE_TOKEN_ID] * 16 * images + [5] * after
+    ids = [1] * before + [IMAGE_MARKER] * 16 * images + [5] * after
     return ids + [0] * (length - len(ids))
 
 
@@ -91,7 +92,7 @@ def test_fewer_tokens_than_patches(clip_folder, llama_folder, tmp_path, kind):
     """The model says how many placeholders an image takes, and a run directory brings the projector back."""
     vlm = VLM.from_towers(clip_folder, llama_folder, kind).eval()
     assert vlm.num_image_tokens == 4 and vlm.vit.num_patches == 16
-    ids, pixels = torch.tensor([[1] + [IMAGE_TOKEN_ID] * 4 + [5, 6]]), torch.randn(1, 3, 32, 32)
+    ids, pixels = torch.tensor([[1] + [IMAGE_MARKER] * 4 + [5, 6]]), torch.randn(1, 3, 32, 32)
     logits = vlm(ids, pixels)
     vlm.save(tmp_path / "run", {}, with_llm=False)
     assert torch.equal(VLM.from_pretrained(tmp_path / "run")(ids, pixels), logits)
@@ -107,7 +108,7 @@ def test_splice_equals_a_plain_loop(vlm):
     expected, image = vlm.llm.embed(ids.clamp(min=0)).clone(), 0
     for b in range(4):
         for s in range(60):
-            if ids[b, s] == IMAGE_TOKEN_ID:
+            if ids[b, s] == IMAGE_MARKER:
                 expected[b, s] = patches[image // 16, image % 16]
                 image += 1
     spliced = vlm.splice(ids, patches)
@@ -125,7 +126,7 @@ def test_splice_with_known_places_equals_splice(vlm):
     """Of two images, and of a batch of text."""
     two, text = torch.tensor([row(2, 1, 3), row(5, 0, 9), row(1, 1, 1)]), torch.tensor([row(5, 0, 9)])
     for ids, patches in ((two, torch.randn(2, 16, 32)), (text, torch.randn(1, 16, 32))):
-        image_at = (ids == IMAGE_TOKEN_ID).flatten().nonzero()[:, 0]
+        image_at = (ids == IMAGE_MARKER).flatten().nonzero()[:, 0]
         assert torch.equal(vlm.splice(ids, patches, image_at), vlm.splice(ids, patches)), (
             "with `image_at` given it is another answer than with the places found")
 
@@ -137,7 +138,7 @@ def test_splice_refuses_wrong_counts(vlm):
     said = refusal(vlm.splice, ids, torch.randn(2, 16, 32))
     assert "16, 15" in said, "a row with a part of an image is not refused"
     ids = torch.tensor([row(2, 1, 3), row(2, 1, 3)])
-    for image_at in (None, (ids == IMAGE_TOKEN_ID).flatten().nonzero()[:, 0]):
+    for image_at in (None, (ids == IMAGE_MARKER).flatten().nonzero()[:, 0]):
         said = refusal(vlm.splice, ids, torch.randn(3, 16, 32), image_at)
         assert "32 placeholders; 3 images of 16 tokens" in said, "images without placeholders are not refused"
     said = refusal(vlm.splice, torch.tensor([row(2, 0, 3)]), torch.randn(2, 16, 32))
@@ -320,12 +321,12 @@ def exported(request, clip_folder, tmp_path_factory):
     return vlm, theirs.eval(), folder / "out"
 
 
-WITH_IMAGE = torch.tensor([[1] + [IMAGE_TOKEN_ID] * 16 + [5, 6, 7]])
+WITH_IMAGE = torch.tensor([[1] + [IMAGE_MARKER] * 16 + [5, 6, 7]])
 
 
 def in_their_ids(ids, theirs):
     """Their placeholder is a token of the vocabulary."""
-    return ids.masked_fill(ids == IMAGE_TOKEN_ID, theirs.config.image_token_index)
+    return ids.masked_fill(ids == IMAGE_MARKER, theirs.config.image_token_index)
 
 
 def test_the_exported_placeholder_is_a_token_of_its_own_behind_the_vocabulary(exported):

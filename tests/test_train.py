@@ -32,7 +32,7 @@ import train
 from lab import toy_world
 from llm import LLM
 from plumbing.tokenizer import load_tokenizer
-from projector import IMAGE_TOKEN_ID, VLM
+from projector import VLM
 from running import checkpoint, options, order, watch
 from running.options import Config
 from train import DataParallelAdamW
@@ -659,7 +659,7 @@ def conversation_samples(tokenizer, template, text_only=()):
 
 
 def collated(samples):
-    return data.collate(samples, 16, IMAGE_TOKEN_ID, 0, 32)
+    return data.collate(samples, 16, data.IMAGE_MARKER, 0, 32)
 
 
 class Recorder(DataParallelAdamW):
