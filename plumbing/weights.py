@@ -142,7 +142,7 @@ def read_shard(path: Path, wanted=bool):
 
 
 def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32, device="cpu", our_name=str):
-    """Set every parameter of `module` (built on the meta device) from (their name, tensor) pairs; return it.
+    """Set every parameter of `module` (built on the meta device) from (their name, tensor) pairs.
 
     `our_name` gives our name of a tensor, or "" to leave it out. ValueError for a tensor without a parameter,
     a parameter without a tensor, a shape that differs, and two different tensors of one name: a head that
@@ -173,7 +173,6 @@ def load_strictly(module: nn.Module, tensors, source, dtype=torch.float32, devic
         del missing[name]
     if missing:
         raise ValueError(f"{source}: {len(missing)} tensors missing, the first is {next(iter(missing))!r}")
-    return module
 
 
 def write_weights(tensors: dict, folder, config: dict | None = None, file: str = "model.safetensors"):
