@@ -6,8 +6,8 @@
 
 A Llama decoder (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288). GPT-2 has LayerNorm, learned
 positions, a plain MLP and biases. Llama has RMSNorm, rotary positions (RoPE), a gated MLP (SwiGLU) and no
-biases. RMSNorm divides by the root mean square, and subtracts no mean. Later Llamas have fewer key-value heads
-than query heads (grouped-query attention, GQA). Vicuna, SmolLM2 and Mistral are Llamas of other sizes.
+biases. RMSNorm divides by the root mean square, and subtracts no mean. Later Llamas have fewer key-value
+heads than query heads (grouped-query attention, GQA). Vicuna, SmolLM2 and Mistral are Llamas of other sizes.
 FAMILIES has what Qwen changes, `rope_frequencies` what Llama 3 does.
 
 A vision-language model feeds it *embeddings*, because image tokens have no id. So everything below works on
