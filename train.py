@@ -556,7 +556,7 @@ def train_stage(config: Config, device):
         torch.cuda.reset_peak_memory_stats(device)
 
     # What there is to do
-    outlined = costs.outline(config, {})  # of the towers in their folders
+    outlined = costs.outline(config, by_name=False)  # of the towers in their folders
     samples = order.load_samples(config, outlined)
     agree({"records": len(samples)})
     held = held_out.load(config, samples, outlined)

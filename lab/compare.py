@@ -312,7 +312,7 @@ def keep_features(setting: Setting):
     dtype = choose_dtype(device, config.dtype)
     with open(setting.out / "runs.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         vit = ViT.from_pretrained(config.vit, config.feature_layer, dtype, device)
-        features.load(config, order.load_samples(config, costs.outline(config, {})), vit, device)
+        features.load(config, order.load_samples(config, costs.outline(config, by_name=False)), vit, device)
 
 
 def contrast_run(setting: Setting, options: dict, device) -> Path:

@@ -39,17 +39,18 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  #
 USED = 0.4  # of the peak, in a plan
 
 
-def shapes_of(config, known=SHAPES) -> tuple:
-    """(ViTConfig, LLMConfig) of the towers: those that are known, or of their folders."""
+def shapes_of(config, by_name: bool = True) -> tuple:
+    """(ViTConfig, LLMConfig) of the towers: from the table by their names, or from their folders."""
+    known = SHAPES if by_name else {}
     vit = known.get(config.vit) or load_vit_config(config.vit)
     llm = known.get(config.llm) or load_llm_config(config.llm)
     return vit, llm
 
 
-def outline(config, known=SHAPES) -> VLM:
+def outline(config, by_name: bool = True) -> VLM:
     """The model of this run without weights, on the meta device; what will learn asks for a gradient.
-    `known`: see `shapes_of`."""
-    vit_config, llm_config = shapes_of(config, known)
+    `by_name`: see `shapes_of`."""
+    vit_config, llm_config = shapes_of(config, by_name)
     with named("the model"), torch.device("meta"):
         vit = ViT(vit_config, config.feature_layer)
         vlm = VLM(vit, LLM(llm_config), config.projector)

@@ -303,7 +303,7 @@ def things_of(world, *options):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world[0])
         config = configure("align", parse_args(argv))
-        vlm = costs.outline(config, {})
+        vlm = costs.outline(config, by_name=False)
         return config, order.load_samples(config, vlm), vlm
 
 
@@ -314,7 +314,7 @@ def test_own_words_stand_behind_the_image_and_the_caption(world, monkeypatch):
     seen = {}
     for contrastive in ("prompt", "none"):
         config = options.configure("align", options.parse_args([*map(str, world[1]), *words, contrastive]))
-        samples = order.load_samples(config, costs.outline(config, {}))
+        samples = order.load_samples(config, costs.outline(config, by_name=False))
         caption = samples.records[0]["conversations"][1]["value"]
         seen[contrastive] = sample = samples[0]
         text = samples.tokenizer.decode([i for i in sample["ids"] if i != data.IMAGE_MARKER])

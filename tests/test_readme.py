@@ -152,10 +152,10 @@ def test_the_commands_that_are_run_as_they_stand_are_four():
 def test_the_plan_in_the_readme_is_what_a_run_prints(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = options.configure("align", {"preset": "tiny"})
-    plan.print_plan(config, costs.outline(config, {}), torch.float32, 750, (64, 45), 1, 23.5)
+    plan.print_plan(config, costs.outline(config, by_name=False), torch.float32, 750, (64, 45), 1, 23.5)
     printed = [line for line in capsys.readouterr().out.split("\n") if line]
     assert f"    {printed[0]}\n" in README
-    vocabulary = costs.outline(config, {}).llm.config.vocab_size
+    vocabulary = costs.outline(config, by_name=False).llm.config.vocab_size
     assert f"(uniform {math.log(vocabulary):.2f})" in RUNNING
 
 
