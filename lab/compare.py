@@ -1,7 +1,7 @@
 """Compares the losses: the papers' claims in miniature. Every recipe x part of the instruction data x seed.
 
     python -m lab.compare --size claims --jobs 2          # the toy world, 10 seeds: hours on 2 cores
-    python -m lab.compare --quick                         # 2 seeds, short runs, no tuning: 3 minutes
+    python -m lab.compare --quick --jobs 2                # 2 seeds, short runs, no tuning: 3 minutes
     python -m lab.compare --size full                     # every recipe, 240 align steps: days
     python -m lab.compare --size emoji --world data/emoji # real towers, real pictures: lab/emoji_world.py
     python -m lab.compare --recipes none first --seeds 3 --fractions 0.1   # a part; a later call adds to it

@@ -12,7 +12,7 @@ def open_tokenizer(folder, **how):
     """transformers' tokenizer of a folder, which splits texts as its tokenizer.json says.
 
     AutoTokenizer 5 drops the file's normalizer and pre-tokenizer for classes with an `__init__` of their own.
-    SmolLM2's digits are then not split, and DeepSeek's spaces are lost (transformers issues 45812, 48206).
+    SmolLM2's digits are then not split, DeepSeek's spaces are lost (transformers issues 45812, 45920, 48206).
     Only Llama 2's it makes better than the file: without SentencePiece's space behind a special token.
     """
     from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast  # late: it takes seconds

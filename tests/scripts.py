@@ -110,6 +110,7 @@ def wait_for_checkpoint(folder):
     """Until there are at least two, so that the next one removes the oldest while we kill."""
     deadline = time.time() + 120
     while len(list(folder.glob("checkpoint-???????"))) < 2:
+        assert not (folder / "config.json").exists(), f"{folder} was finished too soon to be killed"
         assert time.time() < deadline, f"no checkpoints in {folder}"
         time.sleep(0.005)
 

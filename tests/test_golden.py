@@ -137,9 +137,9 @@ def run_rank(rank, world, *way):
 
 
 def compared(name, line) -> dict:
-    """Those of a log line's keys that are kept and compared. The norms are none of the losses' business. The
-    prompted loss and captioning go through the LLM in one sweep, unmeasured, unless a ratio is to be held."""
-    left_out = {"projected_norm", "word_norm"}
+    """Those of a log line's keys that are kept and compared. The prompted loss and captioning go through the
+    LLM in one sweep, unmeasured, unless a ratio is to be held."""
+    left_out = set()
     contrastive = OPTIONS[name].get("contrastive")
     if contrastive in ("prompt", "both") and "contrastive_balance" not in OPTIONS[name]:
         left_out |= {"prompt_grad", "prompt_ratio", "prompt_cosine"}

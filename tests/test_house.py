@@ -1,4 +1,4 @@
-"""The house: a file imports only what stands below it, or its own folder. Nothing is imported in a circle."""
+"""The house: a file imports only what stands below it, or its own folder. So no floor imports in a circle."""
 
 import ast
 from pathlib import Path

@@ -33,7 +33,7 @@ PROMPT = "Describe the picture."
 
 
 def ids_and_roles(record, tokenizer, template, prompt="") -> tuple:
-    """As Conversations.read and eval.to_samples have them. The template "text" is the text-only side of the
+    """As Conversations.read and eval.to_sample have them. The template "text" is the text-only side of the
     prompted contrastive loss."""
     turns = data.clean_turns(record)
     if template == "text":

@@ -42,7 +42,9 @@ def test_generative_loss_without_labels_is_zero_with_zero_gradient():
 def test_generative_loss_is_computed_in_fp32():
     hidden, weight = torch.randn(8, 8).bfloat16(), torch.randn(11, 8).bfloat16()
     labels = torch.randint(0, 11, (1, 9))
-    assert losses.generative_loss(hidden, labels, weight, places(labels)).dtype == torch.float32
+    found = losses.generative_loss(hidden, labels, weight, places(labels))
+    logits = F.linear(hidden, weight).float()
+    assert torch.equal(found, F.cross_entropy(logits, labels[0, 1:], reduction="sum"))
 
 
 @grades("contrastive_loss")
@@ -81,7 +83,7 @@ def test_the_losses_read_where_the_batch_says():
                         "name": "x"})
     batch = data.collate(samples, 4, -1, 0, 8)
     assert torch.equal(batch["loss_at"], places(batch["labels"]))
-    assert batch["state_at"][:2].tolist() == [2, 5 + 0]
+    assert batch["state_at"].tolist() == [2, 5 + 0, 10]  # the third has no label
     assert batch["text_at"].tolist() == [3, 4 + 1, 8 + 2]
 
 
@@ -230,3 +232,15 @@ def test_any_number_of_ranks_gives_the_gradient_of_one(ranks, world):
             "enters the loss of every rank, and its gradient is the sum of what all of them say about it")
     assert torch.allclose(sum(shares[4]), log_scale, rtol=1e-6), (
         "the ranks' gradients of the scale do not add up to that of one process")
+
+
+def test_what_is_measured_is_without_the_loss_scale_and_without_overflows():
+    """Of float16."""
+    term = losses.ContrastiveTerm(balance=0.3)
+    sums = {"generative_square": 4 * 2.0**32, "patch_square": 2.0**32, "patch_product": 0.0}
+    losses.measure(sums, {"patch": term}, 2.0**16)
+    assert term.squares == pytest.approx([0.4, 0.1])
+    for odd in (math.inf, math.nan):
+        term.measure(odd, 1.0)
+        term.measure(1.0, odd)
+    assert term.weight() == pytest.approx(0.6)

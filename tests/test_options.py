@@ -233,3 +233,12 @@ def test_bad_input_ends_the_process_in_one_line(world, tmp_path):
     run = script(world, "--stage", "align", "--annotations", "none.json", "--out", tmp_path, check=False)
     assert run.returncode != 0 and "Traceback" not in run.stderr
     assert "none.json: no such file" in run.stderr.strip().splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+def test_the_recipe_of_7b_is_that_of_llava():
+    """arXiv 2310.03744, table 9."""
+    for stage, batch, lr in (("align", 256, 1e-3), ("instruct", 128, 2e-5)):
+        config = options.configure(stage, {"preset": "7b"})
+        assert (config.batch, config.lr, config.warmup_ratio, config.weight_decay) == (batch, lr, 0.03, 0.0)
+        assert (config.epochs, config.max_length, config.projector) == (1.0, 2048, "mlp2x_gelu")
+        assert (config.template, config.fit) == (("plain", "crop") if stage == "align" else ("v1", "pad"))

@@ -306,6 +306,7 @@ def llm_of_family(family, folder):
                 ids=lambda param: f"{param[0]}-{param[1]}")
 def exported(request, clip_folder, tmp_path_factory):
     """(our model, transformers' model of the folder that it was exported to, that folder)."""
+    torch.manual_seed(1)
     vision, family, layer = request.param
     folder = tmp_path_factory.mktemp("exported")
     llm = llm_of_family(family, folder / "llm")

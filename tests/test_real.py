@@ -47,9 +47,10 @@ def test_greedy_answers_equal_transformers(smollm2):
     also without."""
     theirs = transformers.LlamaForCausalLM.from_pretrained(smollm2).eval()
     ours, tokenizer = LLM.from_pretrained(smollm2), load_tokenizer(smollm2)
+    form = data.form_of("chat", tokenizer)
     rows, expected = [], []
     for prompt in PROMPTS:
-        ids, _ = data.tokenise(data.chat([("human", prompt)], tokenizer), tokenizer, False)
+        ids, _ = data.encode([("human", prompt)], form, tokenizer, False)
         out = theirs.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=0)
         out = out[0, len(ids) :]
         rows.append(torch.tensor(ids))
@@ -72,7 +73,7 @@ def test_its_chat_template_ends_answers(smollm2):
     """Two rounds: of each answer the words are learned, then the end token."""
     tokenizer = load_tokenizer(smollm2)
     turns = [("human", "What is it?"), ("gpt", "a lizard"), ("human", "And this?"), ("gpt", "a pear")]
-    ids, roles = data.tokenise(data.chat(turns, tokenizer), tokenizer, False)
+    ids, roles = data.encode(turns, data.form_of("chat", tokenizer), tokenizer, False)
     learned = [token for token, role in zip(ids, roles) if role != data.CONTEXT]
     assert tokenizer.decode(learned) == "a lizard<|im_end|>a pear<|im_end|>"
 

@@ -14,6 +14,7 @@ from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov
                           SiglipVisionModel)
 
 import data
+import vit
 from plumbing import clip
 from plumbing import files as hub
 from plumbing.files import resolve_model
@@ -30,6 +31,15 @@ def test_patch_features_equal_clip(clip_folder, layer):
         found = ours(pixels)
         assert found.shape == (2, 16, 32)
         assert_close(found, expected)
+
+
+def test_the_normalisation_is_that_of_training():
+    names = {"clip_vision_model": "OPENAI_CLIP", "siglip_vision_model": "IMAGENET_STANDARD",
+             "dinov2": "IMAGENET_DEFAULT"}
+    assert names.keys() == vit.FAMILIES.keys()
+    for kind, name in names.items():
+        mean, std = (getattr(transformers.image_utils, f"{name}_{of}") for of in ("MEAN", "STD"))
+        assert (vit.FAMILIES[kind].mean, vit.FAMILIES[kind].std) == (tuple(mean), tuple(std))
 
 
 SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
