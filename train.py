@@ -548,6 +548,7 @@ def train_stage(config: Config, device):
     if config.resume and directory.is_finished(config):
         say(f"{config.out}: this run is finished; nothing is left to do")
         return False
+    options.ensure_init(config)
     options.ensure_data(config)
     began = time.time()
     dtype = choose_dtype(device, config.dtype)
@@ -561,7 +562,6 @@ def train_stage(config: Config, device):
     agree({"records": len(samples)})
     held = held_out.load(config, samples, outlined)
     lengths = order.token_counts(config, samples, outlined)
-    counted = [order.counting_key(config, samples, outlined), *lengths]
     steps = order.count_steps(config, len(samples))
     if not any(learning_rate(step, steps, config) for step in range(steps)):
         raise ValueError(f"{steps} steps, all at learning rate 0: more --steps, or a smaller --warmup_ratio")
@@ -588,8 +588,7 @@ def train_stage(config: Config, device):
     say("first sample:", repr(data.marked_text(samples[0], samples.tokenizer)))
 
     with caught_signals(config.save_every > 0) as signals:
-        line = run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, made_of, counted,
-                         signals)
+        line = run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, made_of, signals)
         if rank() == 0:
             results |= {"steps": steps, "start": directory.first_start(config), "last_step": line}
             results |= {"seconds": round(time.time() - began, 1), "memory_mib": peak_memory(device)}
@@ -599,8 +598,7 @@ def train_stage(config: Config, device):
     return sum_over_ranks([len(signals)], device).any()
 
 
-def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, made_of, counted,
-              signals) -> dict:
+def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, made_of, signals) -> dict:
     """Steps `start` to `steps`: learning rate, data, step, log, checkpoint. Returns the last line of the
     log."""
     device = vlm.llm.head_weight.device
@@ -626,7 +624,7 @@ def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, 
         bar.set_postfix(shown(latest, terms))
         watch.look(step - start, line, vlm.llm.config.vocab_size)
         if step == start:  # only now: a run that fails before leaves what was there
-            directory.open_run(config, start, counted)
+            directory.open_run(config, start)
         if rank() == 0:
             if step == 0 and lr == 0 and config.stage == "align":  # at rate 0 the projector is what it was
                 vlm.save(Path(config.out) / "unaligned", asdict(config), with_llm=False)
@@ -647,9 +645,10 @@ def run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, 
 
 def run_all(given: dict, device):
     """Align, instruct, and eval.py's ScienceQA before, between and after: what each stage adds."""
-    align = options.configure("align", options.of_stage("align", given))
+    align, instruct = options.of_both(given)
     root = Path(given.get("out") or f"runs/{align.preset}")
     directory.refuse_foreign(root / "align", root / "instruct")
+    options.ensure_data(instruct)  # told now, and not after days of align
     for stage in ("align", "instruct"):
         chosen = options.of_stage(stage, given) | {"out": str(root / stage)}
         if stage == "instruct":

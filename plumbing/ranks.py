@@ -14,6 +14,7 @@ import uuid
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -292,6 +293,9 @@ def agree(facts: dict):
 # ------------------------------------------------------------------------------------------------------------
 # Memory
 
+CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")  # Linux: the bytes that a container may have
+
+
 def total_memory(device) -> float:
     """The bytes that each rank may have: what is free of its GPU, of all ranks' the least; or its share of
     this machine's, where the system tells. All ranks call it."""
@@ -299,9 +303,12 @@ def total_memory(device) -> float:
         free, _ = torch.cuda.mem_get_info(device)  # a desktop may have its part
         ours = free + torch.cuda.memory_reserved(device) - 2 * 2**30
         return min(on_every_rank(lambda: ours))
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):  # Windows
-        return math.inf
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.getenv("LOCAL_WORLD_SIZE", 1))
+    found = [math.inf]
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # not on Windows
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(OSError, ValueError):  # a container may have less; elsewhere no such file, or "max"
+        found.append(int(CONTAINER_MEMORY.read_text()))
+    return min(found) / int(os.getenv("LOCAL_WORLD_SIZE", 1))
 
 
 def peak_memory(device) -> int | None:

@@ -16,7 +16,6 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -40,7 +39,7 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
     processes share the work (None: one a core). Returns how many records are bad."""
     if min(image_tokens, max_length) < 1:
         raise ValueError("--image_tokens and --max_length must be at least 1")
-    records = packed(file)
+    records = Records(own for _, own in parse_records(file))  # as they are, good or bad
     samples = None
     if llm:
         tokenizer = load_tokenizer(llm)
@@ -80,12 +79,6 @@ def check(file, images, stage=None, llm=None, template=None, image_tokens: int =
             building.write_text(json.dumps([records[number] for number in good]))
         print(f"wrote {clean}")
     return bad
-
-
-def packed(file) -> Records:
-    """The records of a file as they are, good or bad, in one array that all processes share."""
-    texts = [own.encode() for _, own in parse_records(file)]
-    return Records(np.frombuffer(b"".join(texts), np.uint8), np.cumsum([0, *map(len, texts)]))
 
 
 def look_at(records: list, **how) -> list:

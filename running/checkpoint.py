@@ -20,8 +20,9 @@ from plumbing.ranks import barrier, on_every_rank, rank, say, world_size
 
 GO_ON = "the same command and --resume go on with it"
 
-# Options that a resumed run may change: they do not touch its weights.
-MAY_DIFFER = {"resume", "save_every", "val", "val_every", "workers", "cache", "out"}
+# Options that a resumed run may change: they do not touch its weights, or only by how sums are rounded.
+MAY_DIFFER = {"resume", "save_every", "val", "val_every", "workers", "cache", "out",
+              "micro_batch", "micro_tokens", "checkpointing", "compile", "shard"}
 
 
 def checkpoints(out) -> list:
@@ -139,14 +140,14 @@ def load(config, optimizer, terms, made_of: dict) -> int:
 
 
 def read_states(last: Path, config, made_of: dict) -> list:
-    """What the ranks saved, checked: of all ranks with --shard, else of rank 0."""
+    """What the ranks saved, checked: of all ranks if it was with --shard, else of rank 0."""
     with named(last, "damaged; without it, the one before is taken"):
         first = read_state(last, 0)
         refuse_changes(allow_more_steps(first["config"], asdict(config), last), asdict(config), last)
         refuse_other(last, made_of)
         check_sums(last, first["ranks"])
         states = [first]
-        if config.shard:
+        if first["config"]["shard"]:
             states += [read_state(last, number) for number in range(1, first["ranks"])]
         return states
 

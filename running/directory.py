@@ -2,7 +2,6 @@
 
     OUT.lock            held by the run that writes
     OUT/log.jsonl       a line a step
-    OUT/lengths.npy     the counted tokens of each record, behind a key of what was counted
     OUT/launch          of which torchrun it is, on each node: what it starts again goes on
     OUT/checkpoint-..   see checkpoint.py
     OUT/config.json     written last: with it the run is finished, and its checkpoints go
@@ -18,8 +17,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
-
-import numpy as np
 
 from plumbing.files import named, old_name, read_json, read_text, whole, write_json
 from plumbing.ranks import agree, launch, on_every_rank, rank, say
@@ -172,7 +169,7 @@ def is_finished(config) -> bool:
 # ------------------------------------------------------------------------------------------------------------
 # From its first line of log to the finished run
 
-def open_run(config, start: int, counted: list):
+def open_run(config, start: int):
     """Make OUT ready for its first line of log.
 
     Rename an old run. On resume, drop the log lines after the checkpoint. All ranks call it; rank 0 writes.
@@ -199,8 +196,6 @@ def open_run(config, start: int, counted: list):
     (out / "launch").write_text("\n".join(launches))
     for folder in stale:
         shutil.rmtree(folder, ignore_errors=True)
-    with whole(out / "lengths.npy") as building, open(building, "wb") as file:
-        np.save(file, np.array(counted))
 
 
 def seconds_before(config, start: int) -> float:

@@ -163,8 +163,14 @@ def of_stage(stage: str, given: dict) -> dict:
     return {key: value for key, value in given.items() if key not in others}
 
 
-def configure(stage: str, given: dict) -> Config:
-    """The options of a stage. ValueError for what cannot be."""
+def of_both(given: dict) -> list:
+    """The options of both stages, of which the second is to start from the first."""
+    return [configure(stage, of_stage(stage, given), True) for stage in ("align", "instruct")]
+
+
+def configure(stage: str, given: dict, init_is_to_come: bool = False) -> Config:
+    """The options of a stage. ValueError for what cannot be. `init_is_to_come`: what instruct starts from is
+    yet to be trained, whatever there is now."""
     default_preset = "7b" if torch.cuda.is_available() else "tiny"
     preset = given.get("preset") or default_preset
     values = PRESETS[preset]["common"] | PRESETS[preset].get(stage, {})
@@ -189,7 +195,7 @@ def configure(stage: str, given: dict) -> Config:
     refuse(config)
     if "contrastive_weight" in given and config.contrastive == "none":
         raise ValueError("--contrastive_weight: there is no contrastive loss, with --contrastive none")
-    if config.init and not awaits_align(config):
+    if config.init and not (init_is_to_come or awaits_align(config)):
         follow_init(config, given)
     return config
 
@@ -217,7 +223,7 @@ def follow_init(config: Config, given: dict):
     if is_checkpoint(config.init):
         raise ValueError(f"{config.init}: copy it first; its run removes it, and this one needs it")
     with named(config.init, "cannot be started from"):
-        if find_projector(config.init).name == "mm_projector.bin":
+        if Path(config.init).is_file() or find_projector(config.init).name == "mm_projector.bin":
             return  # a projector alone: it fits these towers or is refused
         found = describe(config.init)
     for name in ("vit", "llm", "projector", "feature_layer"):
@@ -233,6 +239,8 @@ def refuse(config: Config):
         is_number = type(value) in (int, float) and name != "feature_layer"
         if is_number and not 0 <= value < math.inf:
             raise ValueError(f"--{name} is {value}; it must be a number from 0 up")
+    if not 0 < config.data_fraction <= 1:
+        raise ValueError(f"--data_fraction is {config.data_fraction}; it must be above 0 and at most 1")
     if config.warmup_ratio > 1:
         raise ValueError(f"--warmup_ratio is {config.warmup_ratio}; it is a part of the steps, at most 1")
     if config.seed >= 2**63:
@@ -261,13 +269,17 @@ def hub_id(config: Config) -> str:
     return "liuhaotian/LLaVA-Instruct-150K (mix665k)"
 
 
-def ensure_data(config):
-    """Write the toy world if it is wanted and missing. FileNotFoundError for other data, with where to get
-    it."""
+def ensure_init(config):
+    """FileNotFoundError if the run that instruct starts from is not there, or not finished."""
     if awaits_align(config):
         raise FileNotFoundError(f"{config.init}: no align run to start from, or an unfinished one; `python "
                                 f"train.py --stage align --preset {config.preset}` makes one, and with "
                                 "--resume goes on")
+
+
+def ensure_data(config):
+    """Write the toy world if it is wanted and missing. FileNotFoundError for other data, with where to get
+    it."""
     if rank() == 0 and config.annotations.startswith("data/toy/") and not Path("data/toy").exists():
         say("writing the toy world to data/toy")
         subprocess.run([sys.executable, "-m", "lab.toy_world", Path("data/toy").absolute()], cwd=ROOT)

@@ -6,10 +6,8 @@ of ranks, and they are dealt for speed: rows of similar length together, similar
 Letters: config is an options.Config, vlm a projector.VLM, samples a data.Conversations.
 """
 
-import contextlib
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -56,13 +54,9 @@ def longest_row(config, vlm) -> int:
 def token_counts(config, samples, vlm) -> list:
     """The tokens of each record's row, image included. Counted, not estimated: a budget of tokens is a bound.
 
-    Every rank counts its part. Bad records and missing pictures are told before the first step. A resumed run
-    has the counts in OUT/lengths.npy.
+    Every rank counts its part. Bad records and missing pictures are told before the first step.
     """
     most = longest_row(config, vlm)
-    lengths = on_every_rank(lambda: kept_counts(config, samples, vlm))[0]  # rank 0 knows its folder
-    if lengths is not None:
-        return lengths
     counted = on_every_rank(lambda: count_mine(samples, vlm.num_image_tokens, most))
     lengths = [0] * len(samples)
     cut = []
@@ -82,25 +76,6 @@ def token_counts(config, samples, vlm) -> list:
         say(f"warning: {len(empty)} records have no word of an answer within {most} tokens and teach "
             f"nothing, the first is {min(empty)}")
     return lengths
-
-
-def counting_key(config, samples, vlm) -> int:
-    """Of all that the counted tokens depend on."""
-    tokenizer = samples.tokenizer
-    spelling = (tokenizer.backend_tokenizer.to_str(), samples.form[:5], samples.form.to_thoughts)
-    limits = (vlm.num_image_tokens, longest_row(config, vlm))
-    return data.key_of((data.key_of(samples.records.text), spelling, limits))
-
-
-def kept_counts(config, samples, vlm) -> list | None:
-    """The counts of an earlier part of this run, or None if there are none, or of something else."""
-    if rank() > 0 or not config.resume:
-        return None
-    with contextlib.suppress(OSError, ValueError, EOFError):  # none, or damaged
-        key, *lengths = np.load(Path(config.out) / "lengths.npy").tolist()
-        if key == counting_key(config, samples, vlm):
-            return lengths
-    return None
 
 
 def count_mine(samples, num_image_tokens: int, most: int) -> tuple:
@@ -138,8 +113,6 @@ def count_mine(samples, num_image_tokens: int, most: int) -> tuple:
 def subset(n: int, fraction: float, seed: int) -> list:
     """The sorted indices of a random `fraction` of n. With one seed, a smaller one is part of a larger
     one."""
-    if not 0 < fraction <= 1:
-        raise ValueError(f"data_fraction is {fraction}; it must be above 0 and at most 1")
     chosen = np.random.default_rng(seed).permutation(n)[: max(1, round(n * fraction))]
     return sorted(chosen.tolist())
 

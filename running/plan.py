@@ -194,7 +194,7 @@ def configs_of(given: dict) -> list:
         if typed and not Path(typed).exists():
             raise FileNotFoundError(f"{typed}: no such file; without --annotations, the preset's is counted")
         return [options.configure(stage, given)]
-    return [options.configure(name, options.of_stage(name, given)) for name in ("align", "instruct")]
+    return options.of_both(given)
 
 
 def count_records(config) -> tuple:

@@ -1,16 +1,13 @@
-"""The records of a LLaVA JSON file: read, checked, and kept once for all processes of a machine."""
+"""The records of a LLaVA JSON file: read, checked, and kept as text."""
 
 import json
-import os
 import re
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
 from data import find_problem, tidy
 from plumbing.files import named, read_text
-from plumbing.ranks import barrier, on_every_rank, rank, say
+from plumbing.ranks import say
 
 
 WHITE = r"[ \t\n\r]*"
@@ -82,16 +79,22 @@ def read_records(file, stage=None) -> list:
 class Records:
     """The records of a LLaVA JSON file, by number, tidy.
 
-    Parsed records take four times their text. So each stays JSON, in one array of bytes that all processes of
-    a machine share, and is parsed when it is asked for.
+    Parsed records take four times their text. So each stays JSON, in one array of bytes that loader processes
+    share, and is parsed when it is asked for.
 
     text (bytes,)     the JSON of all records, end to end
     starts (n + 1,)   where each begins
     """
 
-    def __init__(self, text, starts):
-        self.text = text
-        self.starts = starts
+    def __init__(self, texts):
+        """`texts`: the JSON of each record."""
+        packed = bytearray()
+        starts = [0]
+        for text in texts:
+            packed += text.encode()
+            starts.append(len(packed))
+        self.text = np.frombuffer(packed, np.uint8)
+        self.starts = np.array(starts)
 
     def __len__(self):
         return len(self.starts) - 1
@@ -103,21 +106,5 @@ class Records:
 
 
 def load_records(file, stage=None) -> Records:
-    """The records of a file, on every rank. One rank of a machine parses it, the others map what that one
-    wrote."""
-    local_rank = min(rank(), int(os.environ.get("LOCAL_RANK", 0)))  # a shell may have one without ranks
-
-    def pack():
-        if local_rank > 0:
-            return None
-        texts = [own.encode() for _, own in good_records(file, stage)]
-        path = Path(folder, "records")
-        with named(path, "TMPDIR names another folder"), open(path, "wb") as packed:
-            packed.writelines(texts)
-        return path, np.cumsum([0, *map(len, texts)])
-
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows removes no mapped file
-        path, starts = on_every_rank(pack)[rank() - local_rank]
-        text = np.memmap(path, dtype=np.uint8, mode="r")
-        barrier()  # all have mapped it: it needs no name any more
-    return Records(text, starts)
+    """The records of a file. Errors as above."""
+    return Records(own for _, own in good_records(file, stage))

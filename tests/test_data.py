@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import pickle
 import re
-import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +19,6 @@ import data
 from data import ANSWER, CONTEXT, END, IMAGE_MARKER
 from lab import toy_world
 from plumbing.tokenizer import check_vocabulary
-from running import records as records_module
 from running.records import load_records
 from vit import ViTConfig
 
@@ -237,12 +234,10 @@ def test_image_marker_moves_to_the_front():
     (record("q", "<image>", image="x"), "1 turns with <image>"),
     ("text", "no conversation turns"),
 ])
-def test_bad_records_are_named(tmp_path, monkeypatch, bad, message):
+def test_bad_records_are_named(tmp_path, bad, message):
     (tmp_path / "d.json").write_text(json.dumps([TEXT, bad]))
-    monkeypatch.setattr(records_module.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(ValueError, match=f"d.json: record 1 .*{message}"):
         load_records(tmp_path / "d.json")
-    assert [*tmp_path.iterdir()] == [tmp_path / "d.json"]
 
 
 def test_a_later_question_may_have_the_image(tokenizer):
@@ -256,90 +251,6 @@ def test_a_later_question_may_have_the_image(tokenizer):
              ("gpt", "Yes")]
     text = "".join(said for said, _ in data.to_pieces(typed, data.v1(tokenizer), tokenizer, True))
     assert text.count(data.IMAGE) == 1 and "< image> is a word" in text
-
-
-@pytest.mark.parametrize("write", [
-    json.dumps, lambda records: json.dumps(records, indent=1),
-    lambda records: f" {json.dumps(records, ensure_ascii=False)}\n",
-    lambda records: json.dumps(records, separators=(",", ":")),
-    lambda records: "\n".join(map(json.dumps, records)),
-    lambda records: "\n\n".join(map(json.dumps, records)),
-    lambda records: "\n".join(json.dumps(record, indent=1) for record in records)])
-def test_records_are_what_json_reads(tmp_path, monkeypatch, write):
-    """However the file is written, as a list or in lines; and nothing is left of the file they are mapped
-    from."""
-    monkeypatch.setattr(records_module.tempfile, "tempdir", str(tmp_path))
-    written = [TEXT, CAPTION | {"id": "é 😀 ]}, {["}, record("two\n words", "b"),
-               record("q", "ü" * 50, "<image>", "a", image="x")]
-    (tmp_path / "d.json").write_text(write(written), encoding="utf-8")
-    loaded = load_records(tmp_path / "d.json")
-    assert isinstance(loaded.text, np.memmap) and [*tmp_path.iterdir()] == [tmp_path / "d.json"]
-    for records in (loaded, pickle.loads(pickle.dumps(loaded))):
-        assert list(records) == written and records[-1] == written[3] and len(records) == 4
-
-
-@pytest.mark.parametrize("length, room", [(10**6, 10**6), (100, 100)])
-def test_a_full_temporary_folder_is_named(tmp_path, monkeypatch, length, room):
-    """Two records and room for one, whether or not they are written at once."""
-    resource = pytest.importorskip("resource")
-    monkeypatch.setattr(records_module.tempfile, "tempdir", str(tmp_path))
-    file = tmp_path / "d.json"
-    file.write_text(json.dumps([record("q", "a" * length)] * 2))
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        with pytest.raises(ValueError, match=f"{tmp_path}/tmp.*TMPDIR names another folder.*File too large"):
-            load_records(file)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
-    assert [*tmp_path.iterdir()] == [file]
-
-
-def loaded_by(rank, ranks, file, local_ranks):
-    """On each rank: its records, or their error; and how often it has opened the file."""
-    opened, read = [], records_module.read_text
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", str(local_ranks[rank]))
-        patch.setattr(records_module.tempfile, "tempdir", str(file.parent))
-        patch.setattr(records_module, "read_text", lambda path: opened.append(path) or read(path))
-        try:
-            found = [*load_records(file)]
-        except ValueError as error:
-            found = str(error)
-    return found, len(opened)
-
-
-@pytest.mark.parametrize("local_ranks, opened", [((0, 1), [1, 0]), ((0, 0), [1, 1])])
-def test_one_rank_of_a_machine_parses_the_records_and_all_have_them(ranks, tmp_path, local_ranks, opened):
-    file = tmp_path / "d.json"
-    file.write_text(json.dumps([TEXT, CAPTION]))
-    assert ranks(2, loaded_by, file, local_ranks) == [([TEXT, CAPTION], count) for count in opened]
-    assert [*tmp_path.iterdir()] == [file]
-    file.write_text(json.dumps([TEXT, {}]))
-    for found, _ in ranks(2, loaded_by, file, local_ranks):
-        assert "d.json: record 1 (id None) has no conversation turns" in found
-
-
-@pytest.mark.parametrize("text, message", [
-    ("[]", "holds no records"), ("{}", "not a JSON list of records"),
-    ("[1 2]", "not JSON|no conversation"),
-    ('[{"id": 1}', "not JSON|has no conversation"), ("", "not JSON"), ("[1,]", "not JSON|no conversation"),
-    ("[", "not JSON"), ("[]]", "not JSON"),
-    (json.dumps([TEXT])[:-1] + ",", "behind 1 records"), (json.dumps([TEXT])[:-1], "behind 1 records"),
-    (json.dumps(TEXT) + " " + json.dumps(TEXT), "behind 1 records"), (" [ ] \n", "holds no records"),
-    (json.dumps([TEXT]) + "]", "behind 1 records")])
-def test_what_is_no_list_of_records_is_refused(tmp_path, text, message):
-    (tmp_path / "d.json").write_text(text)
-    with pytest.raises(ValueError, match=f"d.json: .*({message})"):
-        load_records(tmp_path / "d.json")
-
-
-def test_what_stands_behind_the_list_is_refused(tmp_path):
-    (tmp_path / "d.json").write_text(json.dumps([TEXT]) + " [1]")
-    with pytest.raises(ValueError, match=r"d.json: not JSON \(.*\): behind 1 records: Expecting ',' or"):
-        load_records(tmp_path / "d.json")
 
 
 def test_good_oddities():

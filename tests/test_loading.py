@@ -59,7 +59,7 @@ def test_a_loader_slower_than_the_step_is_told(tmp_path, monkeypatch, capsys, of
     vlm, optimizer = vlm_of(), SimpleNamespace(forget=lambda: None)
     vlm.llm.head_weight = torch.zeros(1)
     config = Config(batch=1, out=str(tmp_path), stage="instruct")
-    train.run_steps(config, vlm, {}, optimizer, slow(), None, time.time(), 0, watch.WARM + 2, {}, [1], [])
+    train.run_steps(config, vlm, {}, optimizer, slow(), None, time.time(), 0, watch.WARM + 2, {}, [])
     pattern = r"the loader is slower than the step: (\d+\.\d) samples/s, the step alone (\d+\.\d)"
     said = re.search(pattern, capsys.readouterr().out)
     assert bool(said) == is_told and (not said or float(said[1]) < 100 < float(said[2]))
@@ -81,7 +81,7 @@ def test_the_moments_of_contrast_first_are_forgotten(tmp_path, monkeypatch):
     vlm.llm.head_weight = torch.zeros(1)
     config = Config(batch=1, out=str(tmp_path), contrastive="patch", contrastive_first=2)
     loader = iter([[{"names": []}]] * 4)
-    train.run_steps(config, vlm, {}, optimizer, loader, None, time.time(), 0, 4, {}, [1], [])
+    train.run_steps(config, vlm, {}, optimizer, loader, None, time.time(), 0, 4, {}, [])
     assert seen == [0, 1, "forget", 2, 3]
 
 

@@ -104,4 +104,4 @@ def test_a_restart_goes_on_with_nothing_but_what_this_torchrun_began(tmp_path, m
         config = configure("align", given)
         assert config.resume == resumes
         if logs == "a/attempt_0":
-            directory.open_run(config, 0, [])
+            directory.open_run(config, 0)

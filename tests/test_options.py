@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from scripts import how_it_ends, refused, script, trained, without
 
 import train
@@ -145,6 +146,30 @@ def test_a_tower_that_is_typed_and_another_is_refused(tuned, clip_folder):
     assert "runs/nothing/here" in refused((folder, options), "--init", "runs/nothing/here", "--out", "other")
 
 
+@pytest.mark.parametrize("name", ["projector.safetensors", "mm_projector.bin", "mm.bin"])
+def test_a_run_may_start_from_the_file_of_a_projector(tuned, name, tmp_path):
+    (folder, options), _ = tuned
+    tensors = load_file(folder / "tuned/projector.safetensors")
+    file = tmp_path / name
+    save_file(tensors, file) if file.suffix == ".safetensors" else torch.save(tensors, file)
+    said = trained((folder, options), "--init", file, "--out", "on-a-file")
+    assert f"from {file}: loaded projector.0.weight, projector.0.bias" in said
+
+
+def test_what_instruct_lacks_is_told_before_align_is_trained(world, tmp_path):
+    both = *world[1], "--out", tmp_path / "both"
+    said = how_it_ends(train.main, world[0], *both, "--data_fraction", "1.5")
+    assert said == "train.py: --data_fraction is 1.5; it must be above 0 and at most 1"
+    records = world[0] / "data/toy/instruct.json"
+    records.rename(tmp_path / "kept")
+    try:
+        said = how_it_ends(train.main, world[0], *both)
+        assert said.startswith("train.py: data/toy/instruct.json: no such file. Name a LLaVA JSON")
+    finally:
+        (tmp_path / "kept").rename(records)
+    assert not (tmp_path / "both").exists()
+
+
 def test_instruct_refuses_what_does_not_fit(world, tmp_path):
     instruct = [*world[1], "--stage", "instruct", "--init"]
     missing = how_it_ends(train.main, world[0], *instruct, tmp_path / "none")
@@ -197,7 +222,7 @@ BAD_INPUT = [
     (["--vit", "no/such-tower"], "no/such-tower"),
     (["--images", "/"], "/: 24 pictures are missing, such as align-00000.png"),
     (["--images", "/nowhere"], "/nowhere: no such folder; --images names that of the pictures"),
-    (["--data_fraction", "0"], "data_fraction is 0"),
+    (["--data_fraction", "0"], "--data_fraction is 0"),
     (["--steps", "-5"], "--steps is -5; it must be a number from 0 up"),
     (["--lr", "nan"], "--lr is nan"),
     (["--batch", "0"], "--batch, --micro_batch, --epochs and --lr must be above 0"),

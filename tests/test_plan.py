@@ -103,6 +103,17 @@ def test_an_align_run_that_goes_on_is_not_in_the_way(tmp_path, monkeypatch, caps
     assert end is None and out.count("EFLOP") >= 2
 
 
+def test_a_finished_align_run_is_not_what_both_stages_start_from(tmp_path, monkeypatch, capsys):
+    """Align will be trained anew, and may have another projector."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs/tiny/align"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"vit": "a", "llm": "b", "projector": "mlp2x_gelu"}))
+    (run / "projector.safetensors").touch()
+    out, end = planned(capsys, "--preset", "tiny", "--projector", "linear")
+    assert end is None and out.count("PFLOP") >= 2
+
+
 def test_features_spare_the_vision_tower(capsys):
     given = "--preset", "small", "--stage", "align"
     with_vit, _ = planned(capsys, *given)

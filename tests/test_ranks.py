@@ -194,6 +194,17 @@ def test_what_does_not_fit_is_halved_and_one_that_does_not_is_an_error():
         processes.halved(answer, ["a", "large"])
 
 
+@pytest.mark.parametrize("text, gib", [(f"{3 * 2**30}\n", 1.5), ("max\n", None), (None, None)])
+def test_a_container_has_what_it_was_given(tmp_path, monkeypatch, text, gib):
+    """Shared by two ranks. Without a bound, or elsewhere, the machine's memory is."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "CONTAINER_MEMORY", tmp_path / "memory.max")
+    if text:
+        (tmp_path / "memory.max").write_text(text)
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    assert processes.total_memory(torch.device("cpu")) == (whole if gib is None else gib * 2**30)
+
+
 # ---- consoles and systems ----------------------------------------------------------------------------------
 
 

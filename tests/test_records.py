@@ -1,15 +1,15 @@
 """Lists of records as people have them: running/records.py, and what data.find_problem says of a record."""
 
 import json
+import pickle
 
 import pytest
 from conftest import ROOT
 from test_check import write_records
-from test_data import record
+from test_data import CAPTION, TEXT, record
 
 import data
 from plumbing.tokenizer import load_tokenizer
-from running import records
 from running.records import load_records, read_records
 
 ASK = {"from": "human", "value": "<image>\nWhat is it?"}
@@ -66,6 +66,43 @@ def test_json_and_json_lines_are_read(tmp_path, text):
         loaded[2]
 
 
+@pytest.mark.parametrize("write", [
+    json.dumps, lambda records: json.dumps(records, indent=1),
+    lambda records: f" {json.dumps(records, ensure_ascii=False)}\n",
+    lambda records: json.dumps(records, separators=(",", ":")),
+    lambda records: "\n".join(map(json.dumps, records)),
+    lambda records: "\n\n".join(map(json.dumps, records)),
+    lambda records: "\n".join(json.dumps(record, indent=1) for record in records)])
+def test_records_are_what_json_reads(tmp_path, write):
+    """However the file is written, as a list or in lines."""
+    written = [TEXT, CAPTION | {"id": "é 😀 ]}, {["}, record("two\n words", "b"),
+               record("q", "ü" * 50, "<image>", "a", image="x")]
+    (tmp_path / "d.json").write_text(write(written), encoding="utf-8")
+    loaded = load_records(tmp_path / "d.json")
+    for records in (loaded, pickle.loads(pickle.dumps(loaded))):
+        assert list(records) == written and records[-1] == written[3] and len(records) == 4
+
+
+@pytest.mark.parametrize("text, message", [
+    ("[]", "holds no records"), ("{}", "not a JSON list of records"),
+    ("[1 2]", "not JSON|no conversation"),
+    ('[{"id": 1}', "not JSON|has no conversation"), ("", "not JSON"), ("[1,]", "not JSON|no conversation"),
+    ("[", "not JSON"), ("[]]", "not JSON"),
+    (json.dumps([TEXT])[:-1] + ",", "behind 1 records"), (json.dumps([TEXT])[:-1], "behind 1 records"),
+    (json.dumps(TEXT) + " " + json.dumps(TEXT), "behind 1 records"), (" [ ] \n", "holds no records"),
+    (json.dumps([TEXT]) + "]", "behind 1 records")])
+def test_what_is_no_list_of_records_is_refused(tmp_path, text, message):
+    (tmp_path / "d.json").write_text(text)
+    with pytest.raises(ValueError, match=f"d.json: .*({message})"):
+        load_records(tmp_path / "d.json")
+
+
+def test_what_stands_behind_the_list_is_refused(tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps([TEXT]) + " [1]")
+    with pytest.raises(ValueError, match=r"d.json: not JSON \(.*\): behind 1 records: Expecting ',' or"):
+        load_records(tmp_path / "d.json")
+
+
 @pytest.mark.parametrize("image, tidy", [(["a.png"], {"image": "a.png"}), (None, {}), ("", {}), ([], {})])
 def test_loaded_records_are_tidy(tmp_path, image, tidy):
     ask = ASK if tidy else {"from": "human", "value": "What is it?"}
@@ -104,28 +141,6 @@ def test_records_survive_any_text(tmp_path):
     record = pictured(conversations=[ASK, {"from": "gpt", "value": "\u989c \U0001f600 \ud800 \x00"}])
     (tmp_path / "a.json").write_text(json.dumps([record]))
     assert load_records(tmp_path / "a.json")[0] == record
-
-
-def read_on(rank, world, file):
-    """[the records], and whether this rank has parsed the file."""
-    import os
-    parsed = []
-    real = records.good_records
-    os.environ["LOCAL_RANK"] = str(rank)
-    records.good_records = lambda *args: parsed.append(1) or real(*args)
-    try:
-        loaded = records.load_records(file)
-        return [loaded[i] for i in range(len(loaded))], bool(parsed)
-    finally:
-        records.good_records = real
-        del os.environ["LOCAL_RANK"]
-
-
-def test_one_rank_of_a_machine_parses(ranks, tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([pictured(id=str(i)) for i in range(5)]))
-    found = ranks(2, read_on, tmp_path / "a.json")
-    assert [parsed for _, parsed in found] == [True, False]
-    assert found[0][0] == found[1][0] == [pictured(id=str(i)) for i in range(5)]
 
 
 def test_a_template_that_tells_the_date_tells_the_same_every_day(monkeypatch):
