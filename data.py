@@ -199,8 +199,9 @@ def chat(tokenizer) -> Form:
     """The LLM's own form, read off the chat template of its tokenizer: render tiny chats, see what is around
     our words.
 
-    A model that can think (<think>..</think>) does not, unless an answer brings its thoughts. ValueError for
-    a template that drops a question, changes what came before, or ends an answer with no special token."""
+    A model that can think (<think>..</think>) does not, unless an answer brings its thoughts. White space
+    before the end token is left out. ValueError for a template that drops a question, changes what came
+    before, or ends an answer with no special token."""
     if tokenizer.chat_template is None:
         raise ValueError("this tokenizer has no chat template")
     prompt = cut_chat(tokenizer, ASKED, add_generation_prompt=True)
@@ -214,7 +215,9 @@ def chat(tokenizer) -> Form:
     is_same_start = opening == short[0] == long[0]
     if not is_same_start or not (before.startswith(to_answer) or to_answer.startswith(before)):
         raise ValueError("the tokenizer's chat template rewrites earlier turns: no boundary for labels")
-    lead = before[len(to_answer) :]  # "", too, if `to_answer` has empty thoughts that an answer lacks
+    if THOUGHTS_END not in to_answer[len(before) :]:  # empty thoughts stay: an answer lacks them
+        to_answer = to_answer[: len(before)]  # thoughts that are only begun do not
+    lead = before[len(to_answer) :]
     end = re.match(rf"\s*({special_names(tokenizer)})", behind)
     if end is None:
         raise ValueError("the tokenizer's chat template does not end an answer with a special token")

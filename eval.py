@@ -232,7 +232,8 @@ def chat(vlm, tokenizer, template: str, image, **how):
             question |= {"id": f"{image}, turn {len(before) // 2 + 1}", "before": before}
             answer, = ask(vlm, tokenizer, [question], template, **how)
             print(answer, flush=True)
-            before = [*before, ("human", question["prompt"]), ("gpt", answer)]
+            said = answer.rpartition(data.THOUGHTS_END)[2].strip()  # no template keeps thoughts
+            before = [*before, ("human", question["prompt"]), ("gpt", said)]
     except (EOFError, KeyboardInterrupt):
         if mark:
             print()  # the shell's prompt gets a line of its own

@@ -11,7 +11,7 @@ from plumbing.files import named, read_json
 from plumbing.weights import read_config, refuse_others
 
 KNOWN = {  # fields that change what is computed: the values that llm.py computes
-    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)}
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "is_causal": (True,)}
 KNOWN_ROPE = {"rope_type": ("default", "llama3"), "partial_rotary_factor": (1.0,)}
 
 

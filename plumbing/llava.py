@@ -14,9 +14,10 @@ import json
 import re
 from pathlib import Path
 
-import torch.nn.functional as F
+import torch
 
 from plumbing import clip
+from plumbing.chat_template import DATE
 from plumbing.files import named, read_json, resolve_model, write_json
 from plumbing.tokenizer import bos_ids, give_padding, open_tokenizer, tokenizer_folder
 from plumbing.weights import (files_of, is_llavas_own, open_config, read_config, read_shard, read_weights,
@@ -148,6 +149,7 @@ MESSAGES = """{%- set flat = namespace(messages=[]) -%}
 {%- set flat.messages = flat.messages + [{'role': m.role, 'content': text}] -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}{%- set enable_thinking = enable_thinking | default(false) -%}"""
+FOR_DATE = re.compile(r"strftime_now\((['\"])(.*?)\1\)")
 FORM = """{{- (messages[0].content if messages[0].role == 'system' else system) + gap -}}
 {%- for m in messages -%}
 {%- if m.role == 'user' -%}{{- again + m.content + to_answer -}}
@@ -173,6 +175,7 @@ def prepare_tokenizer(source: Path, template: str, system: str, v1) -> tuple:
     tokenizer.add_tokens(IMAGE, special_tokens=True)
     give_padding(tokenizer)
     own = tokenizer.chat_template and tokenizer.get_chat_template()  # of several, the default
+    own = own and FOR_DATE.sub(lambda match: repr(DATE.strftime(match[2])), own)
     if template not in (None, "plain", "v1", "chat"):
         raise ValueError(f"a model tuned with template {template!r}: transformers would ask in another form")
     template = "v1" if template == "v1" or not own else "chat"
@@ -183,8 +186,9 @@ def prepare_tokenizer(source: Path, template: str, system: str, v1) -> tuple:
     after_image = tokenizer(f"{IMAGE}\n", add_special_tokens=False).input_ids[1:]
     alone = tokenizer("\n", add_special_tokens=False).input_ids
     gap = "" if after_image == alone else " "
-    no_bos = "{%- set bos_token = '' -%}" if bos_ids(tokenizer) else ""  # not twice
-    tokenizer.chat_template = MESSAGES.replace("GAP", gap) + no_bos + own
+    if bos_ids(tokenizer):  # the template writes none, or it would stand there twice
+        own = "{%- set bos_token = '' -%}" + own.replace(tokenizer.bos_token, "")
+    tokenizer.chat_template = MESSAGES.replace("GAP", gap) + own
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}]
     with named(source, "its chat template"):
         ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False)).input_ids
@@ -216,14 +220,17 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
     source = tokenizer_folder(settings["tokenizer"])
     tokenizer, template, ends = prepare_tokenizer(source, settings["template"], system, v1)
     ends += text["eos_token_id"] if isinstance(text["eos_token_id"], list) else [text["eos_token_id"]]
-    # The placeholder needs a row in the embedding table, which is never read. If none is spare, add one.
+    # The placeholder needs a row in the embedding table, which is never read. If none is spare, add one. The
+    # head's is the mean of all: the mean logit is never the largest, as that of zeros, 0, might be.
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
     vocab_size = max(text["vocab_size"], image_token_id + 1)
     weights = {}
     for name, tensor in tensors:
         tensor = tensor.detach()
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            tensor = F.pad(tensor, (0, 0, 0, vocab_size - text["vocab_size"]))  # (vocab_size, C)
+            mean = tensor.mean(0, keepdim=True, dtype=torch.float32).to(tensor.dtype)  # (1, C)
+            more = mean.expand(vocab_size - text["vocab_size"], -1)
+            tensor = torch.cat([tensor, more])  # (vocab_size, C)
         if name.startswith("vit.") and vision["model_type"] == "dinov2":
             name, tensor = clip.name_in_dinov2(name.replace("vit.", "vision_tower."), tensor)
         weights[their_name(name)] = tensor

@@ -51,8 +51,12 @@ def start_ranks() -> torch.device:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # the CPUs' group, as the GPUs'
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-        dist.init_process_group(backend, store=fresh(store, rank, world), rank=rank, world_size=world,
-                                device_id=device_id, timeout=timedelta(minutes=10))
+        try:
+            store = fresh(store, rank, world)
+        except dist.DistStoreError as error:
+            raise TimeoutError(f"not all of {world} ranks have started ({error})") from None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=device_id,
+                                timeout=timedelta(minutes=10))
         global patient
         patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
     return device
@@ -63,7 +67,7 @@ def fresh(store, rank: int, world: int):
 
     torchrun's store outlives the ranks. Those that it starts again would find the addresses of the dead
     (pytorch/pytorch#135712). So each rank writes a new word; once all have read the same words, these are the
-    name. TimeoutError if a rank does not come.
+    name. DistStoreError or TimeoutError if a rank does not come.
     """
     store.set(f"word/{rank}", uuid.uuid4().hex[:8])
     for _ in range(6000):  # ten minutes

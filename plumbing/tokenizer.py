@@ -59,8 +59,10 @@ def check_vocabulary(tokenizer, size: int):
     `tokenizer.rows` how many it has.
 
     Tokens that were added to it later do not count. LLaVA's tokenizer serves Vicuna, which has no row for its
-    <image> and <pad>; `special_names` keeps these out of texts.
+    <image> and <pad>: `special_names` keeps these out of texts, and another token pads.
     """
+    if (tokenizer.pad_token_id or 0) >= size:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     largest = max(tokenizer.vocab_size - 1, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0)
     if largest >= size:
         raise ValueError(f"{tokenizer.name_or_path}: ids up to {largest}, the LLM has {size} embeddings")

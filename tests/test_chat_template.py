@@ -78,6 +78,20 @@ def test_a_template_may_open_the_thoughts():
         encode("chat", [turns[0], ("gpt", "red")], tokenizer, False)
 
 
+def test_a_template_may_drop_the_thoughts_that_it_opens():
+    """As those of DeepSeek-R1's distilled models and of QwQ."""
+    tokenizer = chatml(CHATML.replace("m.content", "m.content.split('</think>')[-1]").replace(
+        "<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif"))
+    turns = [("human", "What?"), ("gpt", "red"), ("human", "Sure?")]
+    chat = [{"role": "user", "content": "What?"}]
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert prompt.endswith("<think>\n")
+    ids, _ = encode("chat", turns, tokenizer, False)
+    assert tokenizer.decode(ids).endswith(
+        "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+        "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n")
+
+
 def with_chat(world, llm, *args):
     """How a run of the align stage ends that takes the chat template of the LLM in this folder."""
     options = ["--stage", "align", "--contrastive", "none", "--llm", llm, "--template", "chat", *args]

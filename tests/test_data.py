@@ -316,6 +316,15 @@ def test_another_llms_tokenizer_is_refused(tokenizer):
         check_vocabulary(tokenizer, 80)
 
 
+def test_a_token_without_a_row_pads_nothing():
+    """LLaVA's tokenizer pads with one that Vicuna does not have."""
+    tokenizer = llama2(False)
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    check_vocabulary(tokenizer, size)
+    assert tokenizer.pad_token == tokenizer.unk_token
+
+
 def test_equal_captions_have_equal_keys():
     rows = [sample([1, 5, 6], [CONTEXT, ANSWER, ANSWER]),
             sample([1, 1, 5, 6, 2], [CONTEXT, CONTEXT, ANSWER, ANSWER, END]),

@@ -474,6 +474,20 @@ def test_a_person_is_prompted_and_may_leave_by_ctrl_c(run, picture, monkeypatch,
     assert out.startswith("> ") and out.endswith("\n> \n") and out.count("> ") == 2
 
 
+def test_a_chat_goes_on_without_the_thoughts_of_earlier_answers(run, picture, monkeypatch):
+    vlm, tokenizer, config = evaluation.load_run(run, CPU)
+    asked = []
+
+    def ask(vlm, tokenizer, questions, *_, **how):
+        asked.extend(questions)
+        return ["<think>\nis it?\n</think>\n\nred"]
+
+    monkeypatch.setattr(evaluation, "ask", ask)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\nSure?\n"))
+    evaluation.chat(vlm, tokenizer, config["template"], picture)
+    assert [answer for _, answer in asked[1]["before"]][1:] == ["red"]
+
+
 def test_what_ends_a_chat_is_told_in_one_line(run, picture, tmp_path, monkeypatch):
     """A bad picture, before a question is read; a conversation that has become too long; several ranks."""
     monkeypatch.setattr(sys, "stdin", stdin := io.StringIO(30 * "What is it?\n"))

@@ -10,10 +10,12 @@ from PIL import Image
 from scripts import how_it_ends
 from test_data import encode
 from test_formats import change as set_in
+from test_ids import llama3
 from test_tokenizer import TOKENIZERS
 
 import data
 import eval as evaluation
+from plumbing.llava import prepare_tokenizer
 from plumbing.tokenizer import load_tokenizer
 from projector import VLM
 from running import export
@@ -90,3 +92,17 @@ def test_an_exported_folder_has_our_prompts(name, template, clip_folder, llama_f
     ]
     asked = {"id": 1, "prompt": turns[0][1], "image": tmp_path / "x.png"}
     assert evaluation.ask(vlm, tokenizer, [asked], template, 6) == [said.strip()]
+
+
+def test_an_exported_template_tells_the_date_of_training_and_bos_once(tmp_path):
+    """As Llama 3.2's; and one that writes the name of BOS."""
+    tokenizer = llama3()
+    tokenizer.chat_template = (
+        "{% if strftime_now is defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}"
+        "<|begin_of_text|>"
+        "{% for m in messages %}{{ date }} {{ m.role }}: {{ m.content }}<|eot_id|>{% endfor %}")
+    tokenizer.save_pretrained(tmp_path)
+    exported, _, _ = prepare_tokenizer(tmp_path, "chat", data.SYSTEM, data.v1)
+    text = exported.apply_chat_template([{"role": "user", "content": "red"}], tokenize=False)
+    ids = exported(text).input_ids
+    assert exported.decode(ids) == "<|begin_of_text|>26 Jul 2024 user: red<|eot_id|>"

@@ -341,6 +341,7 @@ def test_generation_config_lists_the_ends(llama_folder, tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"attention_bias": True}, "attention_bias is True; only False is supported"),
+    ({"is_causal": False}, "is_causal is False; only True is supported"),
     ({"mlp_bias": True}, "mlp_bias is True"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"num_key_value_heads": 3}, "folder: 4 query heads cannot")])

@@ -348,6 +348,14 @@ def test_what_we_export_has_equal_logits_in_transformers(exported):
     assert_close(vlm(text, pixels), theirs(input_ids=text).logits[..., : toy_world.VOCABULARY])
 
 
+def test_the_placeholder_is_no_answer(exported):
+    """Its logit is the mean one. That of a row of zeros, 0, might be the largest."""
+    _, theirs, _ = exported
+    logits = theirs(input_ids=torch.tensor([[1, 5, 6, 7]])).logits
+    mean = logits[..., : toy_world.VOCABULARY].mean(-1)
+    assert torch.allclose(logits[..., toy_world.VOCABULARY], mean, atol=1e-5)
+
+
 def test_what_we_export_gives_the_same_answer_in_transformers(exported):
     vlm, theirs, _ = exported
     pixels = torch.randn(1, 3, 32, 32)
