@@ -24,14 +24,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 from benchmarks import BENCHES, Bench, load_questions
-from benchmarks.likelihood import to_read
+from benchmarks.likelihood import answers_of
 from benchmarks.predictions import append_answers, name_result, read_answers, write_predictions
 from benchmarks.questions import closed, without_picture
 from benchmarks.score import in_words, measures, score_floors, scores_and_errors
+from llm import KVCache
 from plumbing.files import named, read_json, read_text, resolve_model
 from plumbing.ranks import choose_dtype, command, halved, on_every_rank, rank, say, start_ranks, world_size
 from plumbing.tokenizer import check_vocabulary, load_tokenizer
@@ -125,25 +127,46 @@ def ask(vlm, tokenizer, questions, template: str, max_new_tokens: int = 32, batc
 def ask_likeliest(vlm, tokenizer, questions, template: str, batch: int = 16, file=None) -> list:
     """Of each question's "options" the one that is the likeliest answer: see benchmarks/likelihood.py."""
     form = data.form_of(template, tokenizer)
-    room = vlm.llm.config.max_position_embeddings
 
     def answer(rows):
-        likely = [{} for _ in rows]  # {option: the mean log-probability of its tokens}
-        samples = []
-        for row, means in zip(rows, likely):
-            asked = to_sample(vlm, tokenizer, form, row) | {"means": means}
-            for ids, said in to_read(tokenizer, form, row).items():
-                samples.append(asked | {"ids": ids, "roles": [data.CONTEXT] * len(ids), "said": said})
-        m = to_batch(vlm, tokenizer, samples, room)
-        embeds = vlm.splice(m["ids"], vlm.encode(m["pixels"]))  # (B, S, C)
-        states = vlm.llm.hidden(embeds, m["mask"])  # (B, S, C), the last foretells an answer's last token
-        for sample, state in zip(samples, states):
-            for option, ids in sample["said"]:
-                log_p = vlm.llm.logits(state[-len(ids) :]).float().log_softmax(-1)  # (tokens, V)
-                sample["means"][option] = log_p[range(len(ids)), ids].mean().item()
-        return [max(means, key=means.get) for means in likely]
+        answers = []  # the tokens of each option
+        owners = []  # and the number of its question
+        for number, row in enumerate(rows):
+            options = answers_of(tokenizer, form, row)
+            answers += options
+            owners += [number] * len(options)
+        longest = max(map(len, answers))
+        samples = [to_sample(vlm, tokenizer, form, row) for row in rows]
+        m = to_batch(vlm, tokenizer, samples, vlm.llm.config.max_position_embeddings - longest + 1)
+        likely = [[] for _ in rows]  # of each option, the mean log-probability of its tokens
+        for number, ids, state in zip(owners, answers, foretell(vlm, tokenizer, m, owners, answers)):
+            log_p = vlm.llm.logits(state[: len(ids)]).float().log_softmax(-1)  # (tokens, V)
+            likely[number].append(log_p[range(len(ids)), ids].mean().item())
+        return [row["options"][means.index(max(means))] for row, means in zip(rows, likely)]
 
     return in_batches(questions, answer, batch, file)
+
+
+def foretell(vlm, tokenizer, m, owners: list, answers: list):
+    """The states (answers, longest, C) that foretell the tokens of each answer to its owner, a row of `m`.
+
+    Picture and question are read once. What the layers made of them waits in the cache, a copy for each
+    answer. The last token of an answer foretells nothing and is not read: letters need no cache.
+    """
+    embeds = vlm.splice(m["ids"], vlm.encode(m["pixels"]))  # (B, S, C)
+    B, S, C = embeds.shape
+    more = max(map(len, answers)) - 1
+    cache = KVCache(vlm.llm.config, B, S, embeds.dtype, embeds.device) if more else None
+    ends = S * torch.arange(1, B + 1, device=embeds.device) - 1  # (B,)
+    states = vlm.llm.hidden(embeds, m["mask"], cache, ends)[owners][:, None]  # (answers, 1, C)
+    if cache is None:
+        return states
+    cache.k = F.pad(cache.k[:, owners], (0, 0, 0, more))
+    cache.v = F.pad(cache.v[:, owners], (0, 0, 0, more))
+    mask = F.pad(m["mask"][owners], (0, more), value=True)  # (answers, S + more)
+    read = data.pad([ids[:-1] for ids in answers], tokenizer.pad_token_id).to(embeds.device)
+    words = vlm.llm.hidden(vlm.llm.embed(read), mask, cache)  # (answers, more, C)
+    return torch.cat([states, words], dim=1)  # (answers, longest, C)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -282,7 +305,7 @@ def answer_bench(vlm, tokenizer, template, name, folder, split=None, limit=None,
 def choose_likeliest(vlm, tokenizer, template: str, by: str, questions, choices, file) -> list:
     """The choices, but the likeliest option of each question that has options: by letter, or by words."""
     asked = closed(questions, by)
-    batch = 4 if by == "words" else 16  # of a question, each choice in words is a row
+    batch = 4 if by == "words" else 16  # in words, each choice has a copy of what the layers made
     options = ask_likeliest(vlm, tokenizer, asked, template, batch, file)
     likeliest = {question["id"]: option for question, option in zip(asked, options)}
     return [likeliest.get(question["id"], choice) for question, choice in zip(questions, choices)]

@@ -8,25 +8,18 @@ characters instead, and is another number.
 import data
 
 
-def to_read(tokenizer, form, question: dict) -> dict:
-    """{ids that the model reads: [(option, the last ids of these and one more, which are its answer)]}.
-
-    The last token of an answer is never read. So letters, or yes and no, need one pass for all. An option is
-    said as it stands in "texts", if there are any, else as itself.
-    """
+def answers_of(tokenizer, form, question: dict) -> list:
+    """The ids of each option as an answer. It is said as it stands in "texts", if there are any, else as
+    itself."""
     asked = ("human", question["prompt"])
     has_image = question["image"] is not None
     options = question["options"]
     texts = question.get("texts") or [option.capitalize() for option in options]  # Yes, not yes
-    found = {}
+    answers = []
     for option, text in zip(options, texts):
-        answered = [asked, ("gpt", text)]
-        ids, roles = data.encode(answered, form, tokenizer, has_image)
-        end = roles.index(data.END)
-        start = end - roles.count(data.ANSWER)
-        if start == end:
+        ids, roles = data.encode([asked, ("gpt", text)], form, tokenizer, has_image)
+        said = [token for token, role in zip(ids, roles) if role == data.ANSWER]
+        if not said:
             raise ValueError(f"question {question['id']!r}: option {option} has no text")
-        read = tuple(ids[: end - 1])
-        said = ids[start:end]
-        found.setdefault(read, []).append((option, said))
-    return found
+        answers.append(said)
+    return answers

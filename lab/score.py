@@ -24,10 +24,10 @@ import torch
 import data
 import eval as evaluation
 import losses
-from benchmarks import BENCHES, load_questions
-from benchmarks.questions import grade
+from benchmarks import BENCHES, load_questions, scienceqa
+from benchmarks.questions import closed, grade
 from benchmarks.score import percent
-from lab import likelihood, spaces, toy_world
+from lab import spaces, toy_world
 from plumbing.files import read_json
 from running.records import read_records
 
@@ -55,8 +55,8 @@ def score_run(folder, world: Path, split: str, device, by_words: bool = False, b
         return scores if key == "reworded" else scores | {"accuracy_txt": found["accuracy_txt"]}
 
     def by_likelihood(below: str, key: str) -> dict:
-        questions = likelihood.load_problems(world / below, split)
-        right = grade(questions, likelihood.ask_likeliest(vlm, tokenizer, questions, template))
+        questions = load_problems(world / below, split)
+        right = grade(questions, evaluation.ask_likeliest(vlm, tokenizer, questions, template))
         scores = {key: percent(right)}
         for kind in dict.fromkeys(question["category"] for question in questions):
             of_kind = [(question, is_right) for question, is_right in zip(questions, right)
@@ -99,6 +99,15 @@ def open_run(folder, device) -> tuple:
 
     vlm.vit.forward = remembered
     return vlm, tokenizer, config
+
+
+def load_problems(folder: Path, split: str) -> list:
+    """The questions of `scienceqa.load`, but open, with their choices in words; also their "category"."""
+    problems = read_json(folder / "problems.json")
+    questions = closed(scienceqa.load(folder, split), "words")
+    for question in questions:
+        question["category"] = problems[question["id"]].get("category", "")
+    return questions
 
 
 def of_each_thing(folder: Path, questions, right, key: str) -> dict:

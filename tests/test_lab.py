@@ -23,7 +23,7 @@ import losses
 import train
 from benchmarks import scienceqa
 from benchmarks.questions import SHORT_ANSWER
-from lab import (answers, compare, exposure, house, likelihood, pretrain, report, sample, score, spaces,
+from lab import (answers, compare, exposure, house, pretrain, report, sample, score, spaces,
                  tables, toy_world, words)
 from llm import LLM
 from projector import VLM
@@ -431,17 +431,6 @@ def test_a_caption_without_its_group():
     said = {"from": "gpt", "value": "family: man, woman, girl, family"}
     record = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}, said]}
     assert score.named_alone(record)["conversations"][1]["value"] == "family: man, woman, girl"
-
-
-def test_a_cache_answers_as_eval_does(world, clip_folder, llama_folder):
-    """With texts of one to three tokens, with a picture and without one."""
-    vlm, tokenizer = VLM.from_towers(clip_folder, llama_folder), load_tokenizer(llama_folder)
-    questions = likelihood.load_problems(world / "ScienceQA", "test")
-    for question in questions:
-        question["texts"] = [" ".join(n % 3 * ["red"] + [text]) for n, text in enumerate(question["choices"])]
-    expected = evaluation.ask_likeliest(vlm, tokenizer, questions, "v1", batch=5)
-    assert likelihood.ask_likeliest(vlm, tokenizer, questions, "v1", batch=3) == expected
-    assert len(set(expected)) > 1
 
 
 def test_the_pointing_game_finds_the_patch_that_is_the_word(clip_folder, llama_folder, tmp_path, monkeypatch):

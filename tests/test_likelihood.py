@@ -1,6 +1,4 @@
-"""Which option is the likeliest: by letters, which share a pass, and by whole texts."""
-
-import json
+"""Which option is the likeliest: by letters, and by whole texts."""
 
 import pytest
 import torch
@@ -9,10 +7,10 @@ from test_benchmarks import root  # noqa: F401 (a fixture)
 import data
 import eval as evaluation
 from benchmarks import BENCHES, load_questions
-from benchmarks.likelihood import to_read
+from benchmarks.likelihood import answers_of
 from benchmarks.predictions import key_of_answer
 from benchmarks.questions import SHORT_ANSWER, closed, without_picture
-from lab import likelihood
+from lab.score import load_problems
 from projector import VLM
 
 
@@ -22,34 +20,25 @@ def vlm(clip_folder, llama_folder):
     return VLM.from_towers(clip_folder, llama_folder)
 
 
-def test_letters_are_said_behind_one_text(tokenizer):
-    """It is the open question. Words are said behind what of them comes before their last token."""
-    question = {"id": 1, "prompt": "What is it?", "image": None, "options": ["A", "B", "C"]}
+def test_an_option_is_said_as_itself_or_in_its_words(tokenizer):
+    question = {"id": 1, "prompt": "What is it?", "image": None, "options": ["yes", "no"]}
     form = data.form_of("v1", tokenizer)
-    prompt, _ = data.encode([("human", question["prompt"])], form, tokenizer, False)
-    (ids, said), = to_read(tokenizer, form, question).items()
-    assert list(ids) == prompt and [option for option, _ in said] == ["A", "B", "C"]
-    assert [tokenizer.decode(answer) for _, answer in said] == ["A", "B", "C"]
-    texts = ["red circle", "red square", "red"]
-    reads = to_read(tokenizer, form, question | {"texts": texts})
-    red = tokenizer("red", add_special_tokens=False).input_ids
-    assert [(list(ids)[len(prompt):], [option for option, _ in said]) for ids, said in reads.items()] == [
-        (red, ["A", "B"]), ([], ["C"])]
-    said = [answer for options in reads.values() for _, answer in options]
-    assert [tokenizer.decode(answer) for answer in said] == texts
+    texts = ["red circle", "red"]
+    for asked, said in ((question, ["Yes", "No"]), (question | {"texts": texts}, texts)):
+        assert [tokenizer.decode(ids) for ids in answers_of(tokenizer, form, asked)] == said
 
 
 def test_a_choice_without_a_text_is_named(tokenizer):
     form = data.form_of("v1", tokenizer)._replace(lead="")
     question = {"id": "q7", "prompt": "What?", "image": None, "options": ["A", "B"], "texts": ["red", ""]}
     with pytest.raises(ValueError, match="^question 'q7': option B has no text$"):
-        to_read(tokenizer, form, question)
+        answers_of(tokenizer, form, question)
 
 
 def test_the_likeliest_words_are_those_of_a_plain_loop(vlm, tokenizer, toy):
     """Of questions with a picture and without one, with texts of one to three tokens: one text at a time,
     unpadded, position by position. An option is as likely as the mean of its tokens."""
-    questions = likelihood.load_problems(toy / "ScienceQA", "test")[:12]
+    questions = load_problems(toy / "ScienceQA", "test")[:12]
     assert {bool(question["image"]) for question in questions} == {True, False}
     for question in questions:
         question["texts"] = [" ".join(n % 3 * ["red"] + [text]) for n, text in enumerate(question["choices"])]
@@ -98,13 +87,3 @@ def test_a_question_by_words_names_no_choice(root, name):
 def test_spaces_around_a_choice_are_none_of_its_words():
     question = {"image": None, "open": "What is it?", "choices": [" red", "blue "]}
     assert closed([question], "words")[0]["texts"] == ["red", "blue"]
-
-
-def test_a_run_is_scored_and_a_missing_folder_is_one_line(vlm, toy, tmp_path, capsys):
-    vlm.save(tmp_path / "run", {"template": "v1"}, with_llm=False)
-    likelihood.main([str(tmp_path / "run"), "--data", str(toy / "ScienceQA"), "--split", "val"])
-    line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert line["questions"] == 40 and {"all", "color", "shape", "size", "place"} <= line.keys()
-    assert len(json.loads((tmp_path / "run/likelihood.json").read_text())["predictions"]) == 40
-    with pytest.raises(SystemExit, match="lab.likelihood: .*no such file"):
-        likelihood.main([str(tmp_path / "run"), "--data", str(tmp_path / "none")])
