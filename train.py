@@ -590,7 +590,7 @@ def train_stage(config: Config, device):
     with caught_signals(config.save_every > 0) as signals:
         line = run_steps(config, vlm, terms, optimizer, loader, held, began, start, steps, made_of, signals)
         if rank() == 0:
-            results |= {"steps": steps, "start": directory.first_start(config), "last_step": line}
+            results |= {"steps": steps, "last_step": line}
             results |= {"seconds": round(time.time() - began, 1), "memory_mib": peak_memory(device)}
             directory.save_run(config, vlm, results)
             say(f"finished, in {results['seconds']:.0f} s: {config.out}")

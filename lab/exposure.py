@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lab import compare, parser_of
-from lab.report import as_text, interval, p_value, table
+from lab.report import as_text, draw_series, interval, p_value, table
 from plumbing.ranks import command
-from running.chart import GREY, Panel, dot, frame, line, save, sheet, style, ticks, write
+from running.chart import GREY, Panel, frame, line, save, sheet, style, ticks, write
 
 RECIPES = {"none": "captioning alone", "first, own words": "contrast first, then captioning"}
 LOSS = {"caption": "captioning loss, held out, nats"}
@@ -114,27 +114,14 @@ def chart(file, cells: list, curves: Curves) -> None:
             write(draw, (panel.left + panel.right) / 2, panel.bottom + 34, axis, 13, "mm", GREY)
             frame(draw, panel, {math.log2(steps): str(steps) for steps in curves.steps}, rules, 12)
             for number, curve in enumerate(found):
-                draw_curve(draw, panel, curve, style(number), curves.costs * number * column)
+                more = curves.costs * number * column
+                series = [(math.log2(steps + more), values) for steps, values in curve.items()]
+                draw_series(draw, panel, series, style(number))
     for number, name in enumerate(RECIPES.values()):
         color, dashes = style(number)
         line(draw, [(70 + 300 * number, 18), (110 + 300 * number, 18)], color, 3, dashes)
         write(draw, 118 + 300 * number, 18, name, 14, "lm")
     save(image, file)
-
-
-def draw_curve(draw, panel: Panel, curve: dict, look: tuple, shift: float) -> None:
-    """The means over seeds, and their intervals as bars; `shift`: steps to add on the x axis."""
-    color, dashes = look
-    points = []
-    for steps, values in curve.items():
-        mean, half = interval(values)
-        x = math.log2(steps + shift)
-        points.append(panel.at(x, mean))
-        if half is not None:
-            line(draw, [panel.at(x, mean - half), panel.at(x, mean + half)], color, 2)
-    line(draw, points, color, 3, dashes)
-    for point in points:
-        dot(draw, point, 4, color, color)
 
 
 def main(argv=None):

@@ -4,6 +4,7 @@
 """
 
 import ast
+from pathlib import Path
 
 from plumbing.files import ROOT
 from running.chart import GREY, box, line, save, sheet, write
@@ -22,22 +23,37 @@ PLACES = {  # name: (what it holds, x from 0 to 1, floor)
     "data": ("a record becomes a batch", 0.88, 1),
     "plumbing": ("disks, others' formats, processes", 0.5, 0),
 }
+CALLS = ("import_module", "__import__", "run_module", "run_path")  # these take a module's or file's name
 WIDTH, FLOOR, HEAD = 980, 92, 60  # pixels
+
+
+def room_of(name: str) -> str:
+    """The first part of a name: "plumbing" of "plumbing.files" and of "plumbing/files.py"."""
+    return Path(name).parts[0].split(".")[0] if name else ""
+
+
+def imported_rooms(source: str, room: str) -> set:
+    """The first parts of all names that a file in `room` imports, also inside functions and by CALLS."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {room_of(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(room if node.level else room_of(node.module))
+        elif isinstance(node, ast.Call) and node.args:
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if called in CALLS:
+                found.add(room_of(str(getattr(node.args[0], "value", ""))))
+    return found
 
 
 def imports() -> dict:
     """{room: the other rooms that its files import}; a file at the top is a room."""
     found = {}
     for room in PLACES:
-        files = [*ROOT.glob(f"{room}.py"), *ROOT.glob(f"{room}/*.py")]
-        names = set()
-        for file in files:
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.Import):
-                    names |= {alias.name for alias in node.names}
-                elif isinstance(node, ast.ImportFrom) and node.module:
-                    names.add(node.module)
-        found[room] = {name.partition(".")[0] for name in names} & PLACES.keys() - {room}
+        found[room] = set()
+        for file in [*ROOT.glob(f"{room}.py"), *ROOT.glob(f"{room}/*.py")]:
+            found[room] |= imported_rooms(file.read_text(), room) & PLACES.keys() - {room}
     return found
 
 

@@ -117,26 +117,27 @@ def chart(file, title: str, parts, series: dict) -> None:
     for number, (name, cells) in enumerate(series.items()):
         shift = 4 * (number - (len(series) - 1) / 2)  # bars side by side
         color, dashes = style(number)
-        draw_series(draw, panel, cells, color, dashes, shift)
+        measured = [(part, values) for part, values in enumerate(cells) if values]  # others are skipped
+        draw_series(draw, panel, measured, (color, dashes), shift)
         y = panel.top + 20 + 26 * number
         line(draw, [(panel.right + 16, y), (panel.right + 56, y)], color, 3, dashes)
         write(draw, panel.right + 64, y, name, 14, "lm")
     save(image, file)
 
 
-def draw_series(draw, panel: Panel, cells, color: str, dashes: tuple, shift: float) -> None:
-    """A line through the means, a dot on each, and the interval as a bar."""
+def draw_series(draw, panel: Panel, series: list, look: tuple, shift: float = 0) -> None:
+    """A line through the means of [(x, values of several seeds)], a dot on each, the interval as a bar.
+    `shift`: pixels to the right."""
+    color, dashes = look
     points = []
-    for part, values in enumerate(cells):
-        if not values:  # not measured: the line goes on to the next
-            continue
+    for at, values in series:
         mean, half = interval(values)
-        x, y = panel.at(part, mean)
+        x, y = panel.at(at, mean)
         x += shift
         points.append((x, y))
         if half is not None:
-            _, top = panel.at(part, mean + half)
-            _, bottom = panel.at(part, mean - half)
+            _, top = panel.at(at, mean + half)
+            _, bottom = panel.at(at, mean - half)
             line(draw, [(x, bottom), (x, top)], color, 2)
     line(draw, points, color, 3, dashes)
     for point in points:

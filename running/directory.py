@@ -15,7 +15,6 @@ import tempfile
 import uuid
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime, timedelta
 from pathlib import Path
 
 from plumbing.files import named, old_name, read_json, read_text, whole, write_json
@@ -205,13 +204,6 @@ def seconds_before(config, start: int) -> float:
     log = Path(config.out) / "log.jsonl"
     with named(log):
         return json.loads(read_text(log).splitlines()[start - 1])["seconds"]
-
-
-def first_start(config) -> str:
-    """When the first part of the run began, from the log."""
-    line = json.loads(read_text(Path(config.out) / "log.jsonl").partition("\n")[0])
-    start = datetime.fromisoformat(line["time"]) - timedelta(seconds=line["seconds"])
-    return start.isoformat(timespec="seconds")
 
 
 def save_run(config, vlm, results: dict):

@@ -1,21 +1,11 @@
 """The house: a file imports only what stands below it, or its own folder. So no floor imports in a circle."""
 
-import ast
-from pathlib import Path
-
 import pytest
 from conftest import ROOT
 
-FLOORS = {
-    "plumbing": 0,
-    "vit": 1, "llm": 1, "losses": 1, "data": 1,
-    "projector": 2,
-    "running": 3, "benchmarks": 3,
-    "train": 4, "eval": 4,
-    "lab": 5,
-    "tests": 6,
-}
-CALLS = ("import_module", "__import__", "run_module", "run_path")  # these take a module's or file's name
+from lab.house import PLACES, imported_rooms, room_of
+
+FLOORS = {room: floor for room, (_, _, floor) in PLACES.items()}
 
 
 def our_files() -> list:
@@ -24,26 +14,6 @@ def our_files() -> list:
     for room in FLOORS:
         found += (ROOT / room).rglob("*.py")
     return sorted(str(path.relative_to(ROOT)) for path in found)
-
-
-def room_of(name: str) -> str:
-    """The first part of a name: "plumbing" of "plumbing.files" and of "plumbing/files.py"."""
-    return Path(name).parts[0].split(".")[0] if name else ""
-
-
-def imported_rooms(source: str, room: str) -> set:
-    """The first parts of all names that a file in `room` imports, also inside functions and by CALLS."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {room_of(alias.name) for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(room if node.level else room_of(node.module))
-        elif isinstance(node, ast.Call) and node.args:
-            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if called in CALLS:
-                found.add(room_of(str(getattr(node.args[0], "value", ""))))
-    return found
 
 
 def forbidden(name: str, source: str) -> list:
