@@ -114,6 +114,14 @@ def test_a_finished_align_run_is_not_what_both_stages_start_from(tmp_path, monke
     assert end is None and out.count("PFLOP") >= 2
 
 
+def test_what_the_contrastive_losses_add_is_what_the_laboratory_says():
+    """lab/toy.md, above table 10: parts of a 7b step's operations."""
+    config = options.configure("align", {"preset": "7b", "contrastive": "both"})
+    step = costs.flops_per_step(config, costs.outline(config))
+    parts = [step[name] / sum(step.values()) for name in ("patch", "prompt")]
+    assert parts == pytest.approx([1.2e-6, 0.016], rel=0.05)
+
+
 def test_features_spare_the_vision_tower(capsys):
     given = "--preset", "small", "--stage", "align"
     with_vit, _ = planned(capsys, *given)

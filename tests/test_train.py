@@ -33,7 +33,7 @@ from lab import toy_world
 from llm import LLM
 from plumbing.tokenizer import load_tokenizer
 from projector import VLM
-from running import checkpoint, options, order, watch
+from running import checkpoint, options, order, plan, watch
 from running.options import Config
 from train import DataParallelAdamW
 
@@ -1145,6 +1145,19 @@ def test_python_train_py_makes_both_runs_and_scores_them(world, tmp_path):
     names = [str(tmp_path / name) for name in ("align/unaligned", "align", "instruct")]
     assert [result["ckpt"] for result in results] == names and all("accuracy_img" in line for line in results)
     assert (world[0] / "runs/last").read_text() == names[-1]  # eval.py asks it next
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plan_knows_the_size_of_a_checkpoint(clip_folder, llama_folder, tmp_path, dtype):
+    """Of two of instruct, in bytes; what is beside the numbers is small."""
+    config = Config(stage="instruct", out=str(tmp_path), save_every=1)
+    vlm = train.choose_learning(config, VLM.from_towers(clip_folder, llama_folder, dtype=dtype))
+    optimizer, terms = train.build_optimizer(config, vlm, CPU)
+    for step in (1, 2):
+        checkpoint.save(config, step, vlm, optimizer, terms, {})
+    files = [file for file in tmp_path.rglob("*") if file.suffix in (".pt", ".safetensors")]
+    planned = plan.disk_parts(config, vlm, dtype, 3)["2 checkpoints"] * plan.GIB
+    assert planned == pytest.approx(sum(file.stat().st_size for file in files), rel=0.06)
 
 
 @pytest.mark.parametrize("which, count", [("none", 0), ("every-other", 1), ("every", 2)])
