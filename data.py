@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from plumbing.chat_template import ASKED, ASKED_AGAIN, QUESTION, REPLIED, THOUGHTS_END, cut_chat, thoughts_of
+from plumbing.chat_template import (ASKED, ASKED_AGAIN, QUESTION, REPLIED, THOUGHTS_END, begun_thoughts,
+                                    cut_chat, thoughts_of)
 from plumbing.files import named
 from plumbing.pictures import MAX_PIXELS, find_image, load_image
 from plumbing.tokenizer import bos_ids, special_names
@@ -215,9 +216,8 @@ def chat(tokenizer) -> Form:
     is_same_start = opening == short[0] == long[0]
     if not is_same_start or not (before.startswith(to_answer) or to_answer.startswith(before)):
         raise ValueError("the tokenizer's chat template rewrites earlier turns: no boundary for labels")
-    if THOUGHTS_END not in to_answer[len(before) :]:  # empty thoughts stay: an answer lacks them
-        to_answer = to_answer[: len(before)]  # thoughts that are only begun do not
-    lead = before[len(to_answer) :]
+    to_answer = to_answer.removesuffix(begun_thoughts(tokenizer))
+    lead = before[len(to_answer) :]  # "", too, if `to_answer` has empty thoughts that an answer lacks
     end = re.match(rf"\s*({special_names(tokenizer)})", behind)
     if end is None:
         raise ValueError("the tokenizer's chat template does not end an answer with a special token")

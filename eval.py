@@ -255,7 +255,7 @@ def chat(vlm, tokenizer, template: str, image, **how):
             question |= {"id": f"{image}, turn {len(before) // 2 + 1}", "before": before}
             answer, = ask(vlm, tokenizer, [question], template, **how)
             print(answer, flush=True)
-            said = answer.rpartition(data.THOUGHTS_END)[2].strip()  # no template keeps thoughts
+            said = answer.rpartition(data.THOUGHTS_END)[2].strip()  # as Qwen3's and DeepSeek's templates do
             before = [*before, ("human", question["prompt"]), ("gpt", said)]
     except (EOFError, KeyboardInterrupt):
         if mark:

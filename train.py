@@ -38,9 +38,9 @@ from torch.optim.adamw import adamw
 import data
 import losses
 from plumbing.files import ROOT
-from plumbing.ranks import (agree, all_gather, caught_signals, choose_dtype, command, peak_memory, rank,
-                            reduce_scatter, run_alone, say, start_ranks, sum_over_ranks, total_memory,
-                            world_size)
+from plumbing.ranks import (agree, all_gather, caught_signals, choose_dtype, command, on_every_rank,
+                            peak_memory, rank, reduce_scatter, run_alone, say, start_ranks, sum_over_ranks,
+                            total_memory, world_size)
 from projector import VLM
 from running import checkpoint, costs, directory, features, held_out, loading, options, order, plan
 from running.options import Config
@@ -648,7 +648,9 @@ def run_all(given: dict, device):
     align, instruct = options.of_both(given)
     root = Path(given.get("out") or f"runs/{align.preset}")
     directory.refuse_foreign(root / "align", root / "instruct")
-    options.ensure_data(instruct)  # told now, and not after days of align
+    is_done = on_every_rank(lambda: (root / "instruct/config.json").exists())[0]
+    for config in () if given.get("resume") and is_done else (align, instruct):
+        options.ensure_data(config)  # told now, and not after days of align
     for stage in ("align", "instruct"):
         chosen = options.of_stage(stage, given) | {"out": str(root / stage)}
         if stage == "instruct":

@@ -27,6 +27,16 @@ def cut_chat(tokenizer, *messages, **how) -> list:
     return re.split(f"{QUESTION}|{REPLY}|{AGAIN}|{THOUGHT}", text)
 
 
+def begun_thoughts(tokenizer) -> str:
+    """The "<think>\\n" that a template writes before an answer to come and, as DeepSeek-R1's, not before one
+    that is there; or ""."""
+    prompt = cut_chat(tokenizer, ASKED, add_generation_prompt=True)
+    answered = cut_chat(tokenizer, ASKED, REPLIED)
+    more = prompt[-1].removeprefix(answered[len(prompt) - 1])  # than what stands before the answer
+    is_begun = more.lstrip().startswith("<think>") and THOUGHTS_END not in more
+    return more if is_begun else ""
+
+
 def thoughts_of(tokenizer, before: str) -> Callable:
     """How the chat template writes an answer with thoughts, behind `before`: in its own way, as it is, or not
     at all."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from plumbing import clip
-from plumbing.chat_template import DATE
+from plumbing.chat_template import DATE, begun_thoughts
 from plumbing.files import named, read_json, resolve_model, write_json
 from plumbing.tokenizer import bos_ids, give_padding, open_tokenizer, tokenizer_folder
 from plumbing.weights import (files_of, is_llavas_own, open_config, read_config, read_shard, read_weights,
@@ -149,6 +149,8 @@ MESSAGES = """{%- set flat = namespace(messages=[]) -%}
 {%- set flat.messages = flat.messages + [{'role': m.role, 'content': text}] -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}{%- set enable_thinking = enable_thinking | default(false) -%}"""
+CUT = ("{{%- set rendered %}}{own}{{% endset -%}}"
+       "{{{{- rendered.removeprefix({bos}).removesuffix({begun}) -}}}}")
 FOR_DATE = re.compile(r"strftime_now\((['\"])(.*?)\1\)")
 FORM = """{{- (messages[0].content if messages[0].role == 'system' else system) + gap -}}
 {%- for m in messages -%}
@@ -186,8 +188,11 @@ def prepare_tokenizer(source: Path, template: str, system: str, v1) -> tuple:
     after_image = tokenizer(f"{IMAGE}\n", add_special_tokens=False).input_ids[1:]
     alone = tokenizer("\n", add_special_tokens=False).input_ids
     gap = "" if after_image == alone else " "
-    if bos_ids(tokenizer):  # the template writes none, or it would stand there twice
-        own = "{%- set bos_token = '' -%}" + own.replace(tokenizer.bos_token, "")
+    if template == "chat":  # as data.chat has it: without the BOS that the tokenizer writes
+        bos = tokenizer.bos_token if bos_ids(tokenizer) else ""
+        with named(source, "its chat template"):
+            begun = begun_thoughts(tokenizer)
+        own = CUT.format(own=own.removesuffix("\n"), bos=json.dumps(bos), begun=json.dumps(begun))
     tokenizer.chat_template = MESSAGES.replace("GAP", gap) + own
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}]
     with named(source, "its chat template"):
@@ -223,7 +228,7 @@ def export(folder, tensors, vision: dict, text: dict, settings: dict, system: st
     # The placeholder needs a row in the embedding table, which is never read. If none is spare, add one. The
     # head's is the mean of all: the mean logit is never the largest, as that of zeros, 0, might be.
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    vocab_size = max(text["vocab_size"], image_token_id + 1)
+    vocab_size = max(text["vocab_size"], image_token_id + 1, tokenizer.pad_token_id + 1)
     weights = {}
     for name, tensor in tensors:
         tensor = tensor.detach()

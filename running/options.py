@@ -32,7 +32,7 @@ class Config:
                          ("", "tiny", "small", "speedrun", "7b", "13b"))
     out: str = option("", "run directory; with --stage all, the folder of both; empty: runs/PRESET[/STAGE]")
     init: str = option("", "what to start from: a run, an export or a LLaVA folder, whose towers and "
-                           "projector are taken; or LLaVA's mm_projector.bin. instruct needs one")
+                           "projector are taken; or a projector's file. instruct needs one")
     seed: int = option(0, "of the projector's initial weights, the order of the data and its subset")
     dry_run: bool = option(False, "the plan, then 3 steps of random weights and data; nothing is written")
     save_every: int = option(0, "steps between checkpoints that --resume continues from; 0: none; gone with "
@@ -216,11 +216,12 @@ def follow_init(config: Config, given: dict):
 
     ValueError for one that is typed and differs. A preset's names do not count.
     """
-    if Path(config.init).resolve() == Path(config.out).resolve():
+    run = Path(config.init).parent if Path(config.init).is_file() else Path(config.init)
+    if run.resolve() == Path(config.out).resolve():
         raise ValueError(f"--out {config.out} is what the run starts from; name another")
-    if is_unfinished(config.init):
+    if is_unfinished(run):
         raise ValueError(f"{config.init}: not finished; name a copy of a checkpoint, or finish it: {GO_ON}")
-    if is_checkpoint(config.init):
+    if is_checkpoint(run):
         raise ValueError(f"{config.init}: copy it first; its run removes it, and this one needs it")
     with named(config.init, "cannot be started from"):
         if Path(config.init).is_file() or find_projector(config.init).name == "mm_projector.bin":

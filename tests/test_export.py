@@ -10,8 +10,9 @@ from PIL import Image
 from scripts import how_it_ends
 from test_data import encode
 from test_formats import change as set_in
-from test_ids import llama3
+from test_ids import DROPS, chatml, llama3
 from test_tokenizer import TOKENIZERS
+from tokenizers import processors
 
 import data
 import eval as evaluation
@@ -106,3 +107,36 @@ def test_an_exported_template_tells_the_date_of_training_and_bos_once(tmp_path):
     text = exported.apply_chat_template([{"role": "user", "content": "red"}], tokenize=False)
     ids = exported(text).input_ids
     assert exported.decode(ids) == "<|begin_of_text|>26 Jul 2024 user: red<|eot_id|>"
+
+
+@pytest.mark.parametrize("eos, bos, opens", [
+    ("<|im_end|>", None, "<think>\n"), ("<|im_end|>", None, ""), ("<|im_end|>", "<|im_end|>", "")])
+def test_an_exported_template_renders_what_was_learned(tmp_path, eos, bos, opens):
+    """Also if it only begins thoughts, as DeepSeek-R1's, and if one token begins texts and ends answers."""
+    template = DROPS.replace("assistant\n{% endif", f"assistant\n{opens}{{% endif")
+    tokenizer = chatml(template, eos=eos)
+    if bos:
+        tokenizer.bos_token = bos
+        name = [(bos, tokenizer.convert_tokens_to_ids(bos))]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", None, name)
+    tokenizer.save_pretrained(tmp_path)
+    exported, _, _ = prepare_tokenizer(tmp_path, "chat", data.SYSTEM, data.v1)
+    turns = [("human", "What?"), ("gpt", "red"), ("human", "Sure?")]
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[role], "content": text} for role, text in turns]
+    text = exported.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert exported(text).input_ids == encode("chat", turns, load_tokenizer(tmp_path), False)[0]
+
+
+def test_an_export_has_a_row_for_every_token_that_is_read(tmp_path, clip_folder, llama_folder):
+    """The LLM's tokenizer may have tokens without one, as LLaVA's has with Vicuna."""
+    folder = shutil.copytree(llama_folder, tmp_path / "llm")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    vlm = VLM.from_towers(clip_folder, folder)
+    vlm.export(tmp_path / "out")
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    asked = tokenizer(["red", "a red circle"], padding=True, return_tensors="pt")
+    assert theirs.generate(**asked, max_new_tokens=2).shape[0] == 2

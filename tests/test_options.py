@@ -1,6 +1,7 @@
 """Options: the command line, the presets, what a run starts from, and what cannot be."""
 
 import re
+import shutil
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -154,6 +155,17 @@ def test_a_run_may_start_from_the_file_of_a_projector(tuned, name, tmp_path):
     save_file(tensors, file) if file.suffix == ".safetensors" else torch.save(tensors, file)
     said = trained((folder, options), "--init", file, "--out", "on-a-file")
     assert f"from {file}: loaded projector.0.weight, projector.0.bias" in said
+
+
+def test_the_file_of_a_projector_is_guarded_as_its_run_is(tuned):
+    (folder, options), _ = tuned
+    file = folder / "tuned/projector.safetensors"
+    said = refused((folder, options), "--init", file, "--out", folder / "tuned")
+    assert said.endswith("/tuned is what the run starts from; name another")
+    shutil.copytree(folder / "tuned", folder / "half")
+    (folder / "half/config.json").unlink()
+    said = refused((folder, options), "--init", folder / "half/projector.safetensors", "--out", "other")
+    assert "not finished; name a copy of a checkpoint" in said
 
 
 def test_what_instruct_lacks_is_told_before_align_is_trained(world, tmp_path):
