@@ -649,8 +649,9 @@ def run_all(given: dict, device):
     root = Path(given.get("out") or f"runs/{align.preset}")
     directory.refuse_foreign(root / "align", root / "instruct")
     is_done = on_every_rank(lambda: (root / "instruct/config.json").exists())[0]
-    for config in () if given.get("resume") and is_done else (align, instruct):
-        options.ensure_data(config)  # told now, and not after days of align
+    if not (is_done and given.get("resume")):  # what instruct lacks is told now, and not after days of align
+        options.ensure_data(align)
+        options.ensure_data(instruct)
     for stage in ("align", "instruct"):
         chosen = options.of_stage(stage, given) | {"out": str(root / stage)}
         if stage == "instruct":
