@@ -22,14 +22,14 @@ parse = normalise
 def load(folder, split: str):
     """The questions; the answer of each is a list of ten normalised ones."""
     found_text = {}
-    ocr_files = f"TextVQA_Rosetta_OCR_*_{split}.json"
-    for _, row in find_entries(folder, ocr_files, image_id=str, ocr_tokens=list):
+    ocr_file = pattern = f"TextVQA_Rosetta_OCR_*_{split}.json"
+    for ocr_file, row in find_entries(folder, pattern, image_id=str, ocr_tokens=list):
         found_text[row["image_id"]] = row["ocr_tokens"]
     for file, row in find_entries(folder, f"TextVQA_0.5.1_{split}.json", **KINDS):
         name = row["question_id"]
         image_id = row["image_id"]
         if image_id not in found_text:
-            raise ValueError(f"{folder / ocr_files}: nothing for question {name!r}; is it of another split?")
+            raise ValueError(f"{ocr_file}: nothing for question {name!r}; is it of another split?")
         words = ", ".join(found_text[image_id])  # LLaVA's line is there without a word, too
         text = f"{row['question']}\nReference OCR token: {words}"
         image = find_image(folder / "train_images", f"{image_id}.jpg")
