@@ -138,8 +138,9 @@ def ask_likeliest(vlm, tokenizer, questions, template: str, batch: int = 16, fil
         longest = max(map(len, answers))
         samples = [to_sample(vlm, tokenizer, form, row) for row in rows]
         m = to_batch(vlm, tokenizer, samples, vlm.llm.config.max_position_embeddings - longest + 1)
+        states = foretell(vlm, tokenizer, m, owners, answers)  # (options, longest, C)
         likely = [[] for _ in rows]  # of each option, the mean log-probability of its tokens
-        for number, ids, state in zip(owners, answers, foretell(vlm, tokenizer, m, owners, answers)):
+        for number, ids, state in zip(owners, answers, states):
             log_p = vlm.llm.logits(state[: len(ids)]).float().log_softmax(-1)  # (tokens, V)
             likely[number].append(log_p[range(len(ids)), ids].mean().item())
         return [row["options"][means.index(max(means))] for row, means in zip(rows, likely)]

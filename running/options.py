@@ -165,7 +165,10 @@ def of_stage(stage: str, given: dict) -> dict:
 
 def of_both(given: dict) -> list:
     """The options of both stages, of which the second is to start from the first."""
-    return [configure(stage, of_stage(stage, given), True) for stage in ("align", "instruct")]
+    both = []
+    for stage in ("align", "instruct"):
+        both.append(configure(stage, of_stage(stage, given), init_is_to_come=True))
+    return both
 
 
 def configure(stage: str, given: dict, init_is_to_come: bool = False) -> Config:
