@@ -34,8 +34,8 @@ what each has. Reduce-scatter: each gets its part (B, C) of the sum of what each
 Why contrast first may work: a hypothesis. A fresh projector's output is nowhere near the words, and the LLM
 reads noise. The patch loss needs no LLM, and the embedding table is frozen: so the image alone moves, to its
 caption's mean word, and captioning starts among words. What could refute it was tried: a pull to that word
-without negatives answers nearly as well, and captions no better than no first steps; on icons, whose kinds
-the ViT hardly sees, contrast first gained nothing; after 4.5 passes it captions worse (lab/README.md).
+without negatives gains most of the answers, and nothing in captioning; on icons, whose kinds the ViT hardly
+sees, contrast first gained nothing; after 4.5 passes it captions worse (lab/README.md).
 
 Read next: lab/first_step.py, which adds the losses up, then train.py, which does so for many ranks.
 """
